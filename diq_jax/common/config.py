@@ -1,0 +1,268 @@
+"""The configuration of a run: one frozen dataclass for each section, every field explained where it
+stands.
+
+A config file calls `default()`, sets fields, and returns the locked ConfigDict; `resolve` turns
+that into the dataclasses, which check ranges and combinations. Flags override fields:
+`--config.selection.retention_ratio=0.01`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_collections
+
+from diq_jax.common import errors
+
+PERSPECTIVES = ("knowledge", "reasoning", "overall")
+METHODS = ("diq", "random", "influence", *(f"difficulty_{p}" for p in PERSPECTIVES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str = ""  # hub id, local folder (safetensors), a .gguf file, or package:NAME/FILE
+    dtype: str = "float32"  # of parameters and activations: float32 or bfloat16
+    max_tokens: int = 8192  # longest example, prompt and completion together
+    # longer ones: error, drop, end (cut the completion), prompt (cut the prompt's start)
+    truncation: str = "end"
+
+    def __post_init__(self):
+        _check("model.path", bool(self.path), "a model", self.path)
+        errors.check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _check("model.max_tokens", self.max_tokens >= 16, "at least 16", self.max_tokens)
+        errors.check_choice("model.truncation", self.truncation, ("error", "drop", "end", "prompt"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    pool: str = "sample"  # path, glob, several by commas, hub:NAME[:CONFIG[:SPLIT]], or sample
+    pool_limit: int = 0  # the first so many rows; 0 = all
+    targets: str = "sample"  # rows of the tasks that matter: their mean gradient is the direction
+    targets_per_task: int = 20  # drawn with the seed; 0 = all
+    tests: str = "sample"  # held-out rows of the same tasks
+    tests_per_task: int = 0  # drawn with the seed; 0 = all
+    # huatuo, m23k, medreason, finemed, or question=A,reasoning=B,answer=C; "" = our names
+    columns: str = ""
+    # the completion: plain, huatuo, think, or a text with {reasoning} and {answer}
+    template: str = "plain"
+    seed: int = 0  # of the draws above
+
+    def __post_init__(self):
+        for name in ("pool_limit", "targets_per_task", "tests_per_task", "seed"):
+            _check(f"data.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name))
+        for name in ("pool", "targets", "tests"):
+            _check(
+                f"data.{name}", bool(getattr(self, name)), "a path, a glob, hub:NAME or sample", ""
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty:
+    # labelled rows to train on (path, glob, hub:NAME, sample), or columns[:knowledge=A,...]
+    source: str = "sample"
+    encoder: str = ""  # the BERT-type encoder to fine-tune: hub id, folder or package:NAME/FOLDER
+    perspective: str = "overall"  # knowledge, reasoning or overall: the one that selection uses
+    percentile: float = 50.0  # tau_d: difficulty at or above this percentile of the pool is high
+    # of the cross-validation; a labelled pool row is scored by the model that did not see it
+    folds: int = 5
+    epochs: int = 5  # over the labelled rows
+    learning_rate: float = 1e-4  # AdamW's peak
+    batch_size: int = 16  # rows a step
+    max_tokens: int = 256  # of an encoder input
+    seed: int = 0  # of folds, order and head
+
+    def __post_init__(self):
+        errors.check_choice("difficulty.perspective", self.perspective, PERSPECTIVES)
+        _check("difficulty.percentile", 0 <= self.percentile <= 100, "in [0, 100]", self.percentile)
+        _check("difficulty.folds", self.folds >= 2, "at least 2", self.folds)
+        for name in ("epochs", "batch_size", "learning_rate", "max_tokens"):
+            _check(f"difficulty.{name}", getattr(self, name) > 0, "above 0", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class InfluenceLora:
+    path: str = ""  # a PEFT adapter folder; "" = a fresh adapter by the fields below
+    rank: int = 8  # of the fresh adapter
+    alpha: float = 16.0  # its scale is alpha / rank
+    targets: str = "(q|k|v)_proj"  # regex over the model's linear layers
+    # True: B = 0, where the gradient of A vanishes and half the adapter is blind
+    zero_b: bool = False
+    seed: int = 0  # of A and B
+
+    def __post_init__(self):
+        _check("influence.lora.rank", self.rank >= 1, "at least 1", self.rank)
+        _check("influence.lora.alpha", self.alpha > 0, "above 0", self.alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class Influence:
+    engine: str = "exact"  # exact: forward mode, nothing projected
+    # the space of the gradients: all, lora, or a regex over parameter paths
+    parameters: str = "all"
+    direction: str = "mean"  # mean: the mean target gradient (DIQ)
+    loss_reduction: str = "mean"  # over an example's answer tokens: mean (the paper) or sum
+    normalize: str = "dot"  # dot; cosine needs the gradient's norm, which forward mode never sees
+    batch_tokens: int = 4096  # tokens of one scoring batch on all devices
+    lora: InfluenceLora = dataclasses.field(default_factory=InfluenceLora)
+
+    def __post_init__(self):
+        errors.check_choice("influence.engine", self.engine, ("exact",))
+        errors.check_choice("influence.direction", self.direction, ("mean",))
+        errors.check_choice("influence.loss_reduction", self.loss_reduction, ("mean", "sum"))
+        errors.check_choice("influence.normalize", self.normalize, ("dot", "cosine"))
+        if self.normalize == "cosine":
+            raise errors.UserError(
+                "influence.normalize=cosine needs each example's gradient norm, which the "
+                "forward-mode engine 'exact' never forms; use dot."
+            )
+        _check("influence.batch_tokens", self.batch_tokens >= 1, "at least 1", self.batch_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    # diq, random, influence, difficulty_knowledge, difficulty_reasoning, difficulty_overall
+    method: str = "diq"
+    retention_ratio: float = 0.1  # the share of the pool to keep, in (0, 1]
+    seed: int = 0  # of the random order
+
+    def __post_init__(self):
+        errors.check_choice("selection.method", self.method, METHODS)
+        ok = 0 < self.retention_ratio <= 1
+        _check("selection.retention_ratio", ok, "in (0, 1]", self.retention_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    # also train on as many rows by these selection methods, comma-separated; "" = none
+    baselines: str = "random"
+    rank: int = 8  # LoRA rank
+    alpha: float = 16.0  # LoRA scale is alpha / rank
+    dropout: float = 0.0  # on the adapter's input
+    targets: str = "(q|k|v)_proj"  # regex over the model's linear layers
+    learning_rate: float = 1e-4  # AdamW's peak, after warm-up, before the cosine
+    warmup_ratio: float = 0.1  # of all steps
+    weight_decay: float = 0.0  # AdamW
+    clip_norm: float = 1.0  # of the global gradient; 0 = no clipping
+    epochs: int = 3  # over the subset
+    batch_size: int = 8  # examples an optimiser step
+    accumulation_steps: int = 1  # microbatches an optimiser step; must divide batch_size
+    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more time
+    checkpoint_every_steps: int = 10  # train state on disk; a killed run continues from it
+    seed: int = 0  # of order, A and dropout
+
+    def __post_init__(self):
+        for method in self.baseline_methods:
+            errors.check_choice("finetune.baselines", method, METHODS)
+        for name in (
+            "rank",
+            "epochs",
+            "batch_size",
+            "accumulation_steps",
+            "checkpoint_every_steps",
+        ):
+            _check(f"finetune.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name in ("learning_rate", "alpha"):
+            _check(f"finetune.{name}", getattr(self, name) > 0, "above 0", getattr(self, name))
+        for name in ("weight_decay", "clip_norm"):
+            _check(f"finetune.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name))
+        _check("finetune.dropout", 0 <= self.dropout < 1, "in [0, 1)", self.dropout)
+        _check("finetune.warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)", self.warmup_ratio)
+        if self.batch_size % self.accumulation_steps:
+            raise errors.UserError(
+                f"finetune.accumulation_steps must divide batch_size {self.batch_size}, "
+                f"got {self.accumulation_steps}."
+            )
+
+    @property
+    def baseline_methods(self) -> tuple[str, ...]:
+        return tuple(m.strip() for m in self.baselines.split(",") if m.strip())
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    batch_tokens: int = 4096  # tokens of one evaluation batch on all devices
+    bootstrap_samples: int = 2000  # of every 95 % interval
+    seed: int = 0  # of the bootstrap
+
+    def __post_init__(self):
+        _check("evaluate.batch_tokens", self.batch_tokens >= 1, "at least 1", self.batch_tokens)
+        ok = self.bootstrap_samples >= 100
+        _check("evaluate.bootstrap_samples", ok, "at least 100", self.bootstrap_samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    # mesh: jit over a ("data", "model") mesh; pmap: data-parallel over local devices
+    strategy: str = "mesh"
+    data: int = 0  # devices along the batch; 0 = all that `model` leaves
+    model: int = 1  # devices over which parameters are split
+
+    def __post_init__(self):
+        errors.check_choice("parallel.strategy", self.strategy, ("mesh", "pmap"))
+        _check("parallel.data", self.data >= 0, "at least 0", self.data)
+        _check("parallel.model", self.model >= 1, "at least 1", self.model)
+        if self.strategy == "pmap" and self.model != 1:
+            raise errors.UserError("parallel.model must be 1 with parallel.strategy=pmap.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: Model
+    data: Data
+    difficulty: Difficulty
+    influence: Influence
+    selection: Selection
+    finetune: Finetune
+    evaluate: Evaluate
+    parallel: Parallel
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every field with its default, locked; model.path has none."""
+
+    def values(cls):
+        out = {}
+        for field in dataclasses.fields(cls):
+            nested = dataclasses.is_dataclass(field.type)
+            out[field.name] = values(field.type) if nested else field.default
+        return out
+
+    return ml_collections.ConfigDict(values(Config)).lock()
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+    """The checked, frozen form.
+
+    Raises:
+        UserError: a field that does not exist (with the nearest that does), of the wrong type, out
+            of range, or at odds with another.
+    """
+    return _build(Config, config.to_dict(), "")
+
+
+def _build(cls, values: dict[str, Any], prefix: str):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise errors.UserError(
+                f"config field {prefix}{name} does not exist.{errors.nearest(name, fields)}"
+            )
+    arguments = {}
+    for name, value in values.items():
+        kind, where = fields[name].type, f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = _build(kind, value, f"{where}.")
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise errors.UserError(f"{where} must be of type {kind.__name__}; got {value!r}.")
+        if kind is float and not math.isfinite(value):
+            raise errors.UserError(f"{where} must be finite; got {value}.")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def _check(field: str, ok: bool, expected: str, value: Any) -> None:
+    if not ok:
+        raise errors.UserError(f"{field} must be {expected}; got {value!r}.")

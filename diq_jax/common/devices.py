@@ -1,0 +1,132 @@
+"""Where arrays live and how a function of a batch is compiled: one chip to a pod, by mesh or by
+pmap.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from diq_jax.common import config, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Devices on a ("data", "model") mesh and the strategy that spreads work over them.
+
+    `mesh` compiles with jit and lets sharding place the work; `pmap` replicates everything and
+    splits the batch over local devices. Both take the same functions and give the same numbers.
+    """
+
+    strategy: str
+    mesh: Mesh
+
+    @property
+    def rows_multiple(self) -> int:
+        """A batch's rows must be a multiple of this."""
+        return self.mesh.shape["data"]
+
+    def _put(self, array, spec):
+        return jax.device_put(array, NamedSharding(self.mesh, spec))
+
+    def replicate(self, tree):
+        """Puts a tree on every device; under pmap with a leading device axis."""
+        if self.strategy == "mesh":
+            return jax.tree.map(lambda x: self._put(x, PartitionSpec()), tree)
+        n, sharding = self.rows_multiple, NamedSharding(self.mesh, PartitionSpec("data"))
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                (n, *np.shape(x)), sharding, lambda _, x=x: np.asarray(x)[None]
+            ),
+            tree,
+        )
+
+    def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
+        """A function (path, array) that puts a parameter where the first rule that matches its path
+        says.
+
+        Raises:
+            UserError: the model axis does not divide the parameter.
+            ValueError: no rule matches.
+        """
+
+        def put(path, array):
+            if self.strategy == "pmap":
+                return self.replicate(array)
+            spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), None)
+            if spec is None:
+                raise ValueError(f"No partition rule matches the parameter {path}.")
+            for axis, name in enumerate(spec):
+                if name and array.shape[axis] % self.mesh.shape[name]:
+                    raise errors.UserError(
+                        f"parallel.model={self.mesh.shape[name]} does not divide axis {axis} of "
+                        f"{path}, which has shape {array.shape}."
+                    )
+            return self._put(array, spec)
+
+        return put
+
+    def batch(self, tree):
+        """Splits a batch of numpy arrays (B, ...) over the data axis."""
+        if self.strategy == "mesh":
+            return jax.tree.map(lambda x: self._put(x, PartitionSpec("data")), tree)
+        n = self.rows_multiple
+        return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
+
+    def compile(self, fn: Callable, rows: bool) -> Callable:
+        """Compiles fn(*replicated, batch), whose last argument is a batch made by `batch`.
+
+        Args:
+            rows: True where fn gives an output a row (B, ...); False where it gives sums over the
+                rows, which are then added up over devices.
+
+        Returns:
+            A function of placed arguments; its outputs are arrays without a device axis.
+        """
+        if self.strategy == "mesh":
+            spec = PartitionSpec("data") if rows else None
+            return jax.jit(fn, out_shardings=NamedSharding(self.mesh, spec) if rows else None)
+        if rows:
+            mapped = jax.pmap(fn, "data", devices=self.mesh.devices.flat)
+            return lambda *args: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*args))
+        summed = jax.pmap(
+            lambda *args: jax.lax.psum(fn(*args), "data"), "data", devices=self.mesh.devices.flat
+        )
+        return lambda *args: jax.tree.map(lambda x: x[0], summed(*args))
+
+
+def one_behind(started: Iterable) -> Iterator:
+    """Yields each item once the next is made: a batch is under way while the last is fetched."""
+    last = None
+    for item in started:
+        if last is not None:
+            yield last
+        last = item
+    if last is not None:
+        yield last
+
+
+def make_placement(settings: config.Parallel) -> Placement:
+    """The placement that `parallel.*` asks for.
+
+    Raises:
+        UserError: more devices asked for than there are.
+    """
+    found = jax.local_devices() if settings.strategy == "pmap" else jax.devices()
+    data = settings.data or max(1, len(found) // settings.model)
+    needed = data * settings.model
+    if needed > len(found):
+        raise errors.UserError(
+            f"parallel.data={data} x parallel.model={settings.model} needs {needed} devices; "
+            f"{len(found)} found ({found[0].device_kind})."
+        )
+    mesh = jax.make_mesh(
+        (data, settings.model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=found[:needed],
+    )
+    return Placement(settings.strategy, mesh)

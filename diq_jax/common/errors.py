@@ -1,0 +1,25 @@
+"""The one exception for a user's mistake. Scripts print it as one sentence and exit with code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input from outside: what is wrong, where (file and line, or config field), what was
+    expected.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the known name nearest to `name`, or "" if none is."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(
+            f"{field} must be one of {', '.join(choices)}; got {value!r}.{nearest(value, choices)}"
+        )

