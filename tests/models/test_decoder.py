@@ -1,0 +1,238 @@
+"""Every decoder family equals transformers on torch: logits, padding, export and reload."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from diq_jax.common import errors, trees
+from diq_jax.data import batches, example
+from diq_jax.models import checkpoint, config, decoder, hf, layers, loss
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama3-tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "mistral-window": ("Mistral", {"sliding_window": 5, "head_dim": 12}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+}
+
+
+def torch_model(name, folder=None):
+    """A tiny random model; norms and biases are random too, so that a misplaced one shows."""
+    family, extra = FAMILIES[name]
+    cfg = getattr(transformers, f"{family}Config")(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, **extra,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(cfg).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter) + (parameter.ndim == 1)
+    if folder:
+        model.save_pretrained(folder)
+    return model
+
+
+def load(folder, dtype=np.float32):
+    source = checkpoint.open_checkpoint(str(folder), "model.path")
+    cfg = config.decoder_config(source.config, "model.path")
+    return hf.load_decoder(source, cfg, dtype, "model.path"), cfg, source.config
+
+
+def jax_logits(params, cfg, tokens, mask):
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+
+    @jax.jit
+    def forward(params, tokens, positions, mask):
+        return decoder.logits(params, cfg, decoder.apply(params, cfg, tokens, positions, mask))
+
+    return np.asarray(forward(params, tokens, positions, mask.astype(np.int32)))
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_torch(name, padding, tmp_path):
+    model = torch_model(name, tmp_path)
+    params, cfg, _ = load(tmp_path)
+    rng = np.random.default_rng(0)
+    tokens, mask = rng.integers(0, 100, (2, 24)), np.ones((2, 24), np.int64)
+    if padding != "none":
+        mask[0, (slice(None, 7) if padding == "left" else slice(-7, None))] = 0
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+        expected = model(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(positions),
+        ).logits.numpy()
+    got = jax_logits(params, cfg, tokens, mask)
+    np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_export_loads_in_transformers_and_here(name, tmp_path):
+    torch_model(name, tmp_path / "a")
+    params, cfg, hf_config = load(tmp_path / "a")
+    hf.save_decoder(tmp_path / "b", params, hf_config, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    tokens, mask = np.arange(24)[None], np.ones((1, 24), np.int64)
+    before = jax_logits(params, cfg, tokens, mask)
+    again, cfg_again, _ = load(tmp_path / "b")
+    assert cfg_again == cfg
+    np.testing.assert_allclose(jax_logits(again, cfg, tokens, mask), before, atol=1e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(before, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_is_near_float32(tmp_path):
+    torch_model("llama", tmp_path)
+    exact, cfg, _ = load(tmp_path)
+    rounded, _, _ = load(tmp_path, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.bfloat16)}
+    tokens, mask = np.arange(24)[None], np.ones((1, 24), np.int64)
+    a, b = jax_logits(exact, cfg, tokens, mask), jax_logits(rounded, cfg, tokens, mask)
+    assert b.dtype == np.float32
+    np.testing.assert_allclose(a, b, atol=0.06 * np.abs(a).max())
+
+
+def test_missing_unused_and_misshaped_tensors_are_reported_together(tmp_path):
+    model = torch_model("llama", tmp_path)
+    tensors = {k: v.numpy() for k, v in model.state_dict().items()}
+    settings = checkpoint.open_checkpoint(str(tmp_path), "model.path").config
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((3, 3), np.float32)
+    tensors["model.extra.weight"] = np.zeros(2, np.float32)
+    checkpoint.save_checkpoint(tmp_path / "bad", settings, tensors.items(), 10**9)
+    with pytest.raises(errors.UserError) as caught:
+        load(tmp_path / "bad")
+    for part in ("missing model.norm.weight", "(3, 3), expected (48, 32)", "unused model.extra"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt9"}, "model family 'gpt9' is not supported"),
+        ({"model_type": "bert"}, "a decoder is needed"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rms_norm_eps": None}, "no 'rms_norm_eps'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+    ],
+)
+def test_unsupported_configs_are_refused(change, message, tmp_path):
+    torch_model("llama", tmp_path)
+    settings = checkpoint.open_checkpoint(str(tmp_path), "model.path").config | change
+    with pytest.raises(errors.UserError, match=r"model\.path") as caught:
+        config.decoder_config(settings, "model.path")
+    assert message in str(caught.value)
+
+
+def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
+    key = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(key[0], (2, 37, 4, 8))
+    k, v = (jax.random.normal(k, (2, 37, 2, 8)) for k in key[1:])
+    segments = jnp.asarray(np.repeat([[1, 1, 2], [1, 2, 2]], [10, 10, 17], axis=1))
+    whole = layers.attention(q, k, v, segments, causal=True)
+    monkeypatch.setattr(layers, "QUERY_BLOCK", 8)
+    np.testing.assert_allclose(layers.attention(q, k, v, segments, causal=True), whole, atol=1e-6)
+
+
+def test_segments_do_not_see_each_other():
+    cfg = tiny.decoder_config()
+    params = decoder.init(jax.random.key(0), cfg, jnp.float32)
+    tokens = jnp.arange(12)[None]
+    apart = [
+        decoder.apply(params, cfg, tokens[:, s], jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32))
+        for s in (slice(0, 6), slice(6, 12))
+    ]
+    packed = decoder.apply(
+        params, cfg, tokens, jnp.tile(jnp.arange(6), 2)[None], jnp.repeat(jnp.array([[1, 2]]), 6, 1)
+    )
+    np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-5)
+
+
+def test_causality_by_gradients():
+    """The gradient of position t's hidden state is zero at every later token's embedding."""
+    cfg = tiny.decoder_config()
+    params = decoder.init(jax.random.key(0), cfg, jnp.float32)
+    tokens = jnp.arange(10)[None]
+
+    def at(embedding, t):
+        shared = params | {"embed": {"embedding": embedding}}
+        ones = jnp.ones((1, 10), jnp.int32)
+        return decoder.apply(shared, cfg, tokens, jnp.arange(10)[None], ones)[0, t].sum()
+
+    gradient = jax.grad(at)(params["embed"]["embedding"], 4)
+    assert np.abs(gradient[:5]).min(axis=1).max() > 0
+    assert not np.any(gradient[5:10])
+
+
+def test_every_parameter_has_one_partition_rule_and_every_rule_a_parameter():
+    names = set()
+    for extra in ({}, {"tied_head": False, "qkv_bias": True, "output_bias": True, "qk_norm": True}):
+        shapes = trees.named_leaves(
+            decoder.shapes(tiny.decoder_config(**extra)), lambda x: type(x) is tuple
+        )
+        names |= set(shapes)
+        for name, shape in shapes.items():
+            matches = [s for rule, s in decoder.PARTITION_RULES if re.fullmatch(rule, name)]
+            assert len(matches) == 1 and len(matches[0]) == len(shape), name
+    for rule, _ in decoder.PARTITION_RULES:
+        assert any(re.fullmatch(rule, name) for name in names), rule
+
+
+@pytest.fixture(name="losses_case")
+def _losses_case():
+    cfg = tiny.decoder_config()
+    rng = np.random.default_rng(1)
+    rows = []
+    for i, (length, prompt) in enumerate([(9, 4), (14, 2), (5, 4)]):
+        ids = rng.integers(0, 50, length).astype(np.int32)
+        labels = np.where(np.arange(length) < prompt, -100, ids).astype(np.int32)
+        rows.append(example.Encoded(str(i), ids, labels))
+    return decoder.init(jax.random.key(0), cfg, jnp.float32), cfg, rows
+
+
+def test_loss_equals_a_full_log_softmax(losses_case):
+    params, cfg, rows = losses_case
+    batch = batches.make_batch(rows, 4, 16, 16)
+    got = {r: loss.example_losses(params, cfg, batch, r) for r in ("mean", "sum")}
+    for i, row in enumerate(rows):
+        logits = jax_logits(params, cfg, row.input_ids[None], np.ones((1, len(row.input_ids))))
+        nll = -jax.nn.log_softmax(logits[0, :-1])[np.arange(len(row.labels) - 1), row.input_ids[1:]]
+        scored = np.asarray(nll)[row.labels[1:] != -100]
+        np.testing.assert_allclose(got["mean"][i], scored.mean(), rtol=1e-5)
+        np.testing.assert_allclose(got["sum"][i], scored.sum(), rtol=1e-5)
+    assert got["mean"][3] == got["sum"][3] == 0
+
+
+def test_head_blocks_padding_side_and_remat_change_nothing(losses_case, monkeypatch):
+    params, cfg, rows = losses_case
+    whole = loss.token_losses(params, cfg, batches.make_batch(rows, 3, 16, 16))
+    left = loss.token_losses(params, cfg, batches.make_batch(rows, 3, 20, 16, "left"), remat=True)
+    monkeypatch.setattr(loss, "HEAD_BLOCK", 9)
+    blocked = loss.token_losses(params, cfg, batches.make_batch(rows, 3, 16, 16))
+    np.testing.assert_allclose(left, whole, atol=1e-5)
+    np.testing.assert_allclose(blocked, whole, atol=1e-6)

