@@ -1,0 +1,334 @@
+"""Sources: what is read is what was written; a mistake is a sentence that names its place."""
+
+import collections
+import gzip
+import json
+
+import datasets
+import hypothesis
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import strategies as st
+
+from diq_jax.common import errors
+from diq_jax.data import sources
+
+ROWS = [
+    {"id": f"r{i}", "question": f"Why {i}?", "reasoning": "", "answer": f"Because\u2028 {i}."}
+    for i in range(5)
+]
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def choice(i, task="t", **changes):
+    row = {"id": f"{task}{i}", "task": task, "question": "Which?", "answer_idx": "B"}
+    return row | {"options": {"A": "a", "B": "b"}} | changes
+
+
+def write(path, rows):
+    """Writes rows in the format that the name of `path` says."""
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(jsonl(rows).encode()))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".csv":
+        cells = [[f'"{row[name]}"' for name in ROWS[0]] for row in rows]
+        path.write_text("\n".join(map(",".join, [list(ROWS[0]), *cells])), encoding="utf-8")
+    else:
+        path.write_text(jsonl(rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    path = write(tmp_path / name, ROWS)
+    rows, places = zip(*sources.read_rows(path, "data.pool"), strict=True)
+    assert list(rows) == ROWS
+    first = {"a.jsonl": ":1", "a.jsonl.gz": ":1", "a.csv": ":2"}.get(name, " row 0")
+    assert places[0] == path + first
+
+
+def test_lists_and_globs_are_read_in_order(tmp_path):
+    for name, rows in (("b", ROWS[:2]), ("a", ROWS[2:4]), ("c", ROWS[4:])):
+        write(tmp_path / f"{name}.jsonl", rows)
+    pool = sources.load_pool(f"{tmp_path}/c.jsonl , {tmp_path}/[ab].jsonl", "", 0)
+    assert [e.example_id for e in pool] == ["r4", "r2", "r3", "r0", "r1"]
+    assert sources.load_pool(f"{tmp_path}/c.jsonl,{tmp_path}/[ab].jsonl", "", 2) == pool[:2]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl(ROWS[:1]).encode() + b"\n \n")
+    assert [row for row, _ in sources.read_rows(str(path), "f")] == ROWS[:1]
+
+
+def test_the_hub(monkeypatch, tmp_path):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = sources.read_rows("hub:me/pool,hub:me/pool:en,hub:me/pool::train[:10]", "data.pool")
+    assert asked == [
+        ("me/pool", None, "train"),
+        ("me/pool", "en", "train"),
+        ("me/pool", None, "train[:10]"),
+    ]
+    assert rows[2] == (ROWS[2], "me/pool row 2")
+    tests = [choice(0, task=""), choice(1, task="")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: tests)
+    assert {e.task for e in sources.load_tests("hub:me/medqa", 0, 0)} == {"medqa"}
+
+
+@pytest.mark.parametrize("error", [ConnectionError, datasets.exceptions.DatasetNotFoundError])
+def test_an_unreachable_hub_is_a_user_error(monkeypatch, error):
+    def load_dataset(*args, **kwargs):
+        raise error("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(errors.UserError, match=r"data\.pool: hub:me/pool cannot be .*offline"):
+        sources.load_pool("hub:me/pool", "", 0)
+
+
+BAD_FILES = {
+    "broken JSON line": ("a.jsonl", jsonl(ROWS[:1]) + '{"id": \n', r"a\.jsonl:2 is not JSON"),
+    "row is no object": ("a.jsonl", jsonl(ROWS[:1]) + "[1]\n", r"a\.jsonl:2 must be an object"),
+    "broken JSON": ("a.json", '[{"id": 1},\n {"id" 2}]', r"a\.json:2 is not JSON"),
+    "no list": ("a.json", '{"id": 1}', r"a\.json must hold a list"),
+    "item is no object": ("a.json", '[{"id": 1}, 3]', r"a\.json row 1 must be an object"),
+    "unknown extension": ("a.txt", "x", r"a\.txt must end in \.jsonl"),
+    "not UTF-8": ("a.jsonl", jsonl(ROWS[:1]).encode() + b'"\xff"\n', r"a\.jsonl:2 is not UTF-8"),
+    "csv not UTF-8": ("a.csv", b"id\n\xff\n", r"a\.csv:2 is not UTF-8"),
+    "csv with too many cells": ("a.csv", "id,answer\n1,2\n1,2,3\n", r"a\.csv:3 must have 2 cells"),
+    "csv with an open quote": ("a.csv", 'id,answer\n1,"2\n', r"a\.csv cannot be read"),
+    "no parquet": ("a.parquet", "PAR1 not", r"a\.parquet cannot be read"),
+    "no gzip": ("a.jsonl.gz", "{}", r"a\.jsonl\.gz cannot be read"),
+    "truncated gzip": (
+        "a.jsonl.gz",
+        gzip.compress(jsonl(ROWS).encode())[:-20],
+        r"a\.jsonl\.gz cannot be read",
+    ),
+    "empty": ("a.jsonl", "", r"holds no rows: .*a\.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_a_user_error(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.UserError, match=rf"^data\.pool.*{message}"):
+        sources.load_pool(str(tmp_path / name), "", 0)
+
+
+def test_a_bad_spec_is_a_user_error(tmp_path):
+    write(tmp_path / "pool.jsonl", ROWS)
+    for spec, message in (
+        (f"{tmp_path}/pol.jsonl", r"there is no file .*Did you mean 'pool\.jsonl'\?"),
+        (f"{tmp_path}/absent/pool.jsonl", r"there is no file"),
+        (f"{tmp_path}/*.json", r"no file matches"),
+        (str(tmp_path), r"is a folder"),
+        (" , ", r"must name a file"),
+        ("hub:", r"must be hub:NAME"),
+    ):
+        with pytest.raises(errors.UserError, match=rf"^data\.pool.*{message}"):
+            sources.load_pool(spec, "", 0)
+
+
+def test_the_pool_keeps_its_rows_and_names_those_without_an_id(tmp_path):
+    rows = [ROWS[0] | {"extra": [1]}, {"question": "q", "answer": "a"}, ROWS[1] | {"id": 7}]
+    pool = sources.load_pool(write(tmp_path / "a.jsonl", rows), "", 0)
+    assert [e.example_id for e in pool] == ["r0", "row-000001", "7"]
+    assert [e.row for e in pool] == rows
+    assert (pool[1].question, pool[1].reasoning, pool[1].answer) == ("q", "", "a")
+
+
+def test_mappings(tmp_path):
+    huatuo = [{"Question": "q", "Complex_CoT": "r", "Response": "a"}]
+    example = sources.load_pool(write(tmp_path / "a.jsonl", huatuo), "huatuo", 0)[0]
+    assert (example.question, example.reasoning, example.answer) == ("q", "r", "a")
+    own = [{"Q": "q", "A": "a", "no": 3}]
+    example = sources.load_pool(write(tmp_path / "b.jsonl", own), "question=Q, answer=A,id=no", 0)
+    assert [(e.example_id, e.question, e.reasoning, e.answer) for e in example] == [
+        ("3", "q", "", "a")
+    ]
+    two = [
+        {"question": "q", "options": "A. x", "reasoning": "r", "answer": "a"},
+        {"question": "q", "options": "", "reasoning": "r", "answer": "a"},
+    ]
+    pool = sources.load_pool(write(tmp_path / "c.jsonl", two), "medreason", 0)
+    assert [e.question for e in pool] == ["q\n\nA. x", "q"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("huatou", "Did you mean 'huatuo'"),
+        ("question=qestion,answer=answer", "'qestion', but .* Did you mean 'question'"),
+        ("question=question,answer=answer,reasoning=cot", "'cot'"),
+        ("question=question", "must map answer"),
+        ("question=,answer=answer", "must be empty, one of"),
+        ("qustion=question,answer=answer", "Did you mean 'question'"),
+    ],
+)
+def test_a_bad_mapping_is_a_user_error(tmp_path, columns, message):
+    with pytest.raises(errors.UserError, match=rf"^data\.columns.*{message}"):
+        sources.load_pool(write(tmp_path / "a.jsonl", ROWS), columns, 0)
+
+
+TOKENS = {"id": "x", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+BAD_POOL_ROWS = {
+    "no question": ({"answer": "a"}, "question is missing from columns answer"),
+    "near question": ({"Question": "q", "answer": "a"}, "Did you mean 'Question'"),
+    "empty question": ({"question": " ", "answer": "a"}, "question is empty"),
+    "no answer": ({"question": "q"}, "answer is missing"),
+    "null answer": ({"question": "q", "answer": None}, "answer is empty"),
+    "number as answer": ({"question": "q", "answer": 3}, "answer must be a text, got 3"),
+    "list as reasoning": ({"question": "q", "answer": "a", "reasoning": []}, "reasoning must be"),
+    "list as id": ({"question": "q", "answer": "a", "id": [1]}, "id must be a text or"),
+    "the same id": (ROWS[0], r"'r0' stands at .*a\.jsonl:1 and again at .*a\.jsonl:2"),
+    "no labels": ({"input_ids": [1, 2]}, "labels must be a list"),
+    "float tokens": (TOKENS | {"input_ids": [1, 2.0, 3]}, "input_ids must be a list of whole"),
+    "bool tokens": (TOKENS | {"input_ids": [1, True, 3]}, "input_ids must be a list of whole"),
+    "short labels": (TOKENS | {"labels": [2]}, "must be as long as input_ids; got 1 and 3"),
+    "negative token": (TOKENS | {"input_ids": [1, -2, 3]}, r"must be in \[0, 2"),
+    "negative label": (TOKENS | {"labels": [-100, -1, 3]}, r"must be in \[0, 2"),
+    "huge token": (TOKENS | {"input_ids": [1, 2**31, 3]}, r"must be in \[0, 2"),
+    "nothing scored": (TOKENS | {"labels": [1, -100, -100]}, "must score a token after the first"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_POOL_ROWS)
+def test_a_bad_pool_row_is_a_user_error(tmp_path, case):
+    row, message = BAD_POOL_ROWS[case]
+    path = write(tmp_path / "a.jsonl", [ROWS[0], row])
+    with pytest.raises(errors.UserError, match=message) as raised:
+        sources.load_pool(path, "", 0)
+    assert str(raised.value).startswith("data.pool: ") and f"{path}:2" in str(raised.value)
+    assert len(sources.load_pool(path, "", 1)) == 1
+
+
+def test_pre_tokenised_rows_are_used_as_they_are(tmp_path):
+    path = write(tmp_path / "a.parquet", [TOKENS])
+    example = sources.load_pool(path, "huatuo", 0)[0]
+    assert (example.input_ids, example.labels) == ((1, 2, 3), (-100, 2, 3))
+    assert (example.question, example.answer) == ("", "")
+    assert sources.load_targets(path, 0, 0, "")[0].labels == (-100, 2, 3)
+
+
+def test_choices_come_as_an_object_a_list_or_a_parquet_struct(tmp_path):
+    as_object = choice(0, options={"A": "x", "B": "y"})
+    as_list = choice(1, options=["x", "y"])
+    of_three = choice(2, options={"A": "x", "B": "y", "C": "z"})
+    path = write(tmp_path / "a.jsonl", [as_object, as_list])
+    parquet = write(tmp_path / "b.parquet", [of_three, choice(3, options={"A": "x", "B": "y"})])
+    tests = sources.load_tests(f"{path},{parquet}", 0, 0)
+    assert [list(e.options) for e in tests] == [["A", "B"], ["A", "B"], ["A", "B", "C"], ["A", "B"]]
+    assert {(e.answer_idx, e.answer, e.question) for e in tests} == {("B", "y", "Which?")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer_idx": "E"}, "answer_idx must be one of A, B; got 'E'"),
+        ({"answer_idx": 1}, "answer_idx must be one of A, B; got 1"),
+        ({"answer_idx": ["A"]}, "answer_idx must be one of"),
+        ({"options": {"A": "x"}}, "options must be two or more, got 1"),
+        ({"options": "A. x"}, "options must be an object"),
+        ({"options": {"A": "x", "B": 3}}, "option B must be a text, got 3"),
+        ({"question": ""}, "question is empty"),
+        ({"task": 3}, "task must be a text, got 3"),
+    ],
+)
+def test_a_bad_test_row_is_a_user_error(tmp_path, changes, message):
+    path = write(tmp_path / "a.jsonl", [choice(0), choice(1, **changes)])
+    with pytest.raises(errors.UserError, match=rf"^data\.tests: .*a\.jsonl:2: {message}"):
+        sources.load_tests(path, 0, 0)
+
+
+def test_targets_take_choices_and_examples_and_the_mapping_where_it_fits(tmp_path):
+    rows = [
+        choice(0),
+        {"Question": "q", "Response": "a"},
+        {"id": "z", "question": "p", "answer": "b"},
+    ]
+    targets = sources.load_targets(write(tmp_path / "own.jsonl", rows), 0, 0, "huatuo")
+    assert [(e.question, e.answer, e.task) for e in targets] == [
+        ("Which?", "b", "t"),
+        ("q", "a", "own"),
+        ("p", "b", "own"),
+    ]
+
+
+def test_a_task_is_named_after_its_file_or_folder(tmp_path):
+    for name in ("medqa/target.jsonl", "medqa/extra.jsonl.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        write(path, [choice(path.stem, task="")])
+    tests = sources.load_tests(f"{tmp_path}/medqa/*", 0, 0)
+    assert [e.task for e in tests] == ["extra", "medqa"]
+
+
+def test_the_same_id_in_two_tasks_is_a_user_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", [choice(0), choice(0) | {"task": "u"}])
+    with pytest.raises(errors.UserError, match=r"^data\.tests: id 't0' .*:1 and again at .*:2"):
+        sources.load_tests(path, 1, 0)
+
+
+def test_the_draw_does_not_depend_on_order_or_on_other_tasks(tmp_path):
+    rows = [choice(i, task) for task in "abc" for i in range(9)]
+    one = write(tmp_path / "one.jsonl", rows)
+    two = write(tmp_path / "two.jsonl", [row for row in reversed(rows) if row["task"] != "c"])
+
+    def drawn(path, count, seed=0):
+        return [e.example_id for e in sources.load_tests(path, count, seed)]
+
+    assert collections.Counter(id_[0] for id_ in drawn(one, 4)) == dict.fromkeys("abc", 4)
+    assert [i for i in drawn(one, 4) if i[0] != "c"] == drawn(two, 4)[::-1]
+    assert drawn(one, 4) == sorted(drawn(one, 4))  # the order of the file
+    assert set(drawn(one, 3)) < set(drawn(one, 4)) < set(drawn(one, 0))
+    assert drawn(one, 0) == drawn(one, 100) == [row["id"] for row in rows]
+    assert drawn(one, 4, seed=1) != drawn(one, 4)
+
+
+def test_the_sample_loads():
+    pool = sources.load_pool("sample", "", 0)
+    targets, tests = sources.load_targets("sample", 4, 0, ""), sources.load_tests("sample", 0, 0)
+    tasks = collections.Counter(e.task for e in targets)
+    assert len(pool) >= 100 and len(tasks) >= 2 and set(tasks.values()) == {4}
+    assert {e.task for e in tests} == set(tasks)
+    assert not {e.example_id for e in targets} & {e.example_id for e in tests}
+
+
+def test_real_tasks(shared_data):
+    targets = sources.load_targets(f"{shared_data}/tasks/*/target.jsonl", 20, 0, "")
+    assert set(collections.Counter(e.task for e in targets).values()) == {20}
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["id", "question", "answer", "reasoning", "input_ids", "labels"]),
+            st.none()
+            | st.integers(-101, 3)
+            | st.text("ab \n", max_size=2)
+            | st.lists(st.integers()),
+        ),
+        max_size=3,
+    )
+)
+def test_any_rows_load_or_are_a_user_error(tmp_path_factory, rows):
+    path = write(tmp_path_factory.mktemp("rows") / "a.jsonl", rows)
+    try:
+        assert len(sources.load_pool(path, "", 0)) == len(rows)
+    except errors.UserError as e:
+        assert "data.pool" in str(e)
