@@ -1,0 +1,79 @@
+"""What the benchmark numbers say: means with bootstrap intervals, and paired differences of models.
+
+Dims: Q questions, M models, S bootstrap samples.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+METRICS = ("test_loss", "accuracy", "accuracy_norm")  # the last axis of `questions` below
+
+
+def estimates(values, samples: int, seed: int) -> np.ndarray:
+    """The mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...) float64.
+
+    Questions are drawn with replacement, the same for every column and those that
+    metrics.bootstrap_interval draws with this seed; so the difference of two columns is the paired
+    bootstrap of their difference.
+    """
+    values = np.asarray(values, np.float64)
+    flat = values.reshape(len(values), -1)
+    out = np.empty((1 + samples, flat.shape[1]))
+    out[0] = np.mean(flat, axis=0)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for resampled in out[1:]:
+        # Counts instead of a gather: (S, Q, ...) would not fit for large test sets.
+        counts = np.bincount(rng.integers(0, len(flat), len(flat)), minlength=len(flat))
+        resampled[:] = counts @ flat / len(flat)
+    return out.reshape(1 + samples, *values.shape[1:])
+
+
+def summary(column) -> dict[str, float]:
+    """The mean and the 95 % percentile interval of a column (1 + S,) of `estimates`."""
+    low, high = np.percentile(column[1:], [2.5, 97.5])
+    return {"mean": float(column[0]), "low": float(low), "high": float(high)}
+
+
+def results(
+    names: Sequence[str],
+    targets: np.ndarray,
+    questions: np.ndarray,
+    tasks: Sequence[str],
+    versus: Mapping[str, Sequence[str]],
+    samples: int,
+    seed: int,
+) -> dict:
+    """The `models` part of evaluate/results.json.
+
+    Args:
+        names: M models.
+        targets: (targets, M) mean answer-token losses, nats per token.
+        questions: (Q, M, 3), for each question and model METRICS: the loss of the right option in
+            nats per token, then 1 for a right choice by raw and by length-normalised likelihood,
+            else 0.
+        tasks: the task of each question.
+        versus: for each model, those that it is compared with: its own value minus theirs.
+    """
+
+    def by_metric(questions):
+        drawn = estimates(questions, samples, seed)
+        return {metric: drawn[..., k] for k, metric in enumerate(METRICS)}
+
+    whole = {"target_loss": estimates(targets, samples, seed), **by_metric(questions)}
+    labels = np.asarray(tasks)
+    by_task = {task: by_metric(questions[labels == task]) for task in sorted(set(tasks))}
+    out = {}
+    for i, name in enumerate(names):
+        out[name] = {metric: summary(x[:, i]) for metric, x in whole.items()}
+        out[name]["tasks"] = {
+            task: {"questions": int(np.count_nonzero(labels == task))}
+            | {metric: summary(x[:, i]) for metric, x in drawn.items()}
+            for task, drawn in by_task.items()
+        }
+        others = {other: names.index(other) for other in versus[name]}
+        out[name]["versus"] = {
+            other: {metric: summary(x[:, i] - x[:, j]) for metric, x in whole.items()}
+            for other, j in others.items()
+        }
+    return out

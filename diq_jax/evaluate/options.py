@@ -1,0 +1,139 @@
+"""Multiple-choice questions, one row each: the prompt is read once for all its options.
+
+A row is prompt + option A + option B + ...: the prompt is segment 1, the options are segments 2, 3,
+... whose parent is the prompt, so that an option sees the prompt and itself. Positions of each
+option begin where the prompt ends, as if it stood there alone.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from diq_jax.common import errors
+from diq_jax.data import batches, example
+
+PROMPT_SEGMENT = 1  # as batches.make_batch has it
+NO_PARENT = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """A question as token ids.
+
+    Attributes:
+        prompt_ids: (P,) int32, at least one.
+        letters: the options' names.
+        option_ids: for each option, int32, at least one.
+        answer: index of the right option.
+    """
+
+    example_id: str
+    task: str
+    prompt_ids: np.ndarray
+    letters: tuple[str, ...]
+    option_ids: tuple[np.ndarray, ...]
+    answer: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each option."""
+        return np.array([len(ids) for ids in self.option_ids])
+
+    @property
+    def row(self) -> example.Encoded:
+        """Prompt and options one after another, the options scored."""
+        options = np.concatenate(self.option_ids)
+        ignored = np.full(len(self.prompt_ids), example.IGNORED, np.int32)
+        return example.Encoded(
+            self.example_id,
+            np.concatenate([self.prompt_ids, options]),
+            np.concatenate([ignored, options]),
+        )
+
+
+def from_table(table: pa.Table, where: str) -> list[Question]:
+    """The questions of prepare/tests.parquet.
+
+    Raises:
+        UserError: an empty prompt or option, or an answer that is no option; `where` is the file.
+    """
+    questions = []
+    for row in table.to_pylist():
+        options = tuple(np.asarray(ids, np.int32) for ids in row["option_ids"])
+        prompt = np.asarray(row["prompt_ids"], np.int32)
+        name = f"{where}: question {row['example_id']!r}"
+        if not len(prompt) or not options or not all(len(ids) for ids in options):
+            raise errors.UserError(f"{name} must have tokens in its prompt and in every option.")
+        if not (len(row["options"]) == len(options) > row["answer"] >= 0):
+            raise errors.UserError(
+                f"{name} must have a letter for each of its {len(options)} options and an answer "
+                f"among them; got {row['options']} and {row['answer']}."
+            )
+        questions.append(
+            Question(
+                row["example_id"],
+                row["task"],
+                prompt,
+                tuple(row["options"]),
+                options,
+                row["answer"],
+            )
+        )
+    return questions
+
+
+def pack(questions: Sequence[Question], rows: int, tokens: int, answers: int) -> batches.Batch:
+    """A numpy batch of (rows, tokens) that scores (rows, answers) option tokens.
+
+    A row scores its options' tokens one after another; each option's first token is read off the
+    prompt's last. Rows beyond the questions are padding.
+    """
+    batch = batches.make_batch([question.row for question in questions], rows, tokens, answers)
+    parent_ids = np.full((rows, tokens), NO_PARENT, np.int32)
+    for i, question in enumerate(questions):
+        prompt, lengths = len(question.prompt_ids), question.lengths
+        within = np.concatenate([np.arange(n) for n in lengths])
+        here = slice(prompt, prompt + len(within))
+        batch.positions[i, here] = prompt + within
+        batch.segment_ids[i, here] = (
+            PROMPT_SEGMENT + 1 + np.repeat(np.arange(len(lengths)), lengths)
+        )
+        batch.loss_positions[i, np.flatnonzero(within == 0)] = prompt - 1
+        parent_ids[i, here] = PROMPT_SEGMENT
+    return batch.replace(parent_ids=parent_ids)
+
+
+def log_likelihoods(question: Question, losses: np.ndarray) -> np.ndarray:
+    """Summed log-likelihood of each option given the prompt, in nats, float64.
+
+    Args:
+        losses: (A,) token losses of the question's row (loss.token_losses).
+    """
+    ends = np.cumsum(question.lengths)
+    return -np.add.reduceat(losses[: ends[-1]].astype(np.float64), ends - question.lengths)
+
+
+def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
+    """The likeliest option, by the sum and by the mean of a token. Ties go to the first option."""
+    return int(np.argmax(log_likelihoods)), int(np.argmax(log_likelihoods / lengths))
+
+
+def prediction(model: str, question: Question, log_likelihoods: list[float]) -> dict[str, Any]:
+    """A row of evaluate/predictions.jsonl; its loss is the right option's, in nats per token."""
+    sums, lengths = np.array(log_likelihoods), question.lengths
+    letters, right = question.letters, question.answer
+    by_sum, by_mean = choose(sums, lengths)
+    return {
+        "model": model,
+        "example_id": question.example_id,
+        "task": question.task,
+        "answer": letters[right],
+        "prediction": letters[by_sum],
+        "prediction_norm": letters[by_mean],
+        "loss": float(-sums[right] / lengths[right]),
+        "log_likelihoods": dict(zip(letters, sums.tolist(), strict=True)),
+        "tokens": dict(zip(letters, lengths.tolist(), strict=True)),
+    }

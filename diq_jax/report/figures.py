@@ -1,0 +1,302 @@
+"""The report's pictures, each a function of arrays, drawn once and kept as PNG and as inline SVG.
+
+The palette is Okabe and Ito's, which colour-blind readers can tell apart; the colours that must
+change with the page's scheme (text, grid) become CSS variables in the SVG.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+
+INK, LINE, MUTED = "#1f2429", "#d9dde1", "#7a828c"
+SELECTED, POOL = "#d55e00", "#8a939c"
+ARMS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+QUADRANTS = {
+    1: "hard, high influence",
+    2: "easy, high influence",
+    3: "hard, low influence",
+    4: "easy, low influence",
+}
+THRESHOLD = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3)), "zorder": 1}
+DIFFICULTY, INFLUENCE = "difficulty (level)", "influence (nats per unit learning rate)"
+CORNERS = {1: (1, 1), 2: (0, 1), 3: (1, 0), 4: (0, 0)}
+STYLE = {
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.size": 9,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "text.color": INK,
+    "text.parse_math": False,  # a source named "$x$" is a name
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure as a PNG file, and as SVG text to stand inside an HTML page."""
+
+    png: bytes
+    svg: str
+
+
+def render(draw, *args) -> Picture:
+    """Draws `draw(*args)`; the same arguments give the same bytes."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}), _missing_glyphs_pass():
+        figure = draw(*args)
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png", dpi=150)
+        figure.set_layout_engine("none")  # the layout is found; again would take as long again
+        figure.savefig(svg, format="svg", dpi=150, transparent=True, metadata={"Date": None})
+    text = svg.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Group ids repeat from figure to figure, and an id must be unique in a page.
+    text = re.sub(r' id="[\w.]+_\d{1,5}"', "", text)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    return Picture(png.getvalue(), text.replace(INK, "var(--ink)").replace(LINE, "var(--line)"))
+
+
+@contextlib.contextmanager
+def _missing_glyphs_pass():
+    """A name in a script that the PNG's font lacks shows as boxes there and well in the page."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def fences(values) -> tuple[float, float]:
+    """The range to draw: that of all values, but where a few would squash the others, that of the
+    middle 90 % and its width again on either side.
+    """
+    low, high = float(np.min(values)), float(np.max(values))
+    inner = np.percentile(values, 5, method="higher"), np.percentile(values, 95, method="lower")
+    width = float(inner[1] - inner[0])
+    if width <= 0 or high - low <= 4 * width:
+        return low, high
+    return max(low, float(inner[0]) - width), min(high, float(inner[1]) + width)
+
+
+def shown(selected, rank, most: int):
+    """Indices of at most `most` examples to draw, by rank: selected ones first, spread evenly."""
+    order = np.argsort(rank, kind="stable")
+    chosen, others = order[selected[order]], order[~selected[order]]
+    chosen = _spread(chosen, max(most // 2, most - len(others)))
+    return np.concatenate([chosen, _spread(others, most - len(chosen))])
+
+
+def _spread(items, most):
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)
+    return items[places]
+
+
+def quadrants(difficulty, influence, selected, counts, thresholds):
+    """The scatter of the two scores (n,) with its thresholds. Influence comes inside its fences.
+
+    Args:
+        counts: {quadrant: (examples, selected ones)} of the whole pool.
+        thresholds: difficulty, influence.
+    """
+    figure = matplotlib.figure.Figure((8, 5.2))
+    ax = figure.subplots()
+    _points(ax, difficulty, influence, selected)
+    ax.set_xlim(*limits(difficulty))
+    ax.set_ylim(*limits(influence))
+    for line, axis in ((ax.axvline, "difficulty"), (ax.axhline, "influence")):
+        line(thresholds[axis], **THRESHOLD)
+    for quadrant, (x, y) in CORNERS.items():
+        ax.annotate(
+            quadrant_label(quadrant, counts),
+            (x, y),
+            (-6 if x else 6, -6 if y else 6),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right" if x else "left",
+            va="top" if y else "bottom",
+            fontweight="bold",
+        )
+    ax.set_xlabel(f"{DIFFICULTY}, threshold {thresholds['difficulty']:.2f}")
+    ax.set_ylabel(f"{INFLUENCE}, threshold {thresholds['influence']:.3g}")
+    _legend_above(figure)
+    return figure
+
+
+def quadrant_label(quadrant: int, counts: Mapping[int, tuple[int, int]]) -> str:
+    examples, chosen = counts[quadrant]
+    return f"Q{quadrant} {QUADRANTS[quadrant]}: {examples:,}, {chosen:,} selected"
+
+
+def tokens(answer_tokens, influence, selected, rho):
+    """Influence against the number of answer tokens: the length confound, for the eye."""
+    figure = matplotlib.figure.Figure((8, 4))
+    ax = figure.subplots()
+    _points(ax, answer_tokens, influence, selected)
+    if np.max(answer_tokens) > 20 * np.median(answer_tokens):
+        ax.set_xscale("log")
+    else:
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.set_xlabel("answer tokens (scored)")
+    ax.set_ylabel(INFLUENCE)
+    ax.set_title(f"Spearman {rho}")
+    _legend_above(figure)
+    return figure
+
+
+def distributions(panels: Sequence[tuple[str, np.ndarray, float]], selected):
+    """Histograms: the selected examples' shares over those of the whole pool.
+
+    Args:
+        panels: axis label, scores (n,), threshold.
+    """
+    figure = matplotlib.figure.Figure((8, 3.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (label, values, threshold) in zip(axes, panels, strict=True):
+        _histogram(ax, values, selected)
+        ax.axvline(threshold, **THRESHOLD, label="threshold")
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("share of group (%)")
+    _legend_above(figure)
+    return figure
+
+
+def _histogram(ax, values, selected):
+    low, high = np.min(values), np.max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, 25)
+    for group, style in (
+        (np.ones_like(selected), dict(color=POOL, alpha=0.45, label="pool")),
+        (selected, dict(color=SELECTED, histtype="step", linewidth=1.6, label="selected")),
+    ):
+        weights = np.full(group.sum(), 100 / max(1, group.sum()))
+        ax.hist(values[group], edges, weights=weights, **style)
+    ax.grid(axis="x", visible=False)
+
+
+def sources(names: Sequence[str], pool_share, selected_share):
+    """Share of the pool and share of the selection, in percent, by source."""
+    places = np.arange(len(names))
+    figure = matplotlib.figure.Figure((8, 1.1 + 0.42 * len(names)))
+    ax = figure.subplots()
+    ax.barh(places - 0.19, pool_share, 0.36, color=POOL, alpha=0.6, label="pool")
+    ax.barh(places + 0.19, selected_share, 0.36, color=SELECTED, label="selected")
+    for offset, shares in ((-0.19, pool_share), (0.19, selected_share)):
+        for place, share in zip(places, shares, strict=True):
+            ax.annotate(
+                f"{share:.1f}",
+                (share, place + offset),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+    ax.set_yticks(places, [textwrap.shorten(name, 32, placeholder=" …") for name in names])
+    ax.invert_yaxis()
+    ax.set_xlabel("share (%)")
+    ax.grid(axis="y", visible=False)
+    _legend_above(figure)
+    return figure
+
+
+def comparison(panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, float]]], bool]]):
+    """Dots with 95 % intervals.
+
+    Args:
+        panels: title with unit, [(arm, {mean, low, high})], whether a line marks zero. Arms stand
+            in one order in all panels, from the top down.
+    """
+    arms = list(dict.fromkeys(arm for _, dots, _ in panels for arm, _ in dots))
+    colours = arm_colours(arms)
+    figure = matplotlib.figure.Figure((8, 1.0 + 0.42 * len(arms)))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, dots, zero) in zip(axes, panels, strict=True):
+        for arm, value in dots:
+            y = arms.index(arm)
+            ax.plot([value["low"], value["high"]], [y, y], color=colours[arm], linewidth=2)
+            ax.plot(value["mean"], y, "o", color=colours[arm], markersize=6)
+        if zero:
+            ax.axvline(0, **THRESHOLD)
+        ax.set_title(title)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, prune="both"))
+        ax.margins(x=0.08)
+        ax.grid(axis="y", visible=False)
+    figure.get_layout_engine().set(wspace=0.06)
+    axes[0].set_yticks(range(len(arms)), arms)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    return figure
+
+
+def arm_colours(arms: Sequence[str]) -> dict[str, str]:
+    fixed = {"selected": SELECTED, "base": POOL}
+    others = [arm for arm in arms if arm not in fixed]
+    return fixed | {arm: ARMS[i % len(ARMS)] for i, arm in enumerate(others)}
+
+
+def loss(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]):
+    """Training loss by step, one line for each arm; many steps are drawn as a running mean."""
+    figure = matplotlib.figure.Figure((8, 3.4))
+    ax = figure.subplots()
+    colours = arm_colours(list(curves))
+    for arm, (steps, losses) in curves.items():
+        window = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        if window > 1:
+            ax.plot(steps, losses, color=colours[arm], linewidth=0.6, alpha=0.3)
+        marker = "o" if len(losses) <= 40 else ""
+        ax.plot(
+            steps[window - 1 :],
+            smooth,
+            color=colours[arm],
+            label=arm,
+            linewidth=1.6,
+            marker=marker,
+            markersize=3,
+        )
+    ax.set_xlabel("optimiser step")
+    ax.set_ylabel("training loss (nats per token)")
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    _legend_above(figure)
+    return figure
+
+
+def limits(values):
+    """The axis range: all values, with room above and below for the quadrants' labels."""
+    low, high = float(np.min(values)), float(np.max(values))
+    pad = 0.12 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def _points(ax, x, y, selected):
+    raster = len(x) > 2000  # as many vector marks would make the page heavy
+    for group, style in (
+        (~selected, dict(s=18, color=POOL, alpha=0.6, label="not selected")),
+        (selected, dict(s=30, color=SELECTED, marker="D", label="selected")),
+    ):
+        ax.scatter(x[group], y[group], linewidths=0, rasterized=raster, **style)
+
+
+def _legend_above(figure):
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)

@@ -1,0 +1,289 @@
+"""The report's numbers: results and scores -> tables of text, for the page and for the terminal.
+
+A cell is formatted here and nowhere else; a difference is marked where its interval excludes 0.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diq_jax.common import config, metrics
+
+METRICS = {  # name: (title, unit, factor, decimals)
+    "test_loss": ("Test loss", "nats/token", 1, 3),
+    "target_loss": ("Target loss", "nats/token", 1, 3),
+    "accuracy": ("Accuracy", "%", 100, 1),
+    "accuracy_norm": ("Accuracy, length-normalised", "%", 100, 1),
+}
+REFERENCES = ("base", "random")  # what an arm is compared with
+MOST_GROUPS = 12  # rows of a table by group; the rest are summed up
+MOST_VALUES = 40  # a column with more values than this is no group
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A number as text, its interval as text, and whether it is marked."""
+
+    text: str
+    interval: str = ""
+    strong: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells under headers; the first column is a name, the others are numbers."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def plain(self) -> str:
+        """Aligned text, with an ASCII minus so that numbers can be copied."""
+        texts = [list(self.headers)] + [
+            [f"{c.text} ({c.interval})" if c.interval else c.text for c in row] for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        lines = (
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in texts
+        )
+        return "\n".join(lines).replace("−", "-")
+
+
+def number(value: float | None, decimals: int, sign: bool = False) -> str:
+    """Fixed decimals, thousands apart, a true minus; a dash for what is not defined."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:{'+' if sign else ''},.{decimals}f}".replace("-", "−")
+
+
+def decimals_for(values) -> int:
+    """As many decimals as tell four digits of the spread of the values."""
+    spread = float(np.ptp(values)) or abs(float(values[0])) or 1.0
+    return max(0, 4 - math.ceil(math.log10(spread)))
+
+
+def correlation(x, y) -> str:
+    """Spearman's rho, or why there is none."""
+    rho = metrics.spearman(x, y) if len(x) > 1 else math.nan
+    return number(rho, 2) if math.isfinite(rho) else "not defined: a constant"
+
+
+def arms(results: Mapping[str, Any]) -> list[str]:
+    """Base, selected, then the baselines, as far as they were evaluated."""
+    models = results["models"]
+    return sorted(models, key=lambda arm: {"base": 0, "selected": 1}.get(arm, 2))
+
+
+def headline(results: Mapping[str, Any] | None) -> str:
+    """Whether the selection helped, in one sentence."""
+    models = results["models"] if results else {}
+    if "selected" not in models:
+        return "Not evaluated: whether this selection helps is not known."
+    mine, versus = models["selected"], models["selected"].get("versus", {})
+    against = next((name for name in ("random", "base") if name in versus), None)
+    own = f"Held-out test loss: selected {number(mine['test_loss']['mean'], 2)}"
+    if against is None:
+        return f"{own} nats per token; it was compared with nothing."
+    delta = versus[against]["test_loss"]
+    name = {"random": "random", "base": "the base model"}[against]
+    verdict = (
+        f"the selection beats {name}"
+        if delta["high"] < 0
+        else f"the selection is worse than {name}"
+        if delta["low"] > 0
+        else "no difference is shown, as the interval includes 0"
+    )
+    alone = "" if against == "random" else " No random subset was trained to compare with."
+    return (
+        f"{own}, {name} {number(models[against]['test_loss']['mean'], 2)} nats per token; "
+        f"paired difference {number(delta['mean'], 3)} (95 % interval {_ends(delta, 3, 1)}, "
+        f"{results['tests']} questions): {verdict}.{alone}"
+    )
+
+
+def levels(results: Mapping[str, Any], task: str | None = None) -> Table:
+    """Each metric of each arm, of all questions or of one task (which has no target loss)."""
+    shown = [m for m in METRICS if task is None or m != "target_loss"]
+    rows = []
+    for arm in arms(results):
+        values = results["models"][arm]
+        values = values if task is None else values.get("tasks", {}).get(task, {})
+        rows.append([Cell(arm), *(_measure(values.get(m), m) for m in shown)])
+    return Table(["Model", *map(_header, shown)], rows)
+
+
+def differences(results: Mapping[str, Any]) -> Table:
+    """Paired differences, arm minus reference; strong where the interval excludes 0."""
+    rows = []
+    for reference in REFERENCES:
+        for arm in arms(results):
+            values = results["models"][arm].get("versus", {}).get(reference)
+            if values and arm != reference:
+                cells = (_measure(values.get(m), m, sign=True) for m in METRICS)
+                rows.append([Cell(f"{arm} − {reference}"), *cells])
+    headers = [_header(m).replace("(%)", "(points)") for m in METRICS]
+    return Table(["Difference", *headers], rows)
+
+
+def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]], bool]]:
+    """For figures.comparison: two levels, and the paired difference to random, or else to base."""
+    models = {arm: results["models"][arm] for arm in arms(results)}
+
+    def dots(metric, reference=None):
+        for arm, values in models.items():
+            values = values.get("versus", {}).get(reference) if reference else values
+            if values and metric in values:
+                factor = METRICS[metric][2]
+                yield arm, {end: factor * values[metric][end] for end in ("mean", "low", "high")}
+
+    reference = "random" if "random" in models else "base"
+    found = [
+        ("Test loss (nats/token)", list(dots("test_loss")), False),
+        ("Accuracy, length-norm. (%)", list(dots("accuracy_norm")), False),
+        (f"Test loss − {reference}", list(dots("test_loss", reference)), True),
+    ]
+    return [panel for panel in found if panel[1]]
+
+
+def task_names(results: Mapping[str, Any]) -> dict[str, int]:
+    """{task: questions}, in order."""
+    first = results["models"][arms(results)[0]].get("tasks", {})
+    return {task: values["questions"] for task, values in sorted(first.items())}
+
+
+def _header(metric):
+    title, unit, _, _ = METRICS[metric]
+    return f"{title} ({unit})"
+
+
+def _measure(value, metric, sign=False):
+    _, _, factor, decimals = METRICS[metric]
+    if not value:
+        return Cell("–")
+    outside = sign and (value["low"] > 0 or value["high"] < 0)
+    text = number(value["mean"] * factor, decimals, sign)
+    return Cell(text, _ends(value, decimals, factor), outside)
+
+
+def _ends(value, decimals, factor):
+    low, high = (number(value[end] * factor, decimals) for end in ("low", "high"))
+    return f"{low} to {high}"
+
+
+def group_shares(values: Sequence[str], selected) -> list[tuple[str, int, int]]:
+    """(group, examples, selected ones); beyond the MOST_GROUPS most frequent one sum.
+
+    Most frequent first, but numbers in their order.
+    """
+    pool = collections.Counter(values)
+    chosen = collections.Counter(v for v, s in zip(values, selected, strict=True) if s)
+    ordered = sorted(pool, key=lambda v: (-pool[v], v))
+    head = ordered if len(ordered) <= MOST_GROUPS else ordered[: MOST_GROUPS - 1]
+    if all(v.isdecimal() for v in head):
+        head = sorted(head, key=int)
+    out = [(v or "(none)", pool[v], chosen[v]) for v in head]
+    rest = ordered[len(head) :]
+    if rest:
+        sums = (sum(count[v] for v in rest) for count in (pool, chosen))
+        out.append((f"{len(rest)} others", *sums))
+    return out
+
+
+def groups(title: str, shares: Sequence[tuple[str, int, int]]) -> Table:
+    """Pool and selection by group. A ratio of 2 is twice the group's share of the pool."""
+    pool, chosen = sum(n for _, n, _ in shares), sum(k for _, _, k in shares)
+    rows = []
+    for name, n, k in shares:
+        before, after = n / pool, k / max(1, chosen)
+        cells = (
+            number(n, 0),
+            number(100 * before, 1),
+            number(k, 0),
+            number(100 * after, 1),
+            number(after / before if n else None, 2),
+        )
+        rows.append([Cell(name), *map(Cell, cells)])
+    return Table([title, "Pool", "%", "Selected", "%", "Ratio"], rows)
+
+
+def group_columns(rows: Sequence[Mapping[str, Any]], skip: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of the rows as they came that sort them into a few groups, as text."""
+    out = {}
+    for name in sorted({key for row in rows for key in row} - set(skip)):
+        values = [row.get(name) for row in rows]
+        if not all(v is None or isinstance(v, str | bool | int) for v in values):
+            continue
+        texts = ["" if v is None else str(v) for v in values]
+        distinct = set(texts)
+        few = 2 <= len(distinct) <= min(MOST_VALUES, len(rows) // 3)
+        if few and max(map(len, distinct)) <= 60:
+            out[name] = texts
+    return out
+
+
+def difficulty(found: Mapping[str, Any] | None) -> Table | None:
+    """The classifier beside its baselines, for each perspective; None where there is no metric."""
+    rows, columns = [], {}
+    for perspective, values in (found or {}).get("perspectives", {}).items():
+        scored = {"classifier": values, **values.get("baselines", {})}
+        for name, measured in scored.items():
+            plain = {k: v for k, v in measured.items() if not isinstance(v, dict | list | str)}
+            columns |= dict.fromkeys(plain)
+            rows.append((f"{perspective}: {name}", plain))
+    names = {"spearman": "Spearman", "mae": "MAE (levels)", "kappa": "Kappa (quadratic)"}
+    if not columns:
+        return None
+    return Table(
+        ["Perspective: method", *(names.get(c, c) for c in columns)],
+        [[Cell(name), *(Cell(number(v.get(c), 3)) for c in columns)] for name, v in rows],
+    )
+
+
+def cost(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Seconds, rows and tokens of each finished stage, from its stage.json."""
+    total = sum(record["seconds"] for record in records)
+    rows = []
+    for record in records:
+        cells = (
+            number(record["seconds"], 1),
+            number(100 * record["seconds"] / total if total else None, 1),
+            number(record.get("rows"), 0),
+            number(record.get("tokens"), 0),
+            number(record.get("tokens_per_second"), 0),
+        )
+        rows.append([Cell(record["stage"]), *map(Cell, cells)])
+    rows.append([Cell("all"), Cell(number(total, 1)), Cell("100.0"), *[Cell("")] * 3])
+    return Table(["Stage", "Time (s)", "Share (%)", "Rows", "Tokens", "Tokens/s"], rows)
+
+
+def versions(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the stages ran on; several values where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, version in record.get("versions", {}).items():
+            found.setdefault(name, {})[version] = None
+    return {name: ", then ".join(seen) for name, seen in found.items()}
+
+
+def settings(cfg: config.Config) -> list[tuple[str, str, bool]]:
+    """(dotted field, value, whether it is not the default) of the whole config."""
+
+    def walk(section, prefix):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}", repr(value), value != field.default
+
+    return list(walk(cfg, ""))
+
+
+def length_means(answer_tokens, selected) -> tuple[str, str]:
+    """Mean answer tokens of the selection and of the pool."""
+    chosen = np.mean(answer_tokens[selected]) if selected.any() else math.nan
+    return number(float(chosen), 1), number(float(np.mean(answer_tokens)), 1)

