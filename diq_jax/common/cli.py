@@ -1,12 +1,15 @@
 """Runs a script's main: a user's mistake is one sentence on standard error and exit code 2."""
 
 import errno
+import pathlib
+import re
 import sys
 from collections.abc import Callable
 
 from absl import flags, logging
+from ml_collections import config_flags
 
-from diq_jax.common import errors
+from diq_jax.common import config, errors
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -18,6 +21,7 @@ def run(main: Callable[[], None]) -> None:
     """
     logging.set_verbosity(logging.WARNING)
     try:
+        _check_config_flags(sys.argv)
         left = flags.FLAGS(sys.argv)[1:]
         if left:
             raise errors.UserError(f"{left[0]!r} is not a flag; flags look like --name=value.")
@@ -26,10 +30,6 @@ def run(main: Callable[[], None]) -> None:
         _fail(" ".join(str(e).split()))
     except errors.UserError as e:
         _fail(str(e))
-    except NotADirectoryError as e:
-        _fail(f"{e.filename} is not a folder.")
-    except FileExistsError as e:
-        _fail(f"{e.filename} exists and is not a folder.")
     except OSError as e:
         if e.errno not in FULL_OR_FORBIDDEN:
             raise
@@ -37,6 +37,31 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted: the same command continues from here.", file=sys.stderr)
         sys.exit(130)
+
+
+def read_config(holder: flags.FlagHolder) -> config.Config:
+    """The checked config of a --config flag.
+
+    Raises:
+        UserError: the file is missing, or a field is wrong.
+    """
+    try:
+        return config.resolve(holder.value)
+    except OSError:
+        file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS[holder.name]))
+        found = sorted(path.name for path in file.parent.glob("*.py"))
+        near = errors.nearest(file.name, found)
+        raise errors.UserError(f"--config: there is no config file {file}.{near}") from None
+
+
+def _check_config_flags(arguments: list[str]) -> None:
+    """Names a config field that does not exist, before the flag parser answers with a traceback."""
+    known = list(config.field_names())
+    for argument in arguments[1:]:
+        found = re.match(r"--?config\.([^=]*)", argument)
+        if found and found[1] not in known:
+            near = errors.nearest(found[1], known)
+            raise errors.UserError(f"config field {found[1]} does not exist.{near}")
 
 
 def _fail(message: str) -> None:

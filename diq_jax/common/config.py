@@ -8,6 +8,7 @@ that into the dataclasses, which check ranges and combinations. Flags override f
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -228,6 +229,15 @@ def default() -> ml_collections.ConfigDict:
         return out
 
     return ml_collections.ConfigDict(values(Config)).lock()
+
+
+def field_names(cls=None, prefix: str = "") -> Iterator[str]:
+    """The dotted name of every field, sections aside."""
+    for field in dataclasses.fields(cls or Config):
+        if dataclasses.is_dataclass(field.type):
+            yield from field_names(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:

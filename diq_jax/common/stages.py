@@ -76,6 +76,8 @@ def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
         if folder.exists():
             shutil.rmtree(folder)
         artifacts.write_json(record, now)
+    for stale in folder.rglob(".*.tmp"):  # of a killed run, in the middle of a write
+        stale.unlink()
     started = time.time()
     result = dict(stage.run(context))
     # Seconds are this call's: what a killed one spent is not known, nor do its tokens count.

@@ -114,23 +114,30 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
     """
     B, T, H, C = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, H // K, C) * C**-0.5
+    # Heads before tokens, and a kv head's queries as rows of one matrix: batched matrix products
+    # run two to three times as fast on a CPU as with the heads inside.
+    q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(q, k, v, queries, keys, start):
-        scores = jnp.einsum("bqkgc,bskc->bkgqs", q, k, preferred_element_type=jnp.float32)
+        *heads, Q, _ = q.shape
+        rows = q.reshape(B, K, -1, C)
+        scores = jnp.einsum("bkqc,bksc->bkqs", rows, k, preferred_element_type=jnp.float32)
         key_segments = keys["segment_ids"][:, None, :]
         seen = queries["segment_ids"][:, :, None] == key_segments
         if parent_ids is not None:
             seen = seen | (queries["parent_ids"][:, :, None] == key_segments)
         if causal:
-            rows = start + jnp.arange(q.shape[1])[:, None]
-            seen = seen & (jnp.arange(k.shape[1])[None, :] <= rows)[None]
+            index = start + jnp.arange(Q)[:, None]
+            seen = seen & (jnp.arange(k.shape[2])[None, :] <= index)[None]
         if window is not None:
             distance = queries["positions"][:, :, None] - keys["positions"][:, None, :]
             seen = seen & (distance < window)
+        scores = scores.reshape(*heads, Q, -1)
         scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgqs,bskc->bqkgc", weights, v)
+        out = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(*rows.shape[:3], -1), v)
+        return out.reshape(*heads, Q, C)
 
     places = {"segment_ids": segment_ids}
     if window is not None:
@@ -144,5 +151,8 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
         step = block if T <= QUERY_BLOCK else jax.checkpoint(block, static_argnums=(5,))
         queries = {name: ids[:, start:stop] for name, ids in places.items()}
         keys = {name: ids[:, :end] for name, ids in places.items()}
-        outputs.append(step(q[:, start:stop], k[:, :end], v[:, :end], queries, keys, start))
-    return jnp.concatenate(outputs, axis=1).reshape(B, T, H * C)
+        outputs.append(
+            step(q[:, :, :, start:stop], k[:, :, :end], v[:, :, :end], queries, keys, start)
+        )
+    out = jnp.concatenate(outputs, axis=3)  # (B, K, G, T, C)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)

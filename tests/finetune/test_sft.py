@@ -1,0 +1,238 @@
+"""Fine-tuning steps: parity with PEFT and torch's AdamW, and what must change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+import transformers
+
+from diq_jax.common import config, devices, trees
+from diq_jax.data import batches, example
+from diq_jax.finetune import sft
+from diq_jax.models import config as model_config
+from diq_jax.models import decoder, hf, lora
+
+# PEFT asks transformers for a property that transformers 5 renames.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+HF_CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128, "rope_theta": 1e4, "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}  # fmt: skip
+CFG = model_config.decoder_config(HF_CONFIG, "test")
+SETTINGS = config.Finetune(
+    rank=3, alpha=6.0, targets="(q|k|v|down)_proj", learning_rate=1e-2, warmup_ratio=0.2,
+    weight_decay=0.1, clip_norm=0.05, epochs=2, batch_size=8,
+)  # fmt: skip
+SUMS = jax.jit(sft.example_sums(CFG, SETTINGS))
+
+
+def random_examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        length, prompt = rng.integers(12, 30), rng.integers(2, 10)
+        tokens = rng.integers(0, 64, length).astype(np.int32)
+        labels = np.where(np.arange(length) < prompt, example.IGNORED, tokens).astype(np.int32)
+        out.append(example.Encoded(f"row-{i:03d}", tokens, labels))
+    return out
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Spread out, so that a frozen head can give logits far apart and an adapter has an effect.
+    params = decoder.init(jax.random.key(0), CFG, jnp.float32)
+    spread = {"kernel": 5, "embedding": 25, "scale": 1}
+    return trees.map_named(lambda name, x: spread[name.split("/")[-1]] * x, params)
+
+
+@pytest.fixture(scope="module")
+def placement():
+    return devices.make_placement(config.Parallel(data=1))
+
+
+def init_adapter(settings, zero_b=True):
+    key = sft.split_key(settings.seed)[0]
+    targets, rank, alpha = settings.targets, settings.rank, settings.alpha
+    return lora.init(key, CFG, targets, rank, alpha, zero_b, "test")
+
+
+def train(params, placement, settings, encoded, zero_b=True):
+    """All steps. Returns (adapter, losses)."""
+    arms = {"selected": range(len(encoded))}
+    steps = sft.plan(encoded, arms, settings, placement.rows_multiple)["selected"]
+    optimizer = sft.make_optimizer(settings, len(steps))
+    state, frozen = sft.init_state(init_adapter(settings, zero_b), optimizer)
+    train_step = sft.make_train_step(CFG, settings, optimizer, placement)
+    losses = []
+    for step in steps:
+        rows = sft.microbatches(encoded, step)
+        state, metrics = train_step(params, frozen, state, rows)
+        losses.append(float(metrics["loss"]))
+    return trees.combine(state.factors, frozen), losses
+
+
+def assert_same(first, second, atol=2e-6):
+    """Same adapters and losses, to float error."""
+    np.testing.assert_allclose(first[1], second[1], atol=atol)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), first[0], second[0])
+
+
+def test_five_steps_equal_peft_and_torch_adamw(params, placement, tmp_path):
+    settings = dataclasses.replace(SETTINGS, epochs=5, batch_size=6)
+    encoded = random_examples(6)
+    adapter, losses = train(params, placement, settings, encoded)
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF_CONFIG))
+    state = {name: torch.from_numpy(array.copy()) for name, array in hf.decoder_tensors(params)}
+    model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
+    lora.save_peft(tmp_path, init_adapter(settings), settings.alpha, 0.0, "tiny")
+    model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch_adamw = torch.optim.AdamW(
+        trained, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay
+    )
+    schedule = sft.schedule(settings, 5)
+    for step in range(5):
+        torch_adamw.param_groups[0]["lr"] = float(schedule(step))
+        torch_adamw.zero_grad()
+        mean = sum(
+            model(
+                torch.from_numpy(e.input_ids)[None].long(),
+                labels=torch.from_numpy(e.labels)[None].long(),
+            ).loss
+            for e in encoded
+        ) / len(encoded)
+        mean.backward()
+        assert torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm) > settings.clip_norm
+        torch_adamw.step()
+        np.testing.assert_allclose(losses[step], float(mean.detach()), atol=1e-4)
+    model.save_pretrained(tmp_path / "torch", save_embedding_layers=False)
+    theirs = lora.load_peft(tmp_path / "torch", CFG, "test")
+    assert losses[-1] < losses[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), adapter, theirs)
+
+
+def test_accumulation_and_remat_change_nothing(params, placement):
+    # 11 examples: the second step of an epoch has 3, of which a microbatch of 2 is half empty.
+    settings = dataclasses.replace(SETTINGS, dropout=0.3)
+    encoded = random_examples(11)
+    whole = train(params, placement, settings, encoded)
+    split = dataclasses.replace(settings, accumulation_steps=4, remat=True)
+    assert_same(whole, train(params, placement, split, encoded))
+
+
+def sums_of(params, encoded, rows):
+    factors, frozen = trees.partition(init_adapter(SETTINGS, zero_b=False), lora.is_factor)
+    batch = batches.make_batch(encoded, rows, 32, 32)
+    return SUMS(params, factors, frozen, 0, sft.Rows(batch, np.arange(rows, dtype=np.int32)))
+
+
+def test_padding_rows_add_nothing(params):
+    encoded = random_examples(8)
+    bare, padded = sums_of(params, encoded, 8), sums_of(params, encoded, 16)
+    assert float(bare["examples"]) == float(padded["examples"]) == 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), bare, padded)
+    assert float(sums_of(params, [], 8)["loss"]) == 0
+
+
+def test_an_answer_weighs_the_same_whatever_its_length(params):
+    # Not a mean over tokens: an example of 1 answer token weighs as much as one of 20.
+    rng = np.random.default_rng(0)
+    encoded = []
+    for name, answers in (("long", 20), ("short", 1)):
+        tokens = rng.integers(0, 64, 24).astype(np.int32)
+        labels = np.where(np.arange(24) < 24 - answers, example.IGNORED, tokens).astype(np.int32)
+        encoded.append(example.Encoded(name, tokens, labels))
+    long, short, both = (
+        float(sums_of(params, chosen, 8)["loss"]) for chosen in (encoded[:1], encoded[1:], encoded)
+    )
+    assert abs(long - short) > 0.01
+    np.testing.assert_allclose(both, long + short, rtol=1e-6)
+
+
+def test_overfits_eight_examples(params, placement):
+    settings = dataclasses.replace(
+        SETTINGS, rank=8, alpha=16.0, targets="_proj", learning_rate=2e-2, epochs=150,
+        weight_decay=0.0, clip_norm=1.0,
+    )  # fmt: skip
+    _, losses = train(params, placement, settings, random_examples(8))
+    assert losses[0] > 3 and losses[-1] < 0.05
+
+
+def test_dropout_depends_on_step_and_place(params):
+    encoded = random_examples(8)
+    settings = dataclasses.replace(SETTINGS, dropout=0.3)
+    # B != 0, so that dropout shows in the loss.
+    factors, frozen = trees.partition(init_adapter(SETTINGS, zero_b=False), lora.is_factor)
+    sums = jax.jit(sft.example_sums(CFG, settings))
+    batch = batches.make_batch(encoded, 8, 32, 32)
+
+    def loss(step, first_place):
+        places = np.arange(first_place, first_place + 8, dtype=np.int32)
+        return float(sums(params, factors, frozen, step, sft.Rows(batch, places))["loss"])
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(1, 0), loss(0, 8)}) == 3
+
+
+def test_the_first_update_by_hand():
+    # The gradient (3, 4) has norm 5, so clipping at 1 gives (0.6, 0.8); Adam's first step is the
+    # sign, decay adds 0.1 p, and the rate is 0.02: p = (1, -2) -> p - 0.02 ((1, 1) + 0.1 (1, -2)).
+    settings = dataclasses.replace(SETTINGS, warmup_ratio=0.0, learning_rate=0.02)
+    p, gradient = {"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([3.0, 4.0])}
+    for clip_norm, first_moment in ((0.0, [0.3, 0.4]), (1.0, [0.06, 0.08])):
+        optimizer = sft.make_optimizer(dataclasses.replace(settings, clip_norm=clip_norm), 10)
+        change, state = optimizer.update(gradient, optimizer.init(p), p)
+        np.testing.assert_allclose(change["a"], [-0.022, -0.016], rtol=1e-5)
+        np.testing.assert_allclose(optax.tree.get(state, "mu")["a"], first_moment, rtol=1e-5)
+
+
+def test_order_depends_on_seed_epoch_and_ids_alone():
+    encoded = random_examples(11)
+
+    def order(encoded, seed=0):
+        settings = dataclasses.replace(SETTINGS, seed=seed)
+        steps = sft.plan(encoded, {"selected": range(len(encoded))}, settings, 1)["selected"]
+        return [[encoded[i].example_id for i in step.indices] for step in steps]
+
+    steps = order(encoded)
+    assert [len(step) for step in steps] == [8, 3, 8, 3]
+    assert {*steps[0], *steps[1]} == {e.example_id for e in encoded}
+    assert set(steps[0]) != set(steps[2])
+    assert steps != order(encoded, seed=1)
+    shuffled = [encoded[i] for i in np.random.default_rng(0).permutation(11)]
+    assert [set(s) for s in order(shuffled)] == [set(s) for s in steps]
+
+
+def test_few_shapes_serve_all_arms():
+    encoded = random_examples(60)
+    arms = {"selected": range(30), "random": range(20, 50)}
+    settings = dataclasses.replace(SETTINGS, batch_size=4, accumulation_steps=2)
+    planned = sft.plan(encoded, arms, settings, rows_multiple=8)
+    groups = [g for steps in planned.values() for step in steps for g in step.groups]
+    assert len({(g.rows, g.tokens, g.answers) for g in groups}) <= 2
+    assert all(g.rows == 8 and len(g.indices) <= 2 for g in groups)
+    for group in groups:
+        assert max(len(encoded[i].input_ids) for i in group.indices) <= group.tokens
+        assert max(encoded[i].answer_tokens for i in group.indices) <= group.answers
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [(0.0, 6), (0.1, 6), (0.5, 10), (0.9, 1), (0.99, 3)])
+def test_schedule_warms_up_and_never_wastes_a_step(ratio, steps):
+    settings = dataclasses.replace(SETTINGS, warmup_ratio=ratio, learning_rate=2.0)
+    rates = np.asarray(sft.schedule(settings, steps)(jnp.arange(steps + 1)))
+    warmup = min(int(np.ceil(ratio * steps)), steps - 1)
+    np.testing.assert_allclose(
+        rates[: warmup + 1], 2.0 * np.arange(1, warmup + 2) / (warmup + 1), rtol=1e-6
+    )
+    cosine = 1 + np.cos(np.pi * np.arange(steps + 1 - warmup) / (steps - warmup))
+    np.testing.assert_allclose(rates[warmup:], cosine, atol=1e-6)
+    assert (rates[:-1] > 0).all()
