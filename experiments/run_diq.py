@@ -1,0 +1,36 @@
+"""The main job: score a pool, select, fine-tune, evaluate, report.
+
+    python experiments/run_diq.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python experiments/run_diq.py --config=configs/quickstart.py --workdir=runs/one_percent \\
+        --stages=prepare,influence --config.data.pool=my_pool.jsonl
+
+A finished stage is skipped; a killed run continues; a changed config is refused, naming the change.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from diq_jax import pipeline
+from diq_jax.common import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
+STAGES = flags.DEFINE_string(
+    "stages",
+    "",
+    f"Which stages to run, comma-separated: {', '.join(pipeline.STAGES)}. Empty = all.",
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where they are done.")
+
+
+def main() -> None:
+    names = pipeline.parse_stages(STAGES.value)
+    cfg = cli.read_config(CONFIG)
+    pipeline.run(cfg, pathlib.Path(WORKDIR.value), names, OVERWRITE.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

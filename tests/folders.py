@@ -1,0 +1,102 @@
+"""Tiny model folders on disk, as a user would have them: weights, config and tokenizer."""
+
+import json
+import pathlib
+
+import tokenizers
+import torch
+import transformers
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer(chat: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """One token a byte, and the specials."""
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {symbol: i for i, symbol in enumerate(sorted(alphabet))}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+    )
+    if chat:
+        made.chat_template = CHAT
+    return made
+
+
+def decoder(folder: pathlib.Path, chat: bool = True) -> pathlib.Path:
+    torch.manual_seed(0)
+    tok = tokenizer(chat)
+    settings = transformers.LlamaConfig(
+        vocab_size=len(tok), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(settings).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+def encoder(folder: pathlib.Path) -> pathlib.Path:
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    words += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    settings = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.BertModel(settings).save_pretrained(folder)
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    core.normalizer = tokenizers.normalizers.BertNormalizer()
+    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]",
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def pool_rows(count: int) -> list[dict]:
+    return [
+        {
+            "id": f"ex-{i:03d}",
+            "source": "even" if i % 2 == 0 else "odd",
+            "question": f"what is {i} plus {i % 7}",
+            "reasoning": "we add " * (1 + i % 5),
+            "answer": f"it is {i + i % 7}",
+            "difficulty_knowledge": 1 + i % 5,
+            "difficulty_reasoning": 1 + i % 4,
+            "difficulty_overall": 1 + (i * 7) % 5,
+        }
+        for i in range(count)
+    ]
+
+
+def choice_rows(count: int, prefix: str) -> list[dict]:
+    return [
+        {
+            "id": f"{prefix}-{i}",
+            "task": "sums" if i % 2 else "products",
+            "question": f"{prefix} {i} and {i + 1}",
+            "options": {"A": str(2 * i + 1), "B": str(i), "C": "none of these"},
+            "answer_idx": "ABC"[i % 3],
+        }
+        for i in range(count)
+    ]
+
+
+def write(path: pathlib.Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

@@ -1,0 +1,249 @@
+"""The pipeline as a user meets it: every stage, skip, refuse, kill and resume, and bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import folders
+import pyarrow.parquet as pq
+import pytest
+
+from diq_jax import pipeline
+from diq_jax.common import artifacts, config, errors
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", name="made")
+def _made(tmp_path_factory):
+    """A tiny decoder, encoder, pool, targets and tests."""
+    base = tmp_path_factory.mktemp("made")
+    folders.decoder(base / "decoder")
+    folders.encoder(base / "encoder")
+    folders.write(base / "pool.jsonl", folders.pool_rows(24))
+    folders.write(base / "targets.jsonl", folders.choice_rows(6, "target"))
+    folders.write(base / "tests.jsonl", folders.choice_rows(8, "test"))
+    return base
+
+
+def make_config(made, **changes):
+    c = config.default()
+    values = {
+        "model.path": str(made / "decoder"),
+        "model.max_tokens": 256,
+        "data.pool": str(made / "pool.jsonl"),
+        "data.targets": str(made / "targets.jsonl"),
+        "data.tests": str(made / "tests.jsonl"),
+        "difficulty.source": "columns",
+        "finetune.epochs": 1,
+        "selection.retention_ratio": 0.25,
+    } | {k.replace("__", "."): v for k, v in changes.items()}
+    for name, value in values.items():
+        section, field = name.rsplit(".", 1)
+        node = c
+        for part in section.split("."):
+            node = node[part]
+        node[field] = value
+    return c
+
+
+def run(made, workdir, stages="prepare", overwrite=False, **changes):
+    cfg = config.resolve(make_config(made, **changes))
+    pipeline.run(cfg, workdir, pipeline.parse_stages(stages), overwrite)
+
+
+def test_all_stages_and_the_contract(made, tmp_path, capsys):
+    labels = {"difficulty__source": str(made / "pool.jsonl")}
+    changes = labels | {"difficulty__encoder": str(made / "encoder"), "difficulty__epochs": 1}
+    changes |= {"difficulty__folds": 2}
+    run(made, tmp_path, "", **changes)
+
+    columns = {
+        "difficulty/difficulty.parquet": "example_id knowledge reasoning overall",
+        "influence/influence.parquet": "example_id influence loss tokens",
+        "selection/selection.parquet": "example_id difficulty influence quadrant rank selected",
+    }
+    for name, expected in columns.items():
+        table = pq.read_table(tmp_path / name)
+        assert table.column_names == expected.split() and table.num_rows == 24
+    rows = artifacts.read_jsonl(tmp_path / "selection/selected.jsonl")
+    originals = {row["id"]: row for row in folders.pool_rows(24)}
+    assert len(rows) == 6 and all(row == originals[row["id"]] for row in rows)
+    results = json.loads((tmp_path / "evaluate/results.json").read_text())
+    assert set(results["models"]) == {"base", "selected", "random"}
+    for name in (
+        "finetune/adapter/adapter_model.safetensors", "evaluate/predictions.jsonl",
+        "report/report.html", "report/quadrants.png",
+    ):  # fmt: skip
+        assert (tmp_path / name).stat().st_size > 0
+    for name in pipeline.STAGES:
+        record = json.loads((tmp_path / name / "stage.json").read_text())
+        assert record["status"] == "done" and record["rows"] > 0 and record["seconds"] >= 0
+        assert record["versions"]["jax"] and record["config"]["model"]["path"]
+        assert not list((tmp_path / name).rglob("*partial*"))
+
+    capsys.readouterr()
+    run(made, tmp_path, "", **changes)
+    assert capsys.readouterr().out.count("done before") == len(pipeline.STAGES)
+    with pytest.raises(errors.UserError, match=r"retention_ratio was 0\.25, is now 0\.5"):
+        run(made, tmp_path, "select", selection__retention_ratio=0.5, **changes)
+    run(made, tmp_path, "select", overwrite=True, selection__retention_ratio=0.5, **changes)
+    assert (
+        pq.read_table(tmp_path / "selection/selection.parquet")["selected"].to_pylist().count(True)
+        == 12
+    )
+    with pytest.raises(errors.UserError, match=r"selection/selection\.parquet was .*, is now"):
+        run(made, tmp_path, "finetune", selection__retention_ratio=0.5, **changes)
+
+
+def test_a_stage_without_its_input_names_the_stage_to_run(made, tmp_path):
+    with pytest.raises(errors.UserError, match="run with --stages=prepare,influence"):
+        run(made, tmp_path, "influence")
+
+
+def test_changed_data_are_named(made, tmp_path):
+    pool = tmp_path / "pool.jsonl"
+    folders.write(pool, folders.pool_rows(5))
+    run(made, tmp_path / "run", data__pool=str(pool))
+    folders.write(pool, folders.pool_rows(6))
+    with pytest.raises(errors.UserError, match=r"data\.pool was .*, is now"):
+        run(made, tmp_path / "run", data__pool=str(pool))
+
+
+def bad_pool(tmp_path, text):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    return {"data__pool": str(path)}
+
+
+ROW = '{"id": "a", "question": "q", "answer": "x"}\n'
+TOKENS = '{"id": "t", "input_ids": [1, 9999], "labels": [-100, 9999]}\n'
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda d: {"data__pool": str(d / "none.jsonl")}, r"data\.pool: there is no file"),
+        (lambda d: bad_pool(d, ROW + "{broken\n"), r"bad\.jsonl:2"),
+        (lambda d: bad_pool(d, '{"id": "a", "answer": "x"}\n'), r"bad\.jsonl:1.*question"),
+        (lambda d: bad_pool(d, ""), r"data\.pool"),
+        (lambda d: bad_pool(d, ROW + ROW), r"bad\.jsonl:1.*bad\.jsonl:2|bad\.jsonl:2.*:1"),
+        (lambda d: bad_pool(d, TOKENS), r"token 9999; the model's vocabulary ends at"),
+        (lambda d: {"data__columns": "huatou"}, "Did you mean 'huatuo'"),
+        (lambda d: {"data__targets": str(d / "none.jsonl")}, r"data\.targets"),
+        (lambda d: {"model__path": str(d / "nowhere")}, r"model\.path"),
+        (lambda d: {"model__max_tokens": 1024}, r"model\.max_tokens must be at most 512"),
+        (
+            lambda d: {"model__max_tokens": 32, "model__truncation": "error"},
+            r"ex-000.* tokens, over model\.max_tokens = 32",
+        ),
+        (
+            lambda d: {"model__max_tokens": 16, "model__truncation": "drop"},
+            "all 24 examples are longer",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(make, message, made, tmp_path):
+    with pytest.raises(errors.UserError, match=message) as caught:
+        run(made, tmp_path / "run", **make(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("policy", ["end", "prompt", "drop"])
+def test_long_examples_are_counted(policy, made, tmp_path, caplog):
+    pool = tmp_path / "pool.jsonl"
+    rows = folders.pool_rows(4)
+    rows[1]["reasoning" if policy == "end" else "question"] = "x" * 300
+    folders.write(pool, rows)
+    run(made, tmp_path / "run", data__pool=str(pool), model__truncation=policy)
+    record = json.loads((tmp_path / "run/prepare/stage.json").read_text())
+    counts = record["examples"]["pool"]
+    expected = {"whole": 3, "cut": 1, "dropped": 0}
+    if policy == "drop":
+        expected = {"whole": 3, "cut": 0, "dropped": 1, "dropped_ids": ["ex-001"]}
+    assert counts == expected
+    assert pq.read_table(tmp_path / "run/prepare/pool.parquet").num_rows == 4 - (policy == "drop")
+
+
+def test_a_tokenizer_without_chat_template_is_a_warning(made, tmp_path, caplog):
+    model = folders.decoder(tmp_path / "plain", chat=False)
+    run(made, tmp_path / "run", model__path=str(model))
+    assert "has no chat template" in caplog.text
+
+
+def test_a_loss_that_is_not_a_number_names_the_example(made, tmp_path):
+    import safetensors.numpy
+
+    folders.decoder(tmp_path / "nan")
+    file = tmp_path / "nan" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    # The byte token of "q" is broken: only rows that hold one are hit, and the first is ex-000.
+    tensors["model.embed_tokens.weight"][folders.tokenizer().convert_tokens_to_ids("w")] = float(
+        "nan"
+    )
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(errors.UserError, match=r"example '.*' is not finite"):
+        run(made, tmp_path / "run", "prepare,influence", model__path=str(tmp_path / "nan"))
+
+
+def command(made, workdir, stages, *flags):
+    pairs = {
+        "model.path": made / "decoder",
+        "model.max_tokens": 256,
+        "data.pool": made / "pool.jsonl",
+        "data.targets": made / "targets.jsonl",
+        "data.tests": made / "tests.jsonl",
+    }
+    return [
+        sys.executable, str(ROOT / "experiments/run_diq.py"),
+        f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}", f"--stages={stages}",
+        *(f"--config.{name}={value}" for name, value in pairs.items()), *flags,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_influence_continues_to_identical_bytes(made, tmp_path):
+    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
+    flags = (f"--config.data.pool={pool}", "--config.influence.batch_tokens=64")
+    killed = command(made, tmp_path / "killed", "prepare,influence", *flags)
+    journal = tmp_path / "killed/influence/scores.partial.jsonl"
+    process = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 2000):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    done = len(journal.read_bytes().splitlines())
+    assert 0 < done < 200
+    subprocess.run(killed, check=True, stderr=subprocess.DEVNULL)
+    whole = command(made, tmp_path / "whole", "prepare,influence", *flags)
+    subprocess.run(whole, check=True, stderr=subprocess.DEVNULL)
+    name = "influence/influence.parquet"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not journal.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.model.pth=x"], "model.path"),
+        (["--config.selection.retention_ratio=1.5"], "selection.retention_ratio must be in (0, 1]"),
+        (["--config.influence.normalize=cosine"], "gradient norm"),
+        (["--stages=prepair"], "Did you mean 'prepare'?"),
+        (["--workdir=/proc/nowhere"], "/proc/nowhere"),
+        (["stray"], "'stray' is not a flag"),
+    ],
+)
+def test_the_command_line_answers_mistakes_with_a_sentence(flags, message, made, tmp_path):
+    ended = subprocess.run(
+        [*command(made, tmp_path / "run", "prepare"), *flags],
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert message in ended.stderr and "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
