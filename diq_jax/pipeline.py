@@ -157,6 +157,13 @@ TRAINING = tuple(
         "weight_decay", "clip_norm", "epochs", "batch_size", "accumulation_steps", "seed",
     )
 )  # fmt: skip
+LABELLING = tuple(
+    f"difficulty.{field}"
+    for field in (
+        "source", "encoder", "folds", "layers", "epochs", "learning_rate", "batch_size",
+        "max_tokens", "seed",
+    )
+)  # fmt: skip
 SCORING = tuple(
     f"influence.{field}"
     for field in ("engine", "parameters", "direction", "loss_reduction", "normalize", "lora")
@@ -171,7 +178,7 @@ STAGES = {
             lambda context: (), prepare_fingerprints, prepare,
         ),
         stages.Stage(
-            "difficulty", ("difficulty",),
+            "difficulty", LABELLING,
             lambda context: (POOL,), difficulty.fingerprints, difficulty.run,
         ),
         stages.Stage(

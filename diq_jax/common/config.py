@@ -66,7 +66,9 @@ class Difficulty:
     percentile: float = 50.0  # tau_d: difficulty at or above this percentile of the pool is high
     # of the cross-validation; a labelled pool row is scored by the model that did not see it
     folds: int = 5
-    epochs: int = 5  # over the labelled rows
+    layers: int = 0  # of the encoder, from the bottom; 0 = all
+    # Over the labelled rows, everything trained; 0 = heads on the frozen encoder only.
+    epochs: int = 5
     learning_rate: float = 1e-4  # AdamW's peak
     batch_size: int = 16  # rows a step
     max_tokens: int = 256  # of an encoder input
@@ -76,7 +78,11 @@ class Difficulty:
         errors.check_choice("difficulty.perspective", self.perspective, PERSPECTIVES)
         _check("difficulty.percentile", 0 <= self.percentile <= 100, "in [0, 100]", self.percentile)
         _check("difficulty.folds", self.folds >= 2, "at least 2", self.folds)
-        for name in ("epochs", "batch_size", "learning_rate", "max_tokens"):
+        for name in ("layers", "epochs"):
+            _check(
+                f"difficulty.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
+            )
+        for name in ("batch_size", "learning_rate", "max_tokens"):
             _check(f"difficulty.{name}", getattr(self, name) > 0, "above 0", getattr(self, name))
 
 

@@ -47,13 +47,16 @@ CONTRACT = {name: name for name in ("id", "question", "reasoning", "answer")}
 SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "validation"}
 
 
-def read_rows(spec: str, field: str) -> list[tuple[dict, str]]:
+def read_rows(spec: str, field: str, sample: str = "") -> list[tuple[dict, str]]:
     """Reads every row of `spec` with where it stands: "file:line", or "NAME row 17".
+
+    Args:
+        sample: the shipped file that the word `sample` stands for: pool, targets or tests.
 
     Raises:
         UserError: naming `field`, the config field that `spec` comes from, the file and the line.
     """
-    return [row for source in _resolve(spec, field) for row in _rows(source, field)]
+    return [row for source in _resolve(spec, field, sample) for row in _rows(source, field)]
 
 
 def fingerprint(spec: str, field: str, sample: str = "") -> str:

