@@ -83,7 +83,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     target_rows = encode("targets", targets)
     _write(context, TARGETS, targets, target_rows, ("task", "question"))
     options = [chat.encode_options(test, tok, cfg.model.max_tokens) for test in tests]
-    _write_tests(context, tests, options)
+    _write_tests(context, tests, options, chat.end_ids(tok))
     encoded_rows = [*pool_rows, *target_rows, *(row for rows in options for row in rows)]
     return {
         "rows": len(pool_rows) + len(target_rows) + len(tests),
@@ -116,7 +116,7 @@ def _write(context, name, examples, rows, columns):
     artifacts.write_table(context.path(name), table)
 
 
-def _write_tests(context, tests, options):
+def _write_tests(context, tests, options, end_ids):
     """One table row for each question: the prompt's tokens once, and each option's after it."""
     prompts, answers = [], []
     for rows in options:
@@ -135,6 +135,7 @@ def _write_tests(context, tests, options):
             "options": pa.array(letters, pa.list_(pa.string())),
             "option_ids": pa.array(answers, pa.list_(pa.list_(pa.int32()))),
             "answer": pa.array(right, pa.int32()),
+            "end_ids": pa.array([end_ids] * len(tests), pa.list_(pa.int32())),
         },
     )
 

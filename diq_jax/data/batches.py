@@ -17,7 +17,7 @@ Array = np.ndarray | jax.Array
 SHORTEST_EDGE = 32  # tokens
 EDGE_STEP = 16  # edges are multiples of this, which suits the tiles of a TPU and of tensor cores
 ANSWER_STEP = 32  # answer positions are rounded up to a multiple of this
-SHAPE_WORTH = 0.02  # shapes cost compilations: the fewest within this share of the best plan win
+SHAPE_TOKENS = 2048  # a further shape must save so many tokens: about what its compilation costs
 
 
 @flax.struct.dataclass
@@ -77,8 +77,7 @@ def plan(
         _fill(edges, order, lengths, answers, batch_tokens, rows_multiple)
         for edges in _edges_by_count(lengths, max_shapes)
     ]
-    fewest = min(map(_padded_tokens, plans))
-    return next(p for p in plans if _padded_tokens(p) <= fewest + SHAPE_WORTH * lengths.sum())
+    return min(plans, key=lambda p: _padded_tokens(p) + SHAPE_TOKENS * _shapes(p))
 
 
 def padding_share(groups: Sequence[Group], encoded: Sequence[example_lib.Encoded]) -> float:
@@ -215,3 +214,7 @@ def _batch_rows(count: int, most: int, multiple: int, is_last: bool) -> int:
 
 def _padded_tokens(groups: Sequence[Group]) -> int:
     return sum(group.rows * group.tokens for group in groups)
+
+
+def _shapes(groups: Sequence[Group]) -> int:
+    return len({(group.rows, group.tokens, group.answers) for group in groups})

@@ -28,6 +28,8 @@ class Question:
         letters: the options' names.
         option_ids: for each option, int32, at least one.
         answer: index of the right option.
+        end_ids: what ends a turn; it follows every option. Likelihoods leave it out, since they
+            compare the answers; the right answer's loss has it, as the target loss does.
     """
 
     example_id: str
@@ -36,16 +38,24 @@ class Question:
     letters: tuple[str, ...]
     option_ids: tuple[np.ndarray, ...]
     answer: int
+    end_ids: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each option."""
+        """Tokens of each option, its end aside."""
         return np.array([len(ids) for ids in self.option_ids])
 
     @property
+    def starts(self) -> np.ndarray:
+        """Where each option begins among the scored tokens of the row."""
+        spans = self.lengths + len(self.end_ids)
+        return np.cumsum(spans) - spans
+
+    @property
     def row(self) -> example.Encoded:
-        """Prompt and options one after another, the options scored."""
-        options = np.concatenate(self.option_ids)
+        """Prompt and options one after another, each with its end; the options scored."""
+        end = np.array(self.end_ids, np.int32)
+        options = np.concatenate([part for ids in self.option_ids for part in (ids, end)])
         ignored = np.full(len(self.prompt_ids), example.IGNORED, np.int32)
         return example.Encoded(
             self.example_id,
@@ -80,6 +90,7 @@ def from_table(table: pa.Table, where: str) -> list[Question]:
                 tuple(row["options"]),
                 options,
                 row["answer"],
+                tuple(row["end_ids"]),
             )
         )
     return questions
@@ -94,26 +105,31 @@ def pack(questions: Sequence[Question], rows: int, tokens: int, answers: int) ->
     batch = batches.make_batch([question.row for question in questions], rows, tokens, answers)
     parent_ids = np.full((rows, tokens), NO_PARENT, np.int32)
     for i, question in enumerate(questions):
-        prompt, lengths = len(question.prompt_ids), question.lengths
-        within = np.concatenate([np.arange(n) for n in lengths])
+        prompt, spans = len(question.prompt_ids), question.lengths + len(question.end_ids)
+        within = np.concatenate([np.arange(n) for n in spans])
         here = slice(prompt, prompt + len(within))
         batch.positions[i, here] = prompt + within
-        batch.segment_ids[i, here] = (
-            PROMPT_SEGMENT + 1 + np.repeat(np.arange(len(lengths)), lengths)
-        )
+        batch.segment_ids[i, here] = PROMPT_SEGMENT + 1 + np.repeat(np.arange(len(spans)), spans)
         batch.loss_positions[i, np.flatnonzero(within == 0)] = prompt - 1
         parent_ids[i, here] = PROMPT_SEGMENT
     return batch.replace(parent_ids=parent_ids)
 
 
-def log_likelihoods(question: Question, losses: np.ndarray) -> np.ndarray:
-    """Summed log-likelihood of each option given the prompt, in nats, float64.
+def scores(question: Question, losses: np.ndarray) -> tuple[np.ndarray, float]:
+    """What a model says of a question, in float64.
 
     Args:
         losses: (A,) token losses of the question's row (loss.token_losses).
+
+    Returns:
+        The summed log-likelihood of each option given the prompt, in nats; and the right answer's
+        loss, its end included, in nats per token: the loss that training and targets have.
     """
-    ends = np.cumsum(question.lengths)
-    return -np.add.reduceat(losses[: ends[-1]].astype(np.float64), ends - question.lengths)
+    losses = losses.astype(np.float64)
+    bounds = list(zip(question.starts, question.starts + question.lengths, strict=True))
+    start, stop = bounds[question.answer]
+    right = losses[start : stop + len(question.end_ids)]
+    return np.array([-losses[i:j].sum() for i, j in bounds]), float(right.mean())
 
 
 def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
@@ -121,9 +137,9 @@ def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
     return int(np.argmax(log_likelihoods)), int(np.argmax(log_likelihoods / lengths))
 
 
-def prediction(model: str, question: Question, log_likelihoods: list[float]) -> dict[str, Any]:
-    """A row of evaluate/predictions.jsonl; its loss is the right option's, in nats per token."""
-    sums, lengths = np.array(log_likelihoods), question.lengths
+def prediction(model: str, question: Question, sums: np.ndarray, loss: float) -> dict[str, Any]:
+    """A row of evaluate/predictions.jsonl, of the `scores` of a question."""
+    lengths = question.lengths
     letters, right = question.letters, question.answer
     by_sum, by_mean = choose(sums, lengths)
     return {
@@ -133,7 +149,7 @@ def prediction(model: str, question: Question, log_likelihoods: list[float]) -> 
         "answer": letters[right],
         "prediction": letters[by_sum],
         "prediction_norm": letters[by_mean],
-        "loss": float(-sums[right] / lengths[right]),
+        "loss": loss,
         "log_likelihoods": dict(zip(letters, sums.tolist(), strict=True)),
         "tokens": dict(zip(letters, lengths.tolist(), strict=True)),
     }

@@ -133,6 +133,10 @@ def _parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
     def option_losses(params, adapter, batch):
         return loss.token_losses(params, cfg, batch, adapter)
 
+    def question_values(question, output):
+        sums, right = options.scores(question, output)
+        return [*sums.tolist(), right]
+
     return (
         Part(
             "target",
@@ -146,7 +150,7 @@ def _parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
             [question.row for question in questions],
             placement.compile(option_losses, rows=True),
             lambda indices, *shape: options.pack([questions[i] for i in indices], *shape),
-            lambda i, output: options.log_likelihoods(questions[i], output).tolist(),
+            lambda i, output: question_values(questions[i], output),
         ),
     )
 
@@ -202,7 +206,7 @@ def _write(context, names, questions, target_values, option_values) -> None:
     settings = context.config.evaluate
     predictions = [
         [
-            options.prediction(name, q, v)
+            options.prediction(name, q, np.array(v[:-1]), v[-1])
             for q, v in zip(questions, option_values[name], strict=True)
         ]
         for name in names

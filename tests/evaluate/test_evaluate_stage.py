@@ -78,6 +78,7 @@ def save_inputs(workdir, questions, targets):
             "options": [list(q.letters) for q in questions],
             "option_ids": pa.array([q.option_ids for q in questions], pa.list_(ints)),
             "answer": pa.array([q.answer for q in questions], pa.int32()),
+            "end_ids": pa.array([q.end_ids for q in questions], ints),
         },
     )
     return workdir
@@ -132,7 +133,9 @@ def assert_close(left, right):
 
 def run_child(*args, devices_count=1):
     """This file as a script, in its own process."""
-    flags = f"--xla_force_host_platform_device_count={devices_count}"
+    # conftest's flags are inherited: what is compiled otherwise differs in its last bits.
+    inherited = os.environ.get("XLA_FLAGS", "")
+    flags = f"{inherited} --xla_force_host_platform_device_count={devices_count}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -140,9 +143,9 @@ def run_child(*args, devices_count=1):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    # Ten times the usual spread, so that the model has opinions.
+    # Four times the usual spread: the model has opinions, and float error stays small.
     folder = tmp_path_factory.mktemp("model")
-    return save_model(folder, lambda name, x: x if name == "final_norm" else 10 * x)
+    return save_model(folder, lambda name, x: x if name == "final_norm" else 4 * x)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ def test_base_alone_and_in_another_order(tmp_path, model, finished):
 
 def test_killed_and_resumed_is_identical(tmp_path, model, finished):
     save_adapters(save_random_inputs(tmp_path))
-    killed = run_child(tmp_path, model, "mesh", 5)
+    killed = run_child(tmp_path, model, "mesh", 8)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     partial = tmp_path / stage.PARTIAL
     lines = partial.read_text().splitlines()
@@ -270,7 +273,7 @@ def test_killed_and_resumed_is_identical(tmp_path, model, finished):
     returned = stage.run(make_context(tmp_path, model))
     for name in (RESULTS, PREDICTIONS):
         assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
-    assert 0 < returned["tokens"] < finished[1]["tokens"]
+    assert 0 < returned["resumed_tokens"] < returned["tokens"] == finished[1]["tokens"]
     assert not partial.exists()
 
 

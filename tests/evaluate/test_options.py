@@ -33,7 +33,13 @@ def make_questions(count=4, vocab=61):
 
     return [
         options.Question(
-            f"q{i}", "t", draw(8, 14), ("A", "B", "C"), tuple(draw(1, 7) for _ in "ABC"), i % 3
+            f"q{i}",
+            "t",
+            draw(8, 14),
+            ("A", "B", "C"),
+            tuple(draw(1, 7) for _ in "ABC"),
+            i % 3,
+            (7,),
         )
         for i in range(count)
     ]
@@ -46,7 +52,7 @@ def score(model, questions, rows, tokens, answers):
         jax.jit(loss.token_losses, static_argnums=1)(model.params, model.cfg, batch)
     )
     assert np.all(losses[len(questions) :] == 0)
-    return [options.log_likelihoods(q, row) for q, row in zip(questions, losses, strict=False)]
+    return [options.scores(q, row)[0] for q, row in zip(questions, losses, strict=False)]
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -109,7 +115,7 @@ def test_order_padding_and_company_change_nothing(models):
 def test_options_do_not_see_each_other():
     """d(losses of option B) / d(queries, keys and values of option A) is exactly zero."""
     question = make_questions(1)[0]
-    n, prompt, first = len(question.row.input_ids), len(question.prompt_ids), question.lengths[0]
+    n, prompt, first = len(question.row.input_ids), len(question.prompt_ids), question.starts[1]
     batch = options.pack([question], 1, n, question.row.answer_tokens)
 
     def attend(x):
@@ -128,21 +134,24 @@ def test_options_do_not_see_each_other():
 
 
 def test_the_row_by_hand():
-    # prompt 5 6 7; options A = 8 9, B = 1: the first token of each is read off index 2, where the
-    # prompt ends, and their positions both begin at 3.
+    # prompt 5 6 7; options A = 8 9, B = 1, each ended by 4: the first token of each is read off
+    # index 2, where the prompt ends, and their positions both begin at 3.
     prompt, a, b = (np.array(ids, np.int32) for ids in ([5, 6, 7], [8, 9], [1]))
-    question = options.Question("q", "t", prompt, ("A", "B"), (a, b), 0)
-    batch = options.pack([question], 2, 7, 4)
-    assert batch.tokens[0].tolist() == [5, 6, 7, 8, 9, 1, 0]
-    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 3, 0]
-    assert batch.segment_ids[0].tolist() == [1, 1, 1, 2, 2, 3, 0]
-    assert batch.parent_ids[0].tolist() == [-1, -1, -1, 1, 1, 1, -1]
-    assert batch.loss_positions[0].tolist() == [2, 3, 2, 0]
-    assert batch.loss_labels[0].tolist() == [8, 9, 1, 0]
-    assert batch.loss_mask[0].tolist() == [1, 1, 1, 0]
+    question = options.Question("q", "t", prompt, ("A", "B"), (a, b), 0, (4,))
+    batch = options.pack([question], 2, 9, 6)
+    assert batch.tokens[0].tolist() == [5, 6, 7, 8, 9, 4, 1, 4, 0]
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 0]
+    assert batch.segment_ids[0].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 0]
+    assert batch.parent_ids[0].tolist() == [-1, -1, -1, 1, 1, 1, 1, 1, -1]
+    assert batch.loss_positions[0].tolist() == [2, 3, 4, 2, 6, 0]
+    assert batch.loss_labels[0].tolist() == [8, 9, 4, 1, 4, 0]
+    assert batch.loss_mask[0].tolist() == [1, 1, 1, 1, 1, 0]
     assert batch.is_padding.tolist() == [False, True]
-    sums = options.log_likelihoods(question, np.array([0.5, 1.0, 2.0, 9.0], np.float32))
+    # The ends (0.3 and 0.7) are in the right answer's loss, (0.5 + 1.0 + 0.3) / 3, not in the sums.
+    losses = np.array([0.5, 1.0, 0.3, 2.0, 0.7, 9.0], np.float32)
+    sums, loss = options.scores(question, losses)
     assert sums.tolist() == [-1.5, -2.0]
+    assert loss == pytest.approx(0.6)
 
 
 def test_raw_and_normalised_choices_differ_by_length():
@@ -167,6 +176,7 @@ def test_a_bad_question_is_named(change, problem):
         "options": ["A", "B"],
         "option_ids": [[1], [2]],
         "answer": 0,
+        "end_ids": [3],
     }
     assert options.from_table(pa.Table.from_pylist([row]), "here")[0].letters == ("A", "B")
     with pytest.raises(errors.UserError, match=rf"here: question 'q7' must have .*{problem}"):

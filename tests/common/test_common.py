@@ -1,0 +1,169 @@
+"""Config, artifacts, metrics and trees."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from diq_jax.common import artifacts, config, errors, metrics, trees
+
+
+def changed(**fields):
+    c = config.default()
+    c.model.path = "x"
+    for name, value in fields.items():
+        *sections, field = name.split("__")
+        node = c
+        for section in sections:
+            node = node[section]
+        node[field] = value
+    return c
+
+
+def test_every_field_is_documented_and_resolves():
+    cfg = config.resolve(changed())
+    assert cfg.influence.lora.rank == 8
+    source = pathlib.Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    for name in config.field_names():
+        field = name.rsplit(".", 1)[-1]
+        found = [i for i, line in enumerate(source) if line.startswith(f"    {field}: ")]
+        assert any("#" in source[i] or "#" in source[i - 1] for i in found), name
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"selection__retention_ratio": 0.0}, r"retention_ratio must be in \(0, 1\]; got 0\.0"),
+        ({"selection__retention_ratio": float("nan")}, "must be finite"),
+        ({"selection__method": "dqi"}, "Did you mean 'diq'"),
+        ({"model__dtype": "float16"}, "model.dtype must be one of float32, bfloat16"),
+        ({"finetune__accumulation_steps": 3}, "must divide batch_size 8"),
+        ({"finetune__baselines": "random,lenght"}, "finetune.baselines must be one of"),
+        ({"parallel__strategy": "pmap", "parallel__model": 2}, "parallel.model must be 1"),
+        ({"difficulty__percentile": 101.0}, r"in \[0, 100\]"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(errors.UserError, match=message):
+        config.resolve(changed(**fields))
+
+
+def test_the_config_is_locked():
+    with pytest.raises(AttributeError, match="retention_ratio"):
+        config.default().selection.retention_rato = 0.1
+
+
+def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    artifacts.write_text(path, "old")
+    with pytest.raises(RuntimeError), artifacts.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_journal_drops_a_half_line_and_keeps_float32_bits(tmp_path):
+    path = tmp_path / "j.jsonl"
+    value = float(np.float32(0.1) * np.float32(1e-20))
+    with artifacts.Journal(path) as journal:
+        journal.append({"v": value})
+    with open(path, "ab") as f:
+        f.write(b'{"v": 0.')
+    with artifacts.Journal(path) as journal:
+        assert journal.entries == [{"v": value}]
+        journal.append({"v": 2})
+    assert [entry["v"] for entry in artifacts.read_jsonl(path)] == [value, 2]
+    assert np.float32(value).tobytes() == np.float32(json.loads(repr(value))).tobytes()
+
+
+def test_tables_are_the_same_bytes_every_time(tmp_path):
+    columns = {"id": ["a", "b"], "x": np.array([1.5, 2.5], np.float32)}
+    for name in ("a.parquet", "b.parquet"):
+        artifacts.write_table(tmp_path / name, columns)
+    assert artifacts.sha256(tmp_path / "a.parquet") == artifacts.sha256(tmp_path / "b.parquet")
+
+
+def test_metrics_against_scipy_and_by_hand():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 30)).round(1)
+    assert metrics.pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0])
+    assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+    assert np.isnan(metrics.pearson(x, np.ones(30)))
+    # Weights (i - j)^2: observed 1 (one pair off by one). Chance: labels 1 1 2, predictions 1 2 2,
+    # so 2/3 of labels are 1 and 1/3 of predictions are: 3 * (2/3 * 2/3 + 1/3 * 1/3) = 5/3.
+    assert metrics.quadratic_kappa([1, 1, 2], [1, 2, 2], 2) == pytest.approx(1 - 1 / (5 / 3))
+    low, high = metrics.bootstrap_interval(x, lambda v: v.mean(axis=1), 2000, 0)
+    half = 1.96 * x.std() / np.sqrt(30)
+    assert low == pytest.approx(x.mean() - half, abs=0.08)
+    assert high == pytest.approx(x.mean() + half, abs=0.08)
+
+
+def test_partition_and_combine_are_inverse():
+    tree = {"a": {"x": jnp.ones(2), "y": jnp.zeros(3)}, "b": None}
+    chosen, rest = trees.partition(tree, {"a/x"}.__contains__)
+    assert list(trees.named_leaves(chosen)) == ["a/x"]
+    assert list(trees.named_leaves(rest)) == ["a/y"]
+    both = trees.combine(chosen, rest)
+    assert list(trees.named_leaves(both)) == ["a/x", "a/y"] and both["b"] is None
+
+
+DEVICES = """
+import jax, numpy as np, tiny
+import functools
+from diq_jax.common import config, trees
+from diq_jax.data import batches
+from diq_jax.influence import direction, exact
+from diq_jax.models import decoder, load
+assert len(jax.devices()) == 8
+model, targets, rows = tiny.model(tied_head=False), tiny.rows(5, 20, 7), tiny.rows(11, 24, 1)
+def score(**parallel):
+    place = tiny.placement(**parallel)
+    put = place.place(decoder.PARTITION_RULES)
+    params = trees.map_named(lambda n, x: put(n, np.asarray(x)), model.params)
+    m = load.Model(params, model.cfg, {}, "")
+    space = direction.make_space(m, config.Influence(), place)
+    def placed(r):
+        for g, b in batches.iterate(batches.plan(r, 64, place.rows_multiple, 1), r):
+            yield g, place.batch(b)
+    pairs = ((len(g), b) for g, b in placed(targets))
+    v = direction.mean_gradient(space, pairs, m.cfg, "mean", place)
+    v = place.replicate(v) if place.strategy == "pmap" else v
+    step = place.compile(functools.partial(exact.scores, cfg=m.cfg, reduction="mean"), rows=True)
+    out = np.zeros(11)
+    for g, b in placed(rows):
+        out[list(g)] = np.asarray(step(space[0], v, space[1], b)[0])[: len(g)]
+    if parallel.get("data") == 8 and place.strategy == "mesh":
+        text = step.lower(space[0], v, space[1], b).compile().as_text()
+        assert not any(w in text for w in ("all-reduce", "all-gather", "all-to-all")), "collective"
+    return out
+one = score(data=1)
+for parallel, tolerance in (({"data": 8}, 1e-5), ({"data": 3}, 1e-5),
+    ({"data": 4, "model": 2}, 1e-4), ({"strategy": "pmap", "data": 8}, 1e-5)):
+    np.testing.assert_allclose(score(**parallel), one, atol=tolerance * np.abs(one).max(),
+        err_msg=str(parallel))
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_mesh_and_pmap_equal_one(pytestconfig):
+    """And the data-parallel scoring program holds no collective."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    ended = subprocess.run(
+        [sys.executable, "-c", DEVICES],
+        capture_output=True,
+        text=True,
+        env={
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(pytestconfig.rootpath / "tests"),
+            "PATH": "",
+        },
+    )
+    assert ended.stdout.strip() == "equal", ended.stderr[-2000:]
