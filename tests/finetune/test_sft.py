@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import peft
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -20,13 +21,7 @@ from diq_jax.models import decoder, hf, lora
 # PEFT asks transformers for a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
-HF_CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128, "rope_theta": 1e4, "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}  # fmt: skip
-CFG = model_config.decoder_config(HF_CONFIG, "test")
+CFG = model_config.decoder_config(tiny.HF_CONFIG, "test")
 SETTINGS = config.Finetune(
     rank=3, alpha=6.0, targets="(q|k|v|down)_proj", learning_rate=1e-2, warmup_ratio=0.2,
     weight_decay=0.1, clip_norm=0.05, epochs=2, batch_size=8,
@@ -90,7 +85,7 @@ def test_five_steps_equal_peft_and_torch_adamw(params, placement, tmp_path):
     encoded = random_examples(6)
     adapter, losses = train(params, placement, settings, encoded)
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF_CONFIG))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.HF_CONFIG))
     state = {name: torch.from_numpy(array.copy()) for name, array in hf.decoder_tensors(params)}
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
     lora.save_peft(tmp_path, init_adapter(settings), settings.alpha, 0.0, "tiny")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -16,13 +17,7 @@ from diq_jax.models import config, decoder, hf, layers, lora
 # PEFT asks transformers for a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
-HF_CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128, "rope_theta": 1e4, "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}  # fmt: skip
-CFG = config.decoder_config(HF_CONFIG, "test")
+CFG = config.decoder_config(tiny.HF_CONFIG, "test")
 TARGETS = "(q|v|down)_proj"
 TOKENS = np.array([[5, 9, 2, 40, 63, 7], [1, 1, 30, 8, 22, 50]], np.int32)
 
@@ -48,7 +43,7 @@ def logits(params, adapter=None):
 
 
 def torch_base(params):
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF_CONFIG))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.HF_CONFIG))
     state = {name: torch.from_numpy(array.copy()) for name, array in hf.decoder_tensors(params)}
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
     return model.eval()
@@ -131,7 +126,7 @@ def test_variants_are_refused(params, tmp_path, settings, message):
 )
 def test_adapters_of_other_models_are_refused(adapter, tmp_path, change, message):
     lora.save_peft(tmp_path, adapter, alpha=6.0, dropout=0.0, base="tiny")
-    other = config.decoder_config({**HF_CONFIG, **change}, "test")
+    other = config.decoder_config({**tiny.HF_CONFIG, **change}, "test")
     with pytest.raises(errors.UserError, match=f"^influence.lora.path: .*{message}"):
         lora.load_peft(tmp_path, other, "influence.lora.path")
 
