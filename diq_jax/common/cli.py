@@ -33,7 +33,9 @@ def run(main: Callable[[], None]) -> None:
     except OSError as e:
         if e.errno not in FULL_OR_FORBIDDEN:
             raise
-        _fail(f"Cannot write {e.filename or ''}: {e.strerror}. What was finished is kept.")
+        _fail(
+            f"Cannot write {e.filename or 'in --workdir'}: {e.strerror}. What was finished is kept."
+        )
     except KeyboardInterrupt:
         print("\nInterrupted: the same command continues from here.", file=sys.stderr)
         sys.exit(130)
