@@ -59,12 +59,12 @@ def main() -> None:
         stepped = jax.tree.map(lambda p, g: p - eta * g, chosen, g)
         return direction.losses(stepped, rest, target_batch, **bound).mean()
 
+    before = float(direction.losses(chosen, rest, target_batch, **bound).mean())
     influence, change = [], []
     for row in pool:
         batch = placement.batch(batches.make_batch([row], 1, longest, longest))
         influence.append(float(score(chosen, v, rest, batch)[0][0]))
-        before, after = (target_loss_after(chosen, rest, batch, eta) for eta in (0.0, ETA.value))
-        change.append(float(after) - float(before))
+        change.append(float(target_loss_after(chosen, rest, batch, ETA.value)) - before)
         print(f"{row.example_id:<12} -eta * influence {-ETA.value * influence[-1]:+.3e}   "
               f"measured {change[-1]:+.3e}", flush=True)  # fmt: skip
     predicted = -ETA.value * np.array(influence)

@@ -37,6 +37,8 @@ def _real(tmp_path_factory):
     model = load.load(tiny.SMOLLM, "float32", tiny.placement())
     hf.save_decoder(work / "export", model.params, model.hf_config, 10**9)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "export").eval()
+    # torch drops the input gradient of the padding token, which here is <|im_end|>, a real token.
+    theirs.model.embed_tokens.padding_idx = None
     return model, theirs, pool, targets
 
 
@@ -93,4 +95,4 @@ def test_influence_ranks_real_rows_as_torch_autograd_does(real):
         gradient = torch.autograd.grad(torch_loss(theirs, row), parameters)
         expected.append(sum(float((a * b).sum()) for a, b in zip(gradient, mean, strict=True)))
     assert metrics.pearson(got, expected) > 0.9999
-    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
