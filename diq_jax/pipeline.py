@@ -167,8 +167,12 @@ LABELLING = tuple(
 )  # fmt: skip
 SCORING = tuple(
     f"influence.{field}"
-    for field in ("engine", "parameters", "direction", "loss_reduction", "normalize", "lora")
-)
+    for field in (
+        "engine", "parameters", "direction", "direction_rank", "targets", "loss_reduction",
+        "normalize", "per_token", "lora", "projection.kind", "projection.dim", "projection.seed", "projection.rank", "store",
+        "warmup",
+    )
+)  # fmt: skip
 
 # Fields that only change speed or memory (batch_tokens, remat, parallel) are in no settings.
 STAGES = {

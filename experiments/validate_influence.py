@@ -51,6 +51,7 @@ def main() -> None:
     )
     space = chosen, rest = direction.make_space(model, cfg.influence, placement)
     v = direction.mean_gradient(space, [(len(targets), target_batch)], placement=placement, **bound)
+    v = direction.stack([v], [1.0])
     score = jax.jit(functools.partial(exact.scores, **bound))
 
     @jax.jit
@@ -63,7 +64,7 @@ def main() -> None:
     influence, change = [], []
     for row in pool:
         batch = placement.batch(batches.make_batch([row], 1, longest, longest))
-        influence.append(float(score(chosen, v, rest, batch)[0][0]))
+        influence.append(float(score(chosen, v, rest, batch).influence[0, 0]))
         change.append(float(target_loss_after(chosen, rest, batch, ETA.value)) - before)
         print(f"{row.example_id:<12} -eta * influence {-ETA.value * influence[-1]:+.3e}   "
               f"measured {change[-1]:+.3e}", flush=True)  # fmt: skip

@@ -110,10 +110,15 @@ class Journal:
         self._file.truncate(whole)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self.extend([entry])
+
+    def extend(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Adds entries that belong together, with one write to the disk."""
+        lines = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries]
+        self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.entries.append(dict(entry))
+        self.entries.extend(map(dict, entries))
 
     def close(self) -> None:
         self._file.close()

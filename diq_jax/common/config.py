@@ -16,6 +16,10 @@ import ml_collections
 from diq_jax.common import errors
 
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
+ENGINES = ("exact", "projected", "factored")
+DIRECTIONS = ("mean", "adam", "less")
+PEFT_DIRECTION = "peft:"  # influence.direction=peft:FOLDER
+PROJECTIONS = ("rademacher", "gaussian", "sparse")
 METHODS = ("diq", "random", "influence", *(f"difficulty_{p}" for p in PERSPECTIVES))
 
 
@@ -102,27 +106,141 @@ class InfluenceLora:
 
 
 @dataclasses.dataclass(frozen=True)
-class Influence:
-    engine: str = "exact"  # exact: forward mode, nothing projected
-    # the space of the gradients: all, lora, or a regex over parameter paths
-    parameters: str = "all"
-    direction: str = "mean"  # mean: the mean target gradient (DIQ)
-    loss_reduction: str = "mean"  # over an example's answer tokens: mean (the paper) or sum
-    normalize: str = "dot"  # dot; cosine needs the gradient's norm, which forward mode never sees
-    batch_tokens: int = 4096  # tokens of one scoring batch on all devices
-    lora: InfluenceLora = dataclasses.field(default_factory=InfluenceLora)
+class Projection:
+    # rademacher, gaussian: dense, TRAK-style; sparse: two signed buckets for each coordinate
+    kind: str = "rademacher"
+    dim: int = 4096  # numbers kept for an example
+    seed: int = 0  # with the parameter's path, all that the matrix depends on
+    rank: int = 0  # of each side of engine=factored; 0 = the largest that `dim` has room for
+    block_bytes: int = 2**28  # the matrix exists in blocks of at most so many bytes
 
     def __post_init__(self):
-        errors.check_choice("influence.engine", self.engine, ("exact",))
-        errors.check_choice("influence.direction", self.direction, ("mean",))
+        errors.check_choice("influence.projection.kind", self.kind, PROJECTIONS)
+        for name in ("dim", "block_bytes"):
+            value = getattr(self, name)
+            _check(f"influence.projection.{name}", value >= 1, "at least 1", value)
+        for name in ("seed", "rank"):
+            value = getattr(self, name)
+            _check(f"influence.projection.{name}", value >= 0, "at least 0", value)
+        ok = self.kind != "sparse" or self.dim % 2 == 0
+        _check("influence.projection.dim", ok, "even with kind=sparse (two buckets)", self.dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    dtype: str = "float32"  # of the stored rows: float32, bfloat16 or float16
+    shard_rows: int = 1024  # examples of one file
+
+    def __post_init__(self):
+        choices = ("float32", "bfloat16", "float16")
+        errors.check_choice("influence.store.dtype", self.dtype, choices)
+        _check("influence.store.shard_rows", self.shard_rows >= 1, "at least 1", self.shard_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmup:
+    """AdamW on influence.parameters over a part of the pool before gradients are taken."""
+
+    epochs: int = 0  # scores are taken after each and summed by learning rate; 0 = the base model
+    fraction: float = 0.05  # of the pool, drawn with the seed
+    learning_rate: float = 1e-4  # the peak: linear warm-up over 3 % of the steps, then linear to 0
+    batch_size: int = 16  # examples an optimiser step
+    seed: int = 0  # of the draw and the order
+
+    def __post_init__(self):
+        _check("influence.warmup.epochs", self.epochs >= 0, "at least 0", self.epochs)
+        ok = 0 < self.fraction <= 1
+        _check("influence.warmup.fraction", ok, "in (0, 1]", self.fraction)
+        for name in ("learning_rate", "batch_size"):
+            value = getattr(self, name)
+            _check(f"influence.warmup.{name}", value > 0, "above 0", value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Influence:
+    # exact: forward mode, nothing projected; projected: per-example gradients, projected and kept;
+    # factored: two-sided projections from one backward pass, kept
+    engine: str = "exact"
+    # the space of the gradients: all, lora, or a regex over parameter paths
+    parameters: str = "all"
+    # mean: the mean target gradient (DIQ); adam: that, divided by the root of Adam's second moment
+    # after the warm-up; less: LESS's own form (engine=projected); peft:FOLDER: an adapter's update
+    direction: str = "mean"
+    # exact: matrices of the direction as two thin factors of this rank; 0 = whole
+    direction_rank: int = 0
+    # one direction for the mean of the targets, for each task, or for each example; the score is
+    # the mean's, the others stand beside it
+    targets: str = "mean"
+    loss_reduction: str = "mean"  # over an example's answer tokens: mean (the paper) or sum
+    normalize: str = "dot"  # dot; cosine needs the gradient's norm, which forward mode never sees
+    per_token: bool = False  # exact: also each answer token's share of the score
+    packing: bool = False  # exact: several examples in a row, told apart by segment ids
+    batch_tokens: int = 4096  # tokens of one scoring batch on all devices
+    gradient_bytes: int = 2**30  # projected: per-example gradients held at once on a device
+    remat: bool = False  # projected, factored: recompute each layer in the backward pass
+    lora: InfluenceLora = dataclasses.field(default_factory=InfluenceLora)
+    projection: Projection = dataclasses.field(default_factory=Projection)
+    store: Store = dataclasses.field(default_factory=Store)
+    warmup: Warmup = dataclasses.field(default_factory=Warmup)
+
+    def __post_init__(self):
+        errors.check_choice("influence.engine", self.engine, ENGINES)
+        if not self.direction.startswith(PEFT_DIRECTION):
+            errors.check_choice("influence.direction", self.direction, DIRECTIONS)
+        errors.check_choice("influence.targets", self.targets, ("mean", "task", "example"))
         errors.check_choice("influence.loss_reduction", self.loss_reduction, ("mean", "sum"))
         errors.check_choice("influence.normalize", self.normalize, ("dot", "cosine"))
-        if self.normalize == "cosine":
-            raise errors.UserError(
-                "influence.normalize=cosine needs each example's gradient norm, which the "
-                "forward-mode engine 'exact' never forms; use dot."
+        rank = self.direction_rank
+        _check("influence.direction_rank", rank >= 0, "at least 0", rank)
+        for name in ("batch_tokens", "gradient_bytes"):
+            value = getattr(self, name)
+            _check(f"influence.{name}", value >= 1, "at least 1", value)
+        for wrong, sentence in self._conflicts():
+            if wrong:
+                raise errors.UserError(sentence)
+
+    def _conflicts(self) -> Iterator[tuple[bool, str]]:
+        exact, lora = self.engine == "exact", self.parameters == "lora"
+        peft, less = self.direction.startswith(PEFT_DIRECTION), self.direction == "less"
+        yield (
+            exact and self.normalize == "cosine",
+            "influence.normalize=cosine needs each example's gradient norm, which the "
+            "forward-mode engine 'exact' never forms; use dot, or engine=projected or factored.",
+        )
+        for name in ("direction_rank", "per_token", "packing"):
+            yield (
+                not exact and bool(getattr(self, name)),
+                f"influence.{name} belongs to engine=exact; got engine={self.engine}.",
             )
-        _check("influence.batch_tokens", self.batch_tokens >= 1, "at least 1", self.batch_tokens)
+        yield (
+            lora and self.direction_rank > 0,
+            "influence.direction_rank does nothing with parameters=lora: its direction is thin "
+            "already; set it to 0.",
+        )
+        yield (
+            lora and self.engine == "factored",
+            "influence.engine=factored projects whole matrices; with parameters=lora use "
+            "projected.",
+        )
+        yield (
+            self.direction in ("adam", "less") and self.warmup.epochs == 0,
+            f"influence.direction={self.direction} needs Adam's moments: set "
+            "influence.warmup.epochs to at least 1.",
+        )
+        yield (
+            less and (self.engine, self.normalize) != ("projected", "cosine"),
+            "influence.direction=less is not linear in the example's gradient: it needs "
+            "engine=projected and normalize=cosine.",
+        )
+        yield (
+            peft and (self.parameters != "all" or self.warmup.epochs > 0 or not exact),
+            "influence.direction=peft:FOLDER is a direction of the base model's weights: it "
+            "needs engine=exact, parameters=all and no warm-up.",
+        )
+        yield (
+            peft and self.targets != "mean",
+            f"influence.direction=peft:FOLDER is one direction; got targets={self.targets}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,12 @@ class Placement:
             tree,
         )
 
+    def like(self, placed, tree):
+        """Puts a tree where `placed`, a tree of the same shapes made by this placement, lies."""
+        if self.strategy == "mesh":
+            return jax.tree.map(lambda p, x: jax.device_put(x, p.sharding), placed, tree)
+        return self.replicate(tree)
+
     def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
         """A function (path, array) that puts a parameter where the first rule that matches its path
         says.

@@ -36,11 +36,28 @@ def partition(tree, chosen: Callable[[str], bool]):
     )
 
 
+def partition_like(tree, other):
+    """Splits a tree in two, (leaves where `other` has one, the rest), None elsewhere."""
+    there = {
+        name for name, leaf in named_leaves(other, lambda x: x is None).items() if leaf is not None
+    }
+    return partition(tree, there.__contains__)
+
+
 def combine(left, right):
     """Undoes `partition`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
     )
+
+
+def insert(tree: dict, extra: dict[str, Any]) -> dict:
+    """A copy of a nested dict with values added at slash paths, beside what is there."""
+    tree = dict(tree)
+    for name, value in extra.items():
+        first, _, rest = name.partition("/")
+        tree[first] = insert(tree.get(first) or {}, {rest: value}) if rest else value
+    return tree
 
 
 def matching(names, pattern: str, field: str) -> set[str]:

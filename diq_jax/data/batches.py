@@ -26,12 +26,14 @@ class Batch:
 
     tokens: Array  # (B, T) int32
     positions: Array  # (B, T) int32, from 0 at an example's first token
-    segment_ids: Array  # (B, T) int32: 1 example, 0 padding
+    segment_ids: Array  # (B, T) int32: 1 example (2, 3, ... further ones in a row), 0 padding
     loss_positions: Array  # (B, A) int32: the index along T whose next token is scored
     loss_labels: Array  # (B, A) int32: that next token
     loss_mask: Array  # (B, A) float32: 1 scored, 0 padding
-    is_padding: Array  # (B,) bool: the row holds no example
+    is_padding: Array  # (B,) bool: the row holds no example; (B, S) the place, where packed
     parent_ids: Array | None = None  # (B, T) int32: a second segment that a token sees, -1 for none
+    # (B, A) int32: which of the S examples of its row an answer position belongs to, where packed
+    loss_examples: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Group:
     rows: int  # B, at least the number of indices
     tokens: int  # T
     answers: int  # A
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of each row."""
+        return tuple((i,) for i in self.indices)
+
+    @property
+    def slots(self) -> list[int]:
+        """Where each index stands in outputs (B,)."""
+        return list(range(len(self.indices)))
 
 
 def bucket_edges(lengths: Sequence[int], max_shapes: int = 8) -> list[int]:

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from diq_jax.common import artifacts, errors, progress, stages, trees
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
+from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import sft
 from diq_jax.models import checkpoint, load, lora
 
@@ -92,7 +93,7 @@ def _folders(context, arms):
     }
 
 
-def _train_arms(context, encoded, steps: Mapping[str, Sequence[sft.Step]]):
+def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]]):
     """Trains and exports every arm. Returns ({arm: losses, one a step}, tokens of this call)."""
     settings, settings_model = context.config.finetune, context.config.model
     model = load.load(settings_model.path, settings_model.dtype, context.placement)
@@ -112,7 +113,7 @@ def _train_arms(context, encoded, steps: Mapping[str, Sequence[sft.Step]]):
         state, losses[arm], new_tokens = _train(
             context, arm, encoded, steps[arm], state,
             lambda state, step, frozen=frozen: train_step(
-                model.params, frozen, state, sft.microbatches(encoded, step)
+                model.params, frozen, state, steps_lib.microbatches(encoded, step)
             ),
         )  # fmt: skip
         tokens += new_tokens

@@ -5,13 +5,99 @@ with respect to `chosen`, `rest` is held fixed. `trees.combine` joins them.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from diq_jax.common import config, devices, trees
 from diq_jax.models import load, lora, loss
+
+# Randomised truncated SVD (Halko et al., arXiv 0909.4061): columns beyond the rank, and passes.
+OVERSAMPLE, PASSES = 16, 4
+MATRICES = ("kernel", "embedding")  # leaves that a factored direction or a probe may stand beside
+
+
+@flax.struct.dataclass
+class Direction:
+    """Q directions in a space.
+
+    Attributes:
+        whole: nested like `chosen`, leaves (Q, ...), None at matrices that are kept in factors.
+        factors: {path of such a matrix: {a (Q, ..., in, R), b (Q, ..., R, out)}}.
+        weights: (Q,), the share of each in their mean.
+    """
+
+    whole: Any
+    factors: dict[str, dict[str, jax.Array]]
+    weights: jax.Array
+
+
+def stack(trees_of_v: Sequence, weights: Sequence[float], rank: int = 0) -> Direction:
+    """One Direction of Q trees like `chosen`; with a rank, their matrices as thin factors."""
+    made = [truncate(v, rank) if rank else (v, {}) for v in trees_of_v]
+    whole, factors = jax.jit(lambda *made: jax.tree.map(lambda *x: jnp.stack(x), *made))(*made)
+    return Direction(whole, factors, jnp.asarray(weights, jnp.float32) / sum(weights))
+
+
+def attach(both, factors, scales):
+    """{"params", "adapter"} with each direction in factors beside its kernel (models/layers.py)."""
+    extra = {
+        f"{name.rsplit('/', 1)[0]}/direction": f | {"scale": scales[name]}
+        for name, f in factors.items()
+    }
+    return trees.insert(both, extra)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def truncate(v, rank: int):
+    """Each matrix of v by a truncated SVD.
+
+    Returns:
+        (v with None at its matrices, {path: {a (..., in, R), b (..., R, out)}}); stacked matrices
+        are truncated one by one, and none gets a rank above its smaller side.
+    """
+
+    def matrix(index, leaf):
+        *batch, n_in, n_out = leaf.shape
+        leaf = leaf.astype(jnp.float32)
+        size = min(rank + OVERSAMPLE, n_in, n_out)
+        probe = jax.random.normal(jax.random.key(index), (*batch, n_out, size))
+        basis = jnp.linalg.qr(leaf @ probe)[0]  # (..., in, size)
+        for _ in range(PASSES):
+            back = jnp.linalg.qr(leaf.swapaxes(-1, -2) @ basis)[0]
+            basis = jnp.linalg.qr(leaf @ back)[0]
+        u, s, vt = jnp.linalg.svd(basis.swapaxes(-1, -2) @ leaf, full_matrices=False)
+        kept = min(rank, size)
+        a = basis @ (u[..., :kept] * s[..., None, :kept])
+        return {"a": a, "b": vt[..., :kept, :]}
+
+    named = trees.named_leaves(v)
+    matrices = {name for name in named if name.endswith(MATRICES)}
+    factors = {
+        name: matrix(i, leaf) for i, (name, leaf) in enumerate(named.items()) if name in matrices
+    }
+    return trees.partition(v, matrices.__contains__)[1], factors
+
+
+def from_peft(folder: str, cfg) -> Direction:
+    """The update W -> W + A B scale of a LoRA adapter as a direction, pointing back along it.
+
+    A training step moves the parameters against a gradient, so the direction that stands for the
+    adapter's training is minus its update: a positive influence means that the example's loss falls
+    along the update.
+    """
+    adapter = trees.named_leaves(lora.load_peft(folder, cfg, "influence.direction"))
+    factors = {}
+    for name, a in adapter.items():
+        if name.endswith("/a"):
+            linear = name.removesuffix("/a")
+            scale = adapter[f"{linear}/scale"][:, None, None]
+            b = adapter[f"{linear}/b"]
+            factors[f"params/{linear}/kernel"] = {"a": (-scale * a)[None], "b": b[None]}
+    return Direction({"params": None, "adapter": None}, factors, jnp.ones(1))
 
 
 def make_space(model: load.Model, settings: config.Influence, placement: devices.Placement):
@@ -31,6 +117,15 @@ def make_space(model: load.Model, settings: config.Influence, placement: devices
         found = trees.matching(paths, settings.parameters, "influence.parameters")
         names = {f"params/{name}" for name in found}
     return trees.partition({"params": model.params, "adapter": adapter}, names.__contains__)
+
+
+def shapes(space, placement: devices.Placement) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the chosen leaves, without the device axis of pmap; "params/" is cut off."""
+    axis = 1 if placement.strategy == "pmap" else 0
+    return {
+        name.removeprefix("params/"): leaf.shape[axis:]
+        for name, leaf in trees.named_leaves(space[0]).items()
+    }
 
 
 def losses(chosen, rest, batch, cfg, reduction, remat=False):

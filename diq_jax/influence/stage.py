@@ -1,161 +1,184 @@
-"""The influence stage: a direction from the targets, then a score for each pool example."""
+"""The influence stage: directions from the targets, then a score for each pool example."""
 
+import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, devices, errors, metrics, progress, stages, trees
-from diq_jax.data import batches, encoded, example
-from diq_jax.influence import direction, exact
+from diq_jax.common import artifacts, config, errors, metrics, stages
+from diq_jax.data import encoded
+from diq_jax.influence import direction, scoring, warmup
 from diq_jax.models import checkpoint, load
 
 
 def fingerprints(context: stages.Context) -> Mapping[str, str]:
-    cfg = context.config
-    found = {"model.path": checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint}
-    if cfg.influence.parameters == "lora" and cfg.influence.lora.path:
-        weights = context.path(cfg.influence.lora.path) / "adapter_model.safetensors"
-        if weights.is_file():
-            found["influence.lora.path"] = artifacts.sha256(weights)
+    settings = context.config.influence
+    found = {"model.path": _weights(context)}
+    folders = {"influence.lora.path": settings.lora.path if settings.parameters == "lora" else ""}
+    if settings.direction.startswith(config.PEFT_DIRECTION):
+        folders["influence.direction"] = settings.direction.removeprefix(config.PEFT_DIRECTION)
+    for field, folder in folders.items():
+        weights = context.path(folder) / "adapter_model.safetensors"
+        if folder and weights.is_file():
+            found[field] = artifacts.sha256(weights)
     return found
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes influence/influence.parquet (example_id, influence, loss, tokens).
+    """Writes influence/influence.parquet: example_id, influence, loss, tokens; with `targets` task
+    or example also influence_by_target, with `per_token` token_influence (lists). The engines that
+    keep gradients write influence/store/.
+
+    After a warm-up the scores are summed over its epochs, by mean learning rate.
 
     A killed run continues after the last finished batch and gives identical bytes: which examples
-    share a batch depends on the pool alone, and the direction is computed again.
+    share a batch depends on the pool alone, and the directions are computed again.
 
     Raises:
-        UserError: a loss, the direction or a score is not finite; the example is named.
+        UserError: a loss, a direction or a score is not finite; the example is named.
     """
     cfg, placement = context.config, context.placement
     pool_table = artifacts.read_table(context.path("prepare/pool.parquet"))
     targets_table = artifacts.read_table(context.path("prepare/targets.parquet"))
-    pool, targets = encoded.from_table(pool_table), encoded.from_table(targets_table)
-    model = load.load(cfg.model.path, cfg.model.dtype, placement)
-    space = direction.make_space(model, cfg.influence, placement)
-    bound = {"cfg": model.cfg, "reduction": cfg.influence.loss_reduction}
-
-    losses = placement.compile(functools.partial(direction.losses, **bound), rows=True)
-    target_losses = _by_row("target losses", targets, lambda b: (losses(*space, b),), context)
-    v = _direction(space, targets, bound, context)
-    norm = math.sqrt(trees.vdot(v, v))
-    if not math.isfinite(norm):
-        raise errors.UserError(
-            "The mean target gradient is not finite though every target's loss is; "
-            f"model.dtype is {cfg.model.dtype}: try float32."
-        )
-
-    score = placement.compile(functools.partial(exact.scores, **bound), rows=True)
-    chosen, rest = space
-    v = placement.replicate(v) if placement.strategy == "pmap" else v
-    partial = context.path("influence/scores.partial.jsonl")
-    with artifacts.Journal(partial) as journal:
-        resumed = {i for entry in journal.entries for i in entry["ids"]}
-        rows = _by_row("influence", pool, lambda b: score(chosen, v, rest, b), context, journal)
-
-    influence, loss = rows
-    tokens = np.array([row.answer_tokens for row in pool], np.int32)
-    artifacts.write_table(
-        context.path("influence/influence.parquet"),
-        {
-            "example_id": pool_table["example_id"],
-            "influence": pa.array(influence),
-            "loss": pa.array(loss),
-            "tokens": pa.array(tokens),
-        },
+    targets, tasks = encoded.from_table(targets_table), targets_table["task"].to_pylist()
+    task = scoring.Task(
+        context,
+        load.load(cfg.model.path, cfg.model.dtype, placement),
+        encoded.from_table(pool_table),
+        targets,
+        _groups(cfg.influence.targets, targets, tasks),
+        _made_from(context),
     )
-    partial.unlink()
+    space = direction.make_space(task.model, cfg.influence, placement)
+    target_losses = _target_losses(task, space)
+    scored = _at_checkpoints(task, space)
+
+    tokens = np.array([row.answer_tokens for row in task.pool], np.int32)
+    influence, loss = scored.influence, scored.loss
+    columns = {
+        "example_id": pool_table["example_id"],
+        "influence": pa.array(influence),
+        "loss": pa.array(loss),
+        "tokens": pa.array(tokens),
+    }
+    lists = pa.list_(pa.float32())
+    if cfg.influence.targets != "mean":
+        columns["influence_by_target"] = pa.array(list(scored.by_target), lists)
+    if cfg.influence.per_token:
+        columns["token_influence"] = pa.array(scored.tokens, lists)
+    artifacts.write_table(context.path("influence/influence.parquet"), columns)
+    scored.finish()
     return {
-        "rows": len(pool),
-        "tokens": sum(len(row.input_ids) for row in [*pool, *targets]),
-        "resumed_tokens": sum(len(row.input_ids) for row in pool if row.example_id in resumed),
-        "differentiated_parameters": trees.size(v),
-        "direction_norm": norm,
-        "target_loss": _by_task(targets_table["task"].to_pylist(), target_losses[0]),
+        "rows": len(task.pool),
+        "tokens": sum(len(row.input_ids) for row in [*task.pool, *targets]),
+        "resumed_tokens": sum(len(task.pool[i].input_ids) for i in scored.resumed),
+        "differentiated_parameters": sum(
+            int(np.prod(shape)) for shape in direction.shapes(space, placement).values()
+        ),
+        "target_groups": list(task.groups),
+        "target_loss": _by_task(tasks, target_losses),
         "correlations": {
             "spearman_influence_tokens": metrics.finite(metrics.spearman(influence, tokens)),
             "spearman_influence_loss": metrics.finite(metrics.spearman(influence, loss)),
         },
+        **scored.record,
     }
 
 
-def _direction(space, targets, bound, context):
-    """The mean target gradient, with a bar."""
-    placement = context.placement
-    groups = _plan(targets, context)
+def _at_checkpoints(task: scoring.Task, space) -> scoring.Scored:
+    """Scores at the base model, or summed over the warm-up's epochs."""
+    settings, context = task.settings, task.context
+    score = scoring.exact_scores if settings.engine == "exact" else scoring.kept_scores
+    if settings.warmup.epochs == 0:
+        return score(task, space, None, "")
+    folder = context.path("influence/warmup")
+    points = warmup.run(space, task.pool, settings, task.model.cfg, context.placement, folder)
+    scored = []
+    for k, (point, _) in enumerate(points):
+        chosen = jax.tree.map(lambda p, x: x.astype(p.dtype), space[0], point.chosen)
+        at = context.placement.like(space[0], chosen), space[1]
+        scored.append(score(task, at, point, f"-epoch-{k + 1}"))
+    shares = [share for _, share in points]
 
-    def placed(bar):
-        for indices, batch in batches.iterate(groups, targets):
-            yield len(indices), placement.batch(batch)
-            bar.update(len(indices), sum(len(targets[i].input_ids) for i in indices))
+    def total(field):
+        return sum(w * getattr(s, field) for w, s in zip(shares, scored, strict=True))
 
-    with progress.Progress("target gradient", len(targets)) as bar:
-        return direction.mean_gradient(
-            space, placed(bar), bound["cfg"], bound["reduction"], placement
-        )
+    def finish():
+        for s in scored:
+            s.finish()
 
-
-def _by_row(
-    name: str,
-    rows: list[example.Encoded],
-    step: Callable,
-    context: stages.Context,
-    journal: artifacts.Journal | None = None,
-) -> np.ndarray:
-    """Runs step(placed batch) -> k arrays (B,) over all rows; the last of the k is the loss.
-
-    The next batch is dispatched before the last is fetched. With a journal, batches that it holds
-    are not run again.
-
-    Returns:
-        (k, number of rows) float32.
-    """
-    done = {tuple(entry["ids"]): entry["values"] for entry in journal.entries} if journal else {}
-    values: dict[int, list[float]] = {}
-    groups = []
-    for group in _plan(rows, context):
-        saved = done.get(tuple(rows[i].example_id for i in group.indices))
-        if saved is None:
-            groups.append(group)
-        else:
-            values |= zip(group.indices, saved, strict=True)
-
-    def started():
-        for indices, batch in batches.iterate(groups, rows):
-            yield indices, step(context.placement.batch(batch))
-
-    with progress.Progress(name, len(rows), resumed=len(values)) as bar:
-        for indices, outputs in devices.one_behind(started()):
-            table = np.stack(jax.device_get(outputs), axis=1)[: len(indices)]
-            ids = [rows[i].example_id for i in indices]
-            _check_finite(name, ids, table, context.config.model.dtype)
-            if journal:
-                journal.append({"ids": ids, "values": table.tolist()})
-            values |= zip(indices, table.tolist(), strict=True)
-            bar.update(len(indices), sum(len(rows[i].input_ids) for i in indices))
-    return np.array([values[i] for i in range(len(rows))], np.float32).T
+    tokens = None
+    if settings.per_token:
+        rows = zip(*(s.tokens for s in scored), strict=True)
+        tokens = [sum(w * t for w, t in zip(shares, row, strict=True)) for row in rows]
+    return scoring.Scored(
+        total("influence").astype(np.float32),
+        scored[-1].loss,
+        total("by_target").astype(np.float32),
+        tokens,
+        scored[0].resumed,
+        {"checkpoints": [s.record | {"share": w} for w, s in zip(shares, scored, strict=True)]},
+        finish,
+    )
 
 
-def _check_finite(name, ids, table, dtype):
-    for example_id, row in zip(ids, table, strict=True):
-        if not np.isfinite(row).all():
-            what = "influence" if np.isfinite(row[-1]) else "loss"
+def _groups(kind, targets, tasks):
+    """{name: indices} of the targets that share a direction."""
+    if kind == "example":
+        return {row.example_id: [i] for i, row in enumerate(targets)}
+    if kind == "task":
+        return {t: [i for i, u in enumerate(tasks) if t == u] for t in sorted(set(tasks))}
+    return {"mean": list(range(len(targets)))}
+
+
+def _weights(context):
+    return checkpoint.open_checkpoint(context.config.model.path, "model.path").fingerprint
+
+
+def _made_from(context):
+    """What a store's rows depend on, beside the projection."""
+    cfg = context.config
+    settings = cfg.influence
+    record = {
+        "weights": _weights(context),
+        "data": artifacts.sha256(context.path("prepare/pool.parquet")),
+        "model_path": cfg.model.path,
+        "model_dtype": cfg.model.dtype,
+        "parameters": settings.parameters,
+        "loss_reduction": settings.loss_reduction,
+    }
+    if settings.parameters == "lora":
+        record["lora"] = dataclasses.asdict(settings.lora)
+    if settings.warmup.epochs:
+        record["warmup"] = dataclasses.asdict(settings.warmup)
+    if settings.direction == "less":
+        record["form"] = "less"
+    return record
+
+
+def _target_losses(task, space):
+    """(targets,) float32, checked."""
+    settings, placement = task.settings, task.context.placement
+    step = placement.compile(
+        functools.partial(direction.losses, cfg=task.model.cfg, reduction=settings.loss_reduction),
+        rows=True,
+    )
+    losses = np.zeros(len(task.targets), np.float32)
+    for group, found in scoring.run_batches(
+        "target losses", task.targets, lambda batch: step(*space, batch), task.context
+    ):
+        losses[list(group.indices)] = found.reshape(-1)[group.slots]
+    for row, value in zip(task.targets, losses, strict=True):
+        if not np.isfinite(value):
             raise errors.UserError(
-                f"The {what} of example {example_id!r} is not finite ({name}: {row.tolist()}); "
-                f"check the example and the weights; model.dtype is {dtype}."
+                f"The loss of target {row.example_id!r} is not finite; check the example and the "
+                f"weights; model.dtype is {task.context.config.model.dtype}."
             )
-
-
-def _plan(rows, context):
-    tokens = context.config.influence.batch_tokens
-    return batches.plan(rows, tokens, context.placement.rows_multiple)
+    return losses
 
 
 def _by_task(tasks, losses):

@@ -92,7 +92,8 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         parent_ids: (B, T) int32 or None, a second segment that a token sees (layers.attention).
 
     Returns:
-        (B, T, D) in the parameters' dtype.
+        (B, T, D) in the parameters' dtype. The residual stream between layers is float32: sums over
+        layers in bfloat16 lose what a score is made of (docs/results.md).
     """
     frequencies = layers.rope_frequencies(cfg.rope, cfg.head_dim)
     B, T = tokens.shape
@@ -121,7 +122,7 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         x = x + layers.linear(p["mlp"]["down_proj"], h, mlp.get("down_proj"))
         return x, None
 
-    x = params["embed"]["embedding"][tokens]
+    x = embed(params["embed"], tokens)
     adapter_layers = {} if adapter is None else adapter["layers"]
     x, _ = jax.lax.scan(
         jax.checkpoint(layer) if remat else layer, x, (params["layers"], adapter_layers)
@@ -129,13 +130,23 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
     return layers.rms_norm(params["final_norm"], x, cfg.norm_eps)
 
 
+def embed(params, tokens):
+    """Rows of the embedding as the residual stream, (B, T, D) float32."""
+    x = params["embedding"][tokens].astype(jnp.float32)
+    return layers.thin_terms(params, x, lambda a: a[tokens].astype(x.dtype))
+
+
 def logits(params, cfg, hidden):
-    """(..., D) -> (..., V) float32."""
+    """(B, A, D) -> (B, A, V) float32."""
+    fixed = jax.lax.stop_gradient(hidden)
+
+    def enter(a):
+        return jnp.matmul(fixed, a.astype(fixed.dtype), preferred_element_type=jnp.float32)
+
     if cfg.tied_head:
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            params["embed"]["embedding"],
-            preferred_element_type=jnp.float32,
-        )
-    return jnp.matmul(hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+        p = params["embed"]
+        y = jnp.einsum("bad,vd->bav", hidden, p["embedding"], preferred_element_type=jnp.float32)
+        return layers.thin_terms(p, y, enter, transposed=True)
+    p = params["head"]
+    y = jnp.matmul(hidden, p["kernel"], preferred_element_type=jnp.float32)
+    return layers.thin_terms(p, y, enter)

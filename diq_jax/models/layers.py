@@ -1,6 +1,15 @@
 """The layers, as functions of their parameters. Every matrix product of a layer goes through
 `linear`.
 
+Beside its own leaves, a layer's dict may carry what influence is taken with (influence/exact.py,
+influence/factored.py), so that neither needs surgery:
+
+    direction   {a (in, R), b (R, out), scale ()}: a low-rank direction of the kernel; the output's
+                derivative in `scale`, which is 0, is (x a) b.
+    probe       {left (in, P), core (B, P, P), right (P, out)}: the gradient of the core, which is
+                0, is leftT G rightT, G each example's own gradient of the kernel.
+    scale_probe, bias_probe   {core (B, out)}: the same for a norm's gain and a bias.
+
 Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head, R rank.
 """
 
@@ -23,9 +32,11 @@ def linear(params, x, adapter=None):
             inverted dropout on the adapter's input as PEFT applies it, drawn for each row by its
             own key: the same on any number of devices and in any microbatch.
     """
-    y = x @ params["kernel"]
+    # Cut off from x: what passes on to x goes through the kernel alone.
+    fixed = jax.lax.stop_gradient(x)
+    y = thin_terms(params, x @ params["kernel"], lambda a: fixed @ a.astype(x.dtype))
     if "bias" in params:
-        y = y + _along_last(params["bias"], y)
+        y = y + _vector(params, "bias", y)
     if adapter is not None:
         z = x
         if "dropout_keys" in adapter:
@@ -38,13 +49,69 @@ def linear(params, x, adapter=None):
     return y
 
 
+def thin_terms(params, y, enter, transposed=False):
+    """y = x W with the kernel's direction and probe attached, where `params` has them.
+
+    Neither changes a value: one adds to y's tangent, the other reads y's cotangent.
+
+    Args:
+        enter: a -> x a, for a factor a (in, R) on x's side.
+        transposed: the product is with the transposed kernel, as a tied head's.
+    """
+    if "direction" in params:
+        d = params["direction"]
+        a, b = (d["b"].T, d["a"].T) if transposed else (d["a"], d["b"])
+        y = _along(y, enter(a), b, d["scale"])
+    if "probe" in params:
+        p = params["probe"]
+        left, core, right = p["left"], p["core"], p["right"]
+        if transposed:
+            left, core, right = right.T, core.swapaxes(-1, -2), left.T
+        y = _probed(y, enter(left), core, right)
+    return y
+
+
+@jax.custom_jvp
+def _along(y, low, b, scale):
+    """y + low b * scale at scale = 0: the product is formed for the tangent alone."""
+    return y
+
+
+@_along.defjvp
+def _along_jvp(primals, tangents):
+    y, low, b, _ = primals
+    thin = low @ b.astype(low.dtype)
+    return y, tangents[0] + thin.astype(y.dtype) * tangents[3].astype(y.dtype)
+
+
+@jax.custom_vjp
+def _probed(y, low, core, right):
+    """y + low core right at core = 0: the product is never formed, only the core's gradient."""
+    return y
+
+
+def _probed_forward(y, low, core, right):
+    return y, (low, right)
+
+
+def _probed_backward(residuals, dy):
+    low, right = residuals
+    out = dy.astype(low.dtype) @ right.T.astype(low.dtype)
+    core = jnp.einsum("btp,btq->bpq", low, out, preferred_element_type=jnp.float32)
+    return dy, None, core, None
+
+
+_probed.defvjp(_probed_forward, _probed_backward)
+
+
 def rms_norm(params, x, eps):
     """Root-mean-square norm over the last axis, in float32 because squares of bfloat16 lose the
-    mean.
+    mean; the result has the gain's dtype.
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * _along_last(params["scale"], x)
+    scale = _vector(params, "scale", x)
+    return x32.astype(scale.dtype) * scale
 
 
 def layer_norm(params, x, eps):
@@ -54,6 +121,16 @@ def layer_norm(params, x, eps):
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale, bias = _along_last(params["scale"], x), _along_last(params["bias"], x)
     return x32.astype(x.dtype) * scale + bias
+
+
+def _vector(params, name, x):
+    """A gain or bias as it broadcasts along the last axis of x, its probe's core (B, out) added."""
+    vector = _along_last(params[name], x)
+    if f"{name}_probe" not in params:
+        return vector
+    core = params[f"{name}_probe"]["core"]
+    core = core.reshape(core.shape[0], *(1,) * (x.ndim - 2), core.shape[1])
+    return vector + core.astype(vector.dtype)
 
 
 def _along_last(vector, x):

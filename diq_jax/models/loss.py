@@ -53,14 +53,35 @@ def token_losses(params, cfg, batch, adapter=None, remat=False):
     return losses * batch.loss_mask
 
 
+def token_weights(batch, reduction):
+    """What each answer token's loss counts in its example's, (B, A) float32: 1, or with `mean` 1
+    over the example's answer tokens; 0 at padding.
+    """
+    if reduction == "sum":
+        return batch.loss_mask
+    count = by_example(batch.loss_mask, batch)
+    if batch.loss_examples is None:
+        count = count[:, None]
+    else:
+        count = jnp.take_along_axis(count, batch.loss_examples, axis=1)
+    return batch.loss_mask / jnp.maximum(count, 1.0)
+
+
+def by_example(values, batch):
+    """Sums (B, A) over each example's answer tokens: (B,), or (B, S) of a packed batch."""
+    if batch.loss_examples is None:
+        return jnp.sum(values, axis=1)
+    member = batch.loss_examples[..., None] == jnp.arange(batch.is_padding.shape[1])[None, None, :]
+    return jnp.einsum("ba,bas->bs", values, member.astype(values.dtype))
+
+
 def example_losses(params, cfg, batch, reduction, adapter=None, remat=False):
     """Loss of each example's answer tokens, in nats: their `mean` (DIQ, and every trainer that
     averages) or `sum`.
 
     Returns:
-        (B,) float32. An example without answer tokens has loss 0 and gradient 0.
+        (B,) float32, or (B, S) of a packed batch. An example without answer tokens has loss 0 and
+        gradient 0.
     """
-    total = jnp.sum(token_losses(params, cfg, batch, adapter, remat), axis=1)
-    if reduction == "sum":
-        return total
-    return total / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1.0)
+    values = token_losses(params, cfg, batch, adapter, remat)
+    return by_example(values * token_weights(batch, reduction), batch)

@@ -14,6 +14,7 @@ import transformers
 
 from diq_jax.common import config, devices, trees
 from diq_jax.data import batches, example
+from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import sft
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, hf, lora
@@ -68,7 +69,7 @@ def train(params, placement, settings, encoded, zero_b=True):
     train_step = sft.make_train_step(CFG, settings, optimizer, placement)
     losses = []
     for step in steps:
-        rows = sft.microbatches(encoded, step)
+        rows = steps_lib.microbatches(encoded, step)
         state, metrics = train_step(params, frozen, state, rows)
         losses.append(float(metrics["loss"]))
     return trees.combine(state.factors, frozen), losses
@@ -127,7 +128,7 @@ def test_accumulation_and_remat_change_nothing(params, placement):
 def sums_of(params, encoded, rows):
     factors, frozen = trees.partition(init_adapter(SETTINGS, zero_b=False), lora.is_factor)
     batch = batches.make_batch(encoded, rows, 32, 32)
-    return SUMS(params, factors, frozen, 0, sft.Rows(batch, np.arange(rows, dtype=np.int32)))
+    return SUMS(params, factors, frozen, 0, steps_lib.Rows(batch, np.arange(rows, dtype=np.int32)))
 
 
 def test_padding_rows_add_nothing(params):
@@ -172,7 +173,7 @@ def test_dropout_depends_on_step_and_place(params):
 
     def loss(step, first_place):
         places = np.arange(first_place, first_place + 8, dtype=np.int32)
-        return float(sums(params, factors, frozen, step, sft.Rows(batch, places))["loss"])
+        return float(sums(params, factors, frozen, step, steps_lib.Rows(batch, places))["loss"])
 
     assert loss(0, 0) == loss(0, 0)
     assert len({loss(0, 0), loss(1, 0), loss(0, 8)}) == 3

@@ -43,7 +43,11 @@ def oracle(chosen, rest, v, batch, cfg, reduction):
     return jax.vmap(lambda row: trees.vdot(one(row), v))(batch)
 
 
-score = jax.jit(exact.scores, static_argnames=("cfg", "reduction"))
+@functools.partial(jax.jit, static_argnames=("cfg", "reduction"))
+def score(chosen, v, rest, batch, cfg, reduction):
+    """(influence (B,), loss (B,)) along one whole direction."""
+    out = exact.scores(chosen, direction.stack([v], [1.0]), rest, batch, cfg, reduction)
+    return out.influence[:, 0], out.loss
 
 
 def make_direction(model, space, reduction="mean"):

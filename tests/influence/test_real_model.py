@@ -75,10 +75,11 @@ def test_influence_ranks_real_rows_as_torch_autograd_does(real):
     v = direction.mean_gradient(
         space, [(TARGETS, batch(targets))], model.cfg, "mean", tiny.placement()
     )
+    v = direction.stack([v], [1.0])
     score = jax.jit(exact.scores, static_argnames=("cfg", "reduction"))
     got = np.concatenate(
         [
-            score(space[0], v, space[1], batch(pool[i : i + 6]), model.cfg, "mean")[0]
+            score(space[0], v, space[1], batch(pool[i : i + 6]), model.cfg, "mean").influence[:, 0]
             for i in range(0, ROWS, 6)
         ]
     )

@@ -1,0 +1,178 @@
+"""The factored engine: two-sided random projections of every example's gradient from one backward
+pass.
+
+Each chosen matrix W (in, out) gets a probe, y = x W + x L C R with C = 0 (P, P) for each example:
+the gradient of C is Lt G Rt, where G is the example's own gradient of W, which is never formed. L
+and R hold signs / sqrt(P), independent of each other, so that the inner product of two such cores
+is unbiased for <G, H>, with a variance of about 2 |G|^2 |H|^2 / P + |G|^2 |H|^2 / P^2 for gradients
+of rank one, less for others (LoGra, arXiv 2405.13954, without its principal components).
+
+All parameters take part. The embedding is a matrix like the others, at the input and, where it is
+tied, at the head. Gains and biases are small: their gradients come whole, and one sparse
+projection takes them together to what `dim` leaves.
+"""
+
+import dataclasses
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from diq_jax.common import config, errors, trees
+from diq_jax.influence import direction, projection
+from diq_jax.models import loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an example's `dim` numbers are made up.
+
+    Attributes:
+        matrices: {parameter path: (number of layers, or 0 where it is not stacked, in, out)}.
+        vectors: the paths of gains and biases.
+        rank: P, of each side of a matrix.
+        sketch: the projection of all vectors together; None where there are none.
+    """
+
+    matrices: dict[str, tuple[int, int, int]]
+    vectors: tuple[str, ...]
+    rank: int
+    sketch: config.Projection | None
+    seed: int
+
+    @property
+    def matrix_dim(self) -> int:
+        return self.rank**2 * sum(max(n, 1) for n, _, _ in self.matrices.values())
+
+    @property
+    def dim(self) -> int:
+        return self.matrix_dim + (self.sketch.dim if self.sketch else 0)
+
+
+def make_layout(shapes: dict[str, tuple[int, ...]], settings: config.Projection) -> Layout:
+    """Spreads projection.dim over the chosen parameters, {path: shape}.
+
+    With rank 0, P is the largest that leaves the vectors a sixteenth of dim, or their number if
+    that is less.
+
+    Raises:
+        UserError: dim has no room, or the rank exceeds a matrix.
+    """
+    matrices = {
+        name: (0, *shape) if len(shape) == 2 else shape
+        for name, shape in shapes.items()
+        if name.endswith(direction.MATRICES)
+    }
+    vectors = tuple(name for name in shapes if name not in matrices)
+    size = sum(math.prod(shapes[name]) for name in vectors)
+    count = sum(max(n, 1) for n, _, _ in matrices.values())
+    least = min(size, settings.dim // 16) // 2 * 2
+    rank = settings.rank or math.isqrt((settings.dim - least) // max(count, 1))
+    most = min((min(shape[1:]) for shape in matrices.values()), default=rank)
+    if matrices and not settings.rank:
+        rank = min(rank, most)
+    left = settings.dim - rank**2 * count
+    if left < (2 if vectors else 0) or (matrices and rank < 1):
+        raise errors.UserError(
+            f"influence.projection.dim={settings.dim} has no room for {count} matrices of rank "
+            f"{max(rank, 1)} on each side and {len(vectors)} kinds of gains and biases; take a "
+            f"dimension of at least {max(rank, 1) ** 2 * count * 16 // 15 + 2}."
+        )
+    if rank > most:
+        raise errors.UserError(
+            f"influence.projection.rank={rank} exceeds the smallest matrix, which has a side of "
+            f"{most}."
+        )
+    sketch = None
+    if vectors:
+        sketch = dataclasses.replace(settings, kind="sparse", dim=min(left, size) // 2 * 2)
+    return Layout(matrices, vectors, rank, sketch, settings.seed)
+
+
+def make_maps(layout: Layout) -> dict:
+    """{matrix path: {left (in, P), right (P, out)}}, stacked over layers where the matrix is."""
+    maps = {}
+    for name, (n, n_in, n_out) in layout.matrices.items():
+        key = jax.random.fold_in(jax.random.key(layout.seed), zlib.crc32(name.encode()))
+        stack = (n,) if n else ()
+        sides = {"left": (*stack, n_in, layout.rank), "right": (*stack, layout.rank, n_out)}
+        maps[name] = {
+            side: jax.random.rademacher(k, shape, jnp.float32) / math.sqrt(layout.rank)
+            for k, (side, shape) in zip(jax.random.split(key), sides.items(), strict=True)
+        }
+    return maps
+
+
+def features(params, maps, batch, cfg, reduction, layout: Layout, remat=False):
+    """Each example's projected gradient.
+
+    Args:
+        maps: from `make_maps`.
+        batch: data.batches.Batch of B rows, one example a row.
+
+    Returns:
+        (B, layout.dim) float32 and the losses (B,); both 0 on padding rows.
+    """
+    B = batch.tokens.shape[0]
+    cores = {}
+    for name, (n, _, _) in layout.matrices.items():
+        cores[name] = jnp.zeros((*((n,) if n else ()), B, layout.rank, layout.rank), jnp.float32)
+    named = trees.named_leaves(params)
+    for name in layout.vectors:
+        *stack, size = named[name].shape
+        cores[name] = jnp.zeros((*stack, B, size), jnp.float32)
+
+    def total(cores):
+        probed = _attach(params, maps, cores)
+        losses = loss.example_losses(probed, cfg, batch, reduction, None, remat)
+        return jnp.sum(losses), losses
+
+    found, losses = jax.grad(total, has_aux=True)(cores)
+    by_row = {
+        name: jnp.moveaxis(g, 1, 0) if _stacked(named[name], name) else g
+        for name, g in found.items()
+    }
+    return _join(by_row, layout), losses
+
+
+def project_tree(v, maps, layout: Layout):
+    """The same projection of directions.
+
+    Args:
+        v: {"params": ..., "adapter"} of leaves (Q, ...), as a space's chosen part.
+
+    Returns:
+        (Q, layout.dim) float32.
+    """
+    named = trees.named_leaves(v["params"])
+    cores = {name: named[name].astype(jnp.float32) for name in layout.vectors}
+    for name, m in maps.items():
+        stack = "n" if m["left"].ndim == 3 else ""
+        spec = f"{stack}ip,q{stack}io,{stack}ro->q{stack}pr"
+        cores[name] = jnp.einsum(spec, m["left"], named[name].astype(jnp.float32), m["right"])
+    return _join(cores, layout)
+
+
+def _join(cores, layout):
+    parts = [cores[name].reshape(cores[name].shape[0], -1) for name in layout.matrices]
+    if layout.sketch:
+        vectors = {name: cores[name] for name in layout.vectors}
+        parts.append(projection.project(vectors, layout.sketch))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _stacked(leaf, name):
+    return leaf.ndim == (3 if name.endswith(direction.MATRICES) else 2)
+
+
+def _attach(params, maps, cores):
+    """The parameters with their probes beside them (models/layers.py)."""
+    extra = {}
+    for name, core in cores.items():
+        parent, leaf = name.rsplit("/", 1)
+        if name in maps:
+            extra[f"{parent}/probe"] = {**maps[name], "core": core}
+        else:
+            extra[f"{parent}/{leaf}_probe"] = {"core": core}
+    return trees.insert(params, extra)
