@@ -169,8 +169,8 @@ SCORING = tuple(
     f"influence.{field}"
     for field in (
         "engine", "parameters", "direction", "direction_rank", "targets", "loss_reduction",
-        "normalize", "per_token", "lora", "projection.kind", "projection.dim", "projection.seed", "projection.rank", "store",
-        "warmup",
+        "normalize", "per_token", "lora", "projection.kind", "projection.dim", "projection.seed",
+        "projection.rank", "store", "warmup",
     )
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ from absl import flags
 
 from diq_jax.common import cli, config, devices, errors, trees
 from diq_jax.data import batches, example, sources
-from diq_jax.influence import direction, exact
+from diq_jax.influence import direction, exact, factored, per_example, projection
 from diq_jax.models import load
 
 MODEL = flags.DEFINE_string(
@@ -32,6 +32,13 @@ BATCH = flags.DEFINE_integer("batch", 8, "Rows of a batch.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens of a row.", lower_bound=8)
 ANSWERS = flags.DEFINE_integer("answers", 50, "Answer tokens of a random row.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Turns of each program.", lower_bound=1)
+RANK = flags.DEFINE_integer("rank", 16, "Of the thin direction.", lower_bound=1)
+DIM = flags.DEFINE_integer("dim", 4096, "Of the projections.", lower_bound=2)
+FACTORED_DIM = flags.DEFINE_integer(
+    "factored_dim", 57_600, "Of the factored engine: 16 x 16 a matrix for SmolLM2.", lower_bound=2
+)
+KINDS = flags.DEFINE_list("kinds", ["rademacher", "sparse"], "Projections to measure.")
+ONLY = flags.DEFINE_list("only", [], "First words of the programs to measure; empty = all.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
@@ -57,27 +64,71 @@ def make_rows(vocab: int) -> list[example.Encoded]:
 
 
 def programs(model: load.Model, batch, placement) -> dict:
-    """{name: compiled function of no arguments}."""
+    """{name: (compiled function, arguments, numbers kept for an example)}."""
     bound = {"cfg": model.cfg, "reduction": "mean"}
-
-    def space(parameters):
-        return direction.make_space(model, config.Influence(parameters=parameters), placement)
+    everything, lora = (
+        direction.make_space(model, config.Influence(parameters=name), placement)
+        for name in ("all", "lora")
+    )
 
     def training(chosen, rest, batch):
         return jax.grad(lambda c: direction.losses(c, rest, batch, **bound).mean())(chosen)
 
-    everything, lora = space("all"), space("lora")
-    v_all, v_lora = (jax.tree.map(jnp.ones_like, s[0]) for s in (everything, lora))
-    forward = functools.partial(direction.losses, **bound)
+    def gradients(kind, dim):
+        """vmap(grad) and its projection; without a kind, its norm, so that nothing is left out."""
+        sketch = config.Projection(kind=kind or "sparse", dim=dim)
+
+        def apply(found):
+            if kind:
+                return projection.project(found, sketch)
+            return jnp.stack(
+                [jnp.sum(x * x, axis=range(1, x.ndim)) for x in jax.tree.leaves(found)]
+            )
+
+        def rows(chosen, rest, batch):
+            found, _ = per_example.gradients(chosen, rest, batch, **bound)
+            return apply(found)
+
+        return rows
+
+    ones = jax.tree.map(jnp.ones_like, everything[0])
+    key = jax.random.key(0)
+    noise = trees.map_named(
+        lambda name, x: jax.random.normal(jax.random.fold_in(key, len(name)), x.shape, x.dtype),
+        everything[0],
+    )
     score = functools.partial(exact.scores, **bound)
+    wide = direction.stack([ones], [1.0])
+    thin = direction.stack([noise], [1.0], RANK.value)
+    along_lora = direction.stack([jax.tree.map(jnp.ones_like, lora[0])], [1.0])
+    layout = factored.make_layout(
+        direction.shapes(everything, placement), config.Projection(dim=FACTORED_DIM.value)
+    )
+    probes = functools.partial(factored.features, layout=layout, **bound)
+    forward = functools.partial(direction.losses, **bound)
     calls = {
-        "forward": (forward, (*everything, batch)),
-        "exact/all": (score, (everything[0], v_all, everything[1], batch)),
-        "exact/lora": (score, (lora[0], v_lora, lora[1], batch)),
-        "lora training step": (training, (*lora, batch)),
-        "full training step": (training, (*everything, batch)),
+        "forward": (forward, (*everything, batch), 0),
+        "exact/all": (score, (everything[0], wide, everything[1], batch), 0),
+        f"exact/all rank {RANK.value}": (score, (everything[0], thin, everything[1], batch), 0),
+        "exact/lora": (score, (lora[0], along_lora, lora[1], batch), 0),
+        f"factored/all {layout.dim}": (
+            probes, (model.params, factored.make_maps(layout), batch), layout.dim,
+        ),
+        "vmap(grad)/lora": (gradients("", 0), (*lora, batch), trees.size(lora[0])),
+        **{
+            f"projected/lora {kind} {DIM.value}": (
+                gradients(kind, DIM.value), (*lora, batch), DIM.value,
+            )
+            for kind in KINDS.value
+        },
+        "lora training step": (training, (*lora, batch), 0),
+        "full training step": (training, (*everything, batch), 0),
+    }  # fmt: skip
+    return {
+        name: (jax.jit(fn).lower(*args).compile(), args, kept)
+        for name, (fn, args, kept) in calls.items()
+        if not ONLY.value or name.split()[0] in ONLY.value or name == "forward"
     }
-    return {name: (jax.jit(fn).lower(*args).compile(), args) for name, (fn, args) in calls.items()}
 
 
 def matrix_rate(size: int, dtype) -> float:
@@ -102,7 +153,7 @@ def main() -> None:
     compiled = programs(model, placement.batch(batch), placement)
     times = {name: [] for name in compiled}
     for turn in range(REPEATS.value + 1):  # the first turn warms up
-        for name, (program, args) in compiled.items():
+        for name, (program, args, _) in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(program(*args))
             if turn:
@@ -116,7 +167,7 @@ def main() -> None:
     flops = 2 * (body * tokens + head * sum(row.answer_tokens for row in rows))
     forward = statistics.median(times["forward"])
     table = []
-    for name, (program, _) in compiled.items():
+    for name, (program, _, kept) in compiled.items():
         seconds = statistics.median(times[name])
         memory = program.memory_analysis()
         table.append(
@@ -125,6 +176,7 @@ def main() -> None:
                 "examples_per_s": len(rows) / seconds,
                 "tokens_per_s": tokens / seconds,
                 "ratio_to_forward": seconds / forward,
+                "floats_per_example": kept,
                 "peak_bytes": memory.argument_size_in_bytes
                 + memory.temp_size_in_bytes
                 + memory.output_size_in_bytes,

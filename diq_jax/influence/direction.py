@@ -51,7 +51,6 @@ def attach(both, factors, scales):
     return trees.insert(both, extra)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def truncate(v, rank: int):
     """Each matrix of v by a truncated SVD.
 
@@ -59,30 +58,46 @@ def truncate(v, rank: int):
         (v with None at its matrices, {path: {a (..., in, R), b (..., R, out)}}); stacked matrices
         are truncated one by one, and none gets a rank above its smaller side.
     """
-
-    def matrix(index, leaf):
-        *batch, n_in, n_out = leaf.shape
-        leaf = leaf.astype(jnp.float32)
-        size = min(rank + OVERSAMPLE, n_in, n_out)
-        probe = jax.random.normal(jax.random.key(index), (*batch, n_out, size))
-        basis = jnp.linalg.qr(leaf @ probe)[0]  # (..., in, size)
-        for _ in range(PASSES):
-            back = jnp.linalg.qr(leaf.swapaxes(-1, -2) @ basis)[0]
-            basis = jnp.linalg.qr(leaf @ back)[0]
-        u, s, vt = jnp.linalg.svd(basis.swapaxes(-1, -2) @ leaf, full_matrices=False)
-        kept = min(rank, size)
-        a = basis @ (u[..., :kept] * s[..., None, :kept])
-        return {"a": a, "b": vt[..., :kept, :]}
-
-    named = trees.named_leaves(v)
-    matrices = {name for name in named if name.endswith(MATRICES)}
     factors = {
-        name: matrix(i, leaf) for i, (name, leaf) in enumerate(named.items()) if name in matrices
+        # One at a time: XLA's CPU client can lock up when several factorisations share two cores.
+        name: jax.block_until_ready(_thin(leaf, rank))
+        for name, leaf in trees.named_leaves(v).items()
+        if name.endswith(MATRICES)
     }
-    return trees.partition(v, matrices.__contains__)[1], factors
+    return trees.partition(v, factors.__contains__)[1], factors
 
 
-def from_peft(folder: str, cfg) -> Direction:
+@functools.partial(jax.jit, static_argnums=1)
+def _thin(leaf, rank):
+    """Subspace iteration, a basis made orthonormal by way of its small Gram matrix."""
+    *batch, n_in, n_out = leaf.shape
+    leaf = leaf.astype(jnp.float32)
+    if rank >= min(n_in, n_out):
+        whole = jnp.broadcast_to(jnp.eye(n_out), (*batch, n_out, n_out))
+        return {"a": leaf, "b": whole}
+    size = min(rank + OVERSAMPLE, n_in, n_out)
+    probe = jax.random.normal(jax.random.key(0), (*batch, n_out, size))
+    basis = _orthonormal(leaf @ probe)  # (..., in, size)
+    for _ in range(PASSES):
+        basis = _orthonormal(leaf @ _orthonormal(leaf.swapaxes(-1, -2) @ basis))
+    inside = basis.swapaxes(-1, -2) @ leaf
+    _, vectors = jnp.linalg.eigh(inside @ inside.swapaxes(-1, -2))  # ascending
+    top = vectors[..., -rank:]
+    return {"a": basis @ top, "b": top.swapaxes(-1, -2) @ inside}
+
+
+def _orthonormal(columns):
+    """Cholesky QR, twice, since once squares the condition number."""
+    for _ in range(2):
+        gram = columns.swapaxes(-1, -2) @ columns
+        shift = 1e-7 * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+        eye = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
+        lower = jnp.linalg.cholesky(gram + (shift + jnp.finfo(jnp.float32).tiny) * eye)
+        columns = jax.lax.linalg.triangular_solve(lower, columns, lower=True, transpose_a=True)
+    return columns
+
+
+def from_peft(folder: str, cfg, chosen) -> Direction:
     """The update W -> W + A B scale of a LoRA adapter as a direction, pointing back along it.
 
     A training step moves the parameters against a gradient, so the direction that stands for the
@@ -97,7 +112,8 @@ def from_peft(folder: str, cfg) -> Direction:
             scale = adapter[f"{linear}/scale"][:, None, None]
             b = adapter[f"{linear}/b"]
             factors[f"params/{linear}/kernel"] = {"a": (-scale * a)[None], "b": b[None]}
-    return Direction({"params": None, "adapter": None}, factors, jnp.ones(1))
+    nothing = trees.partition(chosen, lambda name: False)[0]
+    return Direction(nothing, factors, jnp.ones(1))
 
 
 def make_space(model: load.Model, settings: config.Influence, placement: devices.Placement):

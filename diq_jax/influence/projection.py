@@ -14,7 +14,6 @@ Variance of <P x, P y> around <x, y>, with S = |x|^2 |y|^2 and d the dimension:
 (TRAK, arXiv 2303.14186, for the dense kinds; Kane and Nelson, arXiv 1012.1577, for the sparse one.)
 """
 
-import functools
 import math
 import zlib
 
@@ -45,18 +44,22 @@ def project(gradients, settings: config.Projection):
     Returns:
         (B, settings.dim) float32.
     """
-    sketch = _sparse if settings.kind == "sparse" else functools.partial(_dense, settings.kind)
     total = 0.0
     for name, leaf in trees.named_leaves(gradients).items():
         key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
         flat = leaf.reshape(leaf.shape[0], -1)
-        total = total + sketch(key, flat, settings.dim, settings.block_bytes)
+        total = total + sketch(settings.kind, key, flat, settings.dim, settings.block_bytes)
     return total
 
 
-def _dense(kind, key, flat, dim, block_bytes):
-    make = {"rademacher": _signs, "gaussian": _normals}[kind]
+def sketch(kind: str, key, flat, dim: int, block_bytes: int):
+    """Projects one parameter's gradients (B, size) with the matrix that `key` stands for."""
+    if kind == "sparse":
+        return _sparse(key, flat, dim)
+    return _dense({"rademacher": _signs, "gaussian": _normals}[kind], key, flat, dim, block_bytes)
 
+
+def _dense(make, key, flat, dim, block_bytes):
     def add(total, block, part):
         return total + part @ make(key, block, part.shape[1] // ATOM, dim)
 
@@ -86,13 +89,12 @@ def _normals(key, first, atoms, dim):
     return jax.vmap(lambda k: jax.random.normal(k, (ATOM, dim)))(keys).reshape(-1, dim)
 
 
-def _sparse(key, flat, dim, block_bytes):
+def _sparse(key, flat, dim):
     """BUCKETS sketches of dim / BUCKETS places side by side.
 
     A block of as many coordinates as there are places gets signs, is rolled by a random shift and
     added up: no scatter, and no index is stored.
     """
-    del block_bytes  # a block is one row of `dim` numbers
     places = dim // BUCKETS
 
     def add(total, block, part):

@@ -65,9 +65,9 @@ def exact_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) 
     settings = task.settings
     if settings.direction.startswith(config.PEFT_DIRECTION):
         folder = settings.direction.removeprefix(config.PEFT_DIRECTION)
-        v, record = direction.from_peft(folder, task.model.cfg), {}
+        v, record = direction.from_peft(folder, task.model.cfg, space[0]), {}
     else:
-        found = list(_directions(task, space, point))
+        found = list(directions(task, space, point))
         record = {"direction_norms": {name: norm for name, _, norm in found}}
         v = direction.stack([tree for _, tree, _ in found], task.weights, settings.direction_rank)
         del found
@@ -111,7 +111,7 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
     engine = engines.open_rows(space, settings, task.model.cfg, placement, point)
     found = {}
     projected = []
-    for target, tree, norm in _directions(task, space, point):
+    for target, tree, norm in directions(task, space, point):
         projected.append(np.asarray(engine.project(jax.tree.map(lambda x: x[None], tree)))[0])
         found[target] = norm
     targets = np.stack(projected)
@@ -190,7 +190,7 @@ def run_batches(
             bar.update(len(group.indices), sum(len(rows[i].input_ids) for i in group.indices))
 
 
-def _directions(task, space, point) -> Iterator[tuple[str, Any, float]]:
+def directions(task, space, point) -> Iterator[tuple[str, Any, float]]:
     """(name, tree, norm) for each group of targets, one at a time; LESS keeps all targets apart."""
     settings = task.settings
     groups = task.groups

@@ -187,7 +187,7 @@ def _host(tree, placement):
 
 
 def _write(file, state):
-    tensors = {k: np.ascontiguousarray(x) for k, x in trees.named_leaves(_fields(state)).items()}
+    tensors = {k: np.array(x) for k, x in trees.named_leaves(_fields(state)).items()}
     with artifacts.atomic(file) as temporary:
         safetensors.numpy.save_file(tensors, temporary)
 

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -111,59 +109,3 @@ def test_partition_and_combine_are_inverse():
     assert list(trees.named_leaves(rest)) == ["a/y"]
     both = trees.combine(chosen, rest)
     assert list(trees.named_leaves(both)) == ["a/x", "a/y"] and both["b"] is None
-
-
-DEVICES = """
-import jax, numpy as np, tiny
-import functools
-from diq_jax.common import config, trees
-from diq_jax.data import batches
-from diq_jax.influence import direction, exact
-from diq_jax.models import decoder, load
-assert len(jax.devices()) == 8
-model, targets, rows = tiny.model(tied_head=False), tiny.rows(5, 20, 7), tiny.rows(11, 24, 1)
-def score(**parallel):
-    place = tiny.placement(**parallel)
-    put = place.place(decoder.PARTITION_RULES)
-    params = trees.map_named(lambda n, x: put(n, np.asarray(x)), model.params)
-    m = load.Model(params, model.cfg, {}, "")
-    space = direction.make_space(m, config.Influence(), place)
-    def placed(r):
-        for g, b in batches.iterate(batches.plan(r, 64, place.rows_multiple, 1), r):
-            yield g, place.batch(b)
-    pairs = ((len(g), b) for g, b in placed(targets))
-    v = direction.mean_gradient(space, pairs, m.cfg, "mean", place)
-    v = place.replicate(v) if place.strategy == "pmap" else v
-    step = place.compile(functools.partial(exact.scores, cfg=m.cfg, reduction="mean"), rows=True)
-    out = np.zeros(11)
-    for g, b in placed(rows):
-        out[list(g)] = np.asarray(step(space[0], v, space[1], b)[0])[: len(g)]
-    if parallel.get("data") == 8 and place.strategy == "mesh":
-        text = step.lower(space[0], v, space[1], b).compile().as_text()
-        assert not any(w in text for w in ("all-reduce", "all-gather", "all-to-all")), "collective"
-    return out
-one = score(data=1)
-for parallel, tolerance in (({"data": 8}, 1e-5), ({"data": 3}, 1e-5),
-    ({"data": 4, "model": 2}, 1e-4), ({"strategy": "pmap", "data": 8}, 1e-5)):
-    np.testing.assert_allclose(score(**parallel), one, atol=tolerance * np.abs(one).max(),
-        err_msg=str(parallel))
-print("equal")
-"""
-
-
-@pytest.mark.slow
-def test_eight_devices_mesh_and_pmap_equal_one(pytestconfig):
-    """And the data-parallel scoring program holds no collective."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    ended = subprocess.run(
-        [sys.executable, "-c", DEVICES],
-        capture_output=True,
-        text=True,
-        env={
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(pytestconfig.rootpath / "tests"),
-            "PATH": "",
-        },
-    )
-    assert ended.stdout.strip() == "equal", ended.stderr[-2000:]

@@ -1,0 +1,140 @@
+"""Any number of devices, mesh or pmap, gives the same numbers; every engine lowers for TPU and CUDA."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from diq_jax.common import config
+from diq_jax.data import batches, packing
+from diq_jax.influence import direction, engines
+
+# One device against eight, three (an uneven last batch) and 4 x 2, for every engine.
+DEVICES = """
+import jax, numpy as np, tiny
+from diq_jax.common import config, trees
+from diq_jax.data import batches, packing
+from diq_jax.influence import direction, engines
+from diq_jax.models import decoder, load
+assert len(jax.devices()) == 8
+model, targets, rows = tiny.model(tied_head=False), tiny.rows(5, 20, 7), tiny.rows(11, 24, 1)
+ENGINES = {
+    "exact": config.Influence(),
+    "packed": config.Influence(packing=True),
+    "thin": config.Influence(direction_rank=3),
+    "projected": config.Influence(engine="projected", parameters="lora", gradient_bytes=20_000,
+                                  projection=config.Projection(dim=32)),
+    "sparse": config.Influence(engine="projected", parameters="attn|norm",
+                               projection=config.Projection(kind="sparse", dim=32)),
+    "factored": config.Influence(engine="factored", projection=config.Projection(dim=100)),
+}
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+def score(settings, rows=rows, **parallel):
+    place = tiny.placement(**parallel)
+    put = place.place(decoder.PARTITION_RULES)
+    params = trees.map_named(lambda n, x: put(n, np.asarray(x)), model.params)
+    m = load.Model(params, model.cfg, {}, "")
+    space = direction.make_space(m, settings, place)
+    def placed(r):
+        for g, b in batches.iterate(batches.plan(r, 64, place.rows_multiple, 1), r):
+            yield len(g), place.batch(b)
+    v = direction.mean_gradient(space, placed(targets), m.cfg, "mean", place)
+    if settings.engine == "exact":
+        step = engines.exact_step(
+            space, direction.stack([v], [1.0], settings.direction_rank), settings, m.cfg, place)
+        take = lambda out: out.influence
+    else:
+        engine = engines.open_rows(space, settings, m.cfg, place, None)
+        end = np.asarray(engine.project(jax.tree.map(lambda x: x[None], v)))
+        step, take = engine.features, lambda out: out[0] @ end.T
+    groups = (packing.plan if settings.packing else batches.plan)(rows, 96, place.rows_multiple)
+    result = np.zeros(len(rows))
+    for group in groups:
+        if settings.packing:
+            batch = packing.make_batch(rows, group)
+        else:
+            members = [rows[i] for i in group.indices]
+            batch = batches.make_batch(members, group.rows, group.tokens, group.answers)
+        out = np.asarray(take(step(place.batch(batch)))).reshape(-1, 1)
+        result[list(group.indices)] = out[group.slots, 0]
+    if parallel.get("data") == 8 and place.strategy == "mesh":
+        text = jax.jit(step).lower(place.batch(batch)).compile().as_text()
+        found = [w for w in COLLECTIVES if w in text]
+        assert not found, (settings.engine, found)
+    return result
+for name, settings in ENGINES.items():
+    one = score(settings, data=1)
+    largest = np.abs(one).max()
+    for parallel, tolerance in (({"data": 8}, 1e-5), ({"data": 3}, 1e-5),
+        ({"data": 4, "model": 2}, 1e-4), ({"strategy": "pmap", "data": 8}, 1e-5)):
+        np.testing.assert_allclose(score(settings, **parallel), one, atol=tolerance * largest,
+            err_msg=f"{name} {parallel}")
+    few = score(settings, rows[:3], data=8)
+    np.testing.assert_allclose(few, one[:3], atol=1e-5 * largest, err_msg=f"{name}: 3 rows")
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_mesh_and_pmap_equal_one(pytestconfig):
+    """Also with fewer examples than devices; and a data-parallel scoring program holds no
+    collective.
+    """
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    ended = subprocess.run(
+        [sys.executable, "-c", DEVICES],
+        capture_output=True,
+        text=True,
+        env={
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(pytestconfig.rootpath / "tests"),
+            "PATH": "",
+        },
+    )
+    assert ended.stdout.strip() == "equal", ended.stderr[-2000:]
+
+
+STEPS = {
+    "exact": config.Influence(),
+    "thin": config.Influence(direction_rank=3),
+    "packed": config.Influence(packing=True, per_token=True),
+    "rademacher": config.Influence(engine="projected", projection=config.Projection(dim=32)),
+    "gaussian": config.Influence(
+        engine="projected", projection=config.Projection(kind="gaussian", dim=32)
+    ),
+    "sparse": config.Influence(
+        engine="projected", parameters="lora", projection=config.Projection(kind="sparse", dim=32)
+    ),
+    "factored": config.Influence(engine="factored", projection=config.Projection(dim=100)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_engine_lowers_for_tpu_and_cuda(name):
+    """From a machine that has neither: nothing in a step is the CPU's alone."""
+    settings, model, placement = STEPS[name], tiny.model(), tiny.placement()
+    space = direction.make_space(model, settings, placement)
+    rows = tiny.rows(4, 24, seed=1)
+    if settings.packing:
+        batch = packing.make_batch(rows, packing.plan(rows, 96)[0])
+    else:
+        batch = batches.make_batch(rows, 4, 24, 24)
+    if settings.engine == "exact":
+        v = direction.stack([space[0]], [1.0], settings.direction_rank)
+        step = engines.exact_step(space, v, settings, model.cfg, placement)
+    else:
+        step = engines.open_rows(space, settings, model.cfg, placement, None).features
+    for platform in ("tpu", "cuda"):
+        text = jax.jit(step).trace(batch).lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.dot_general" in text and len(text) > 1000
+
+
+def test_three_devices_leave_padding_rows_that_count_for_nothing():
+    rows = tiny.rows(4, 24, seed=1)
+    groups = batches.plan(rows, 64, rows_multiple=3)
+    assert all(g.rows % 3 == 0 for g in groups)
+    assert np.concatenate([g.indices for g in groups]).size == 4
