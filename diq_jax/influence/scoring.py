@@ -109,12 +109,8 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
     """By the projected or factored engine; the gradient store holds every example's row."""
     settings, placement = task.settings, task.context.placement
     engine = engines.open_rows(space, settings, task.model.cfg, placement, point)
-    found = {}
-    projected = []
-    for target, tree, norm in directions(task, space, point):
-        projected.append(np.asarray(engine.project(jax.tree.map(lambda x: x[None], tree)))[0])
-        found[target] = norm
-    targets = np.stack(projected)
+    norms: dict[str, float] = {}
+    targets = project_directions(task, space, point, engine, norms)
     writer = store.Writer(
         task.context.path(f"influence/store{name}"),
         engine.dim,
@@ -139,14 +135,14 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
     if settings.direction == "less":
         influence = by_target.max(axis=1)
     ids = [row.example_id for row in task.pool]
-    writer.finish(ids, targets, settings.store.shard_rows, list(found))
+    writer.finish(ids, targets, settings.store.shard_rows, list(norms))
     return Scored(
         influence,
         writer.losses(),
         by_target,
         None,
         resumed,
-        {"direction_norms": found, "bytes_per_example": writer.row_bytes, **engine.record},
+        {"direction_norms": norms, "bytes_per_example": writer.row_bytes, **engine.record},
         writer.discard,
     )
 
@@ -206,6 +202,18 @@ def directions(task, space, point) -> Iterator[tuple[str, Any, float]]:
             if not np.isfinite(norm):
                 _name_bad_target(task, space, group, name)
             yield name, tree, norm
+
+
+def project_directions(
+    task, space, point, engine: engines.Rows, norms: dict[str, float] | None = None
+) -> np.ndarray:
+    """The directions as rows of the store, (Q, dim); their norms go into `norms`."""
+    projected = []
+    for name, tree, norm in directions(task, space, point):
+        projected.append(np.asarray(engine.project(jax.tree.map(lambda x: x[None], tree)))[0])
+        if norms is not None:
+            norms[name] = norm
+    return np.stack(projected)
 
 
 def _mean_gradient(task, space, group, bar=None):

@@ -50,8 +50,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         load.load(cfg.model.path, cfg.model.dtype, placement),
         encoded.from_table(pool_table),
         targets,
-        _groups(cfg.influence.targets, targets, tasks),
-        _made_from(context),
+        group_targets(cfg.influence.targets, targets, tasks),
+        made_from(context),
     )
     space = direction.make_space(task.model, cfg.influence, placement)
     target_losses = _target_losses(task, space)
@@ -126,7 +126,7 @@ def _at_checkpoints(task: scoring.Task, space) -> scoring.Scored:
     )
 
 
-def _groups(kind, targets, tasks):
+def group_targets(kind, targets, tasks):
     """{name: indices} of the targets that share a direction."""
     if kind == "example":
         return {row.example_id: [i] for i, row in enumerate(targets)}
@@ -139,7 +139,7 @@ def _weights(context):
     return checkpoint.open_checkpoint(context.config.model.path, "model.path").fingerprint
 
 
-def _made_from(context):
+def made_from(context):
     """What a store's rows depend on, beside the projection."""
     cfg = context.config
     settings = cfg.influence

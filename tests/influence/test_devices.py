@@ -1,4 +1,4 @@
-"""Any number of devices, mesh or pmap, gives the same numbers; every engine lowers for TPU and CUDA."""
+"""Any number of devices, by mesh or pmap, gives the same numbers; all lowers for TPU and CUDA."""
 
 import subprocess
 import sys
@@ -50,7 +50,10 @@ def score(settings, rows=rows, **parallel):
         engine = engines.open_rows(space, settings, m.cfg, place, None)
         end = np.asarray(engine.project(jax.tree.map(lambda x: x[None], v)))
         step, take = engine.features, lambda out: out[0] @ end.T
-    groups = (packing.plan if settings.packing else batches.plan)(rows, 96, place.rows_multiple)
+    if settings.packing:
+        groups = packing.plan(rows, 96, place.rows_multiple)
+    else:
+        groups = batches.plan(rows, 96, place.rows_multiple, max_shapes=1)
     result = np.zeros(len(rows))
     for group in groups:
         if settings.packing:

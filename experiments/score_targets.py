@@ -1,0 +1,91 @@
+"""Scores a pool against new targets from the gradient store of a finished run, in seconds.
+
+    python experiments/score_targets.py --workdir=runs/mine --targets=new_targets.jsonl \\
+        --output=new_scores.parquet
+
+The run must have been made with influence.engine=projected or factored: only the new targets are
+differentiated, at the same weights and through the same projection. Written: example_id, influence
+(of the mean of all targets), and one column for each task.
+"""
+
+import pathlib
+import time
+
+import ml_collections
+import numpy as np
+import pyarrow as pa
+from absl import flags
+
+from diq_jax.common import artifacts, cli, config, devices, errors, stages
+from diq_jax.data import chat, sources
+from diq_jax.influence import direction, engines, scoring, store
+from diq_jax.influence import stage as influence
+from diq_jax.models import load, tokenizer
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run.")
+TARGETS = flags.DEFINE_string("targets", None, "As data.targets; all of its rows are taken.")
+OUTPUT = flags.DEFINE_string("output", None, "The parquet file to write.")
+
+
+def read_run(workdir: pathlib.Path) -> config.Config:
+    """The config that the run's influence stage was made with.
+
+    Raises:
+        UserError: the stage has not finished, or it keeps no gradients of one fixed model.
+    """
+    file = workdir / "influence/stage.json"
+    record = artifacts.read_json(file) if file.is_file() else {}
+    if record.get("status") != "done":
+        raise errors.UserError(f"--workdir: {workdir} holds no finished influence stage.")
+    cfg = config.resolve(ml_collections.ConfigDict(record["config"]))
+    if cfg.influence.engine == "exact":
+        raise errors.UserError(
+            f"--workdir: {workdir} was scored by engine=exact, which keeps no gradients; run it "
+            "with influence.engine=projected or factored."
+        )
+    if cfg.influence.warmup.epochs:
+        raise errors.UserError(
+            f"--workdir: {workdir} was scored after a warm-up; only a store of the base model can "
+            "be scored anew."
+        )
+    return cfg
+
+
+def main() -> None:
+    workdir = pathlib.Path(WORKDIR.value)
+    cfg = read_run(workdir)
+    placement = devices.make_placement(cfg.parallel)
+    context = stages.Context(cfg, workdir, placement)
+    model = load.load(cfg.model.path, cfg.model.dtype, placement)
+    tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    found = sources.load_targets(TARGETS.value, 0, 0, cfg.data.columns)
+    rows, _, _ = chat.encode_all(
+        found, tok, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
+    )
+    tasks = {target.example_id: target.task for target in found}
+    groups = influence.group_targets("task", rows, [tasks[row.example_id] for row in rows])
+
+    space = direction.make_space(model, cfg.influence, placement)
+    engine = engines.open_rows(space, cfg.influence, model.cfg, placement, None)
+    opened = store.open_store(
+        workdir / "influence/store", influence.made_from(context) | engine.record
+    )
+    opened.verify()
+    task = scoring.Task(context, model, [], rows, groups, {})
+    targets = scoring.project_directions(task, space, None, engine)
+    started = time.perf_counter()
+    mean = (task.weights @ targets)[None]
+    scores = opened.scores(np.concatenate([targets, mean]), cfg.influence.normalize)
+    seconds = time.perf_counter() - started
+    columns = {"example_id": opened.example_ids, "influence": pa.array(scores[:, -1])}
+    columns |= {name: pa.array(scores[:, q]) for q, name in enumerate(groups)}
+    artifacts.write_table(OUTPUT.value, columns)
+    print(
+        f"{len(opened):,} rows x {len(groups)} tasks ({len(rows)} targets) from "
+        f"{workdir / 'influence/store'}: {seconds:.2f} s for the products; wrote {OUTPUT.value}"
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "targets", "output"])
+    cli.run(main)
