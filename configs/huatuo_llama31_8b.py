@@ -6,14 +6,15 @@ Run:     python experiments/run_diq.py --config=configs/huatuo_llama31_8b.py --w
 Cost:    not measured
 Result:  not measured
 
-What the paper does and this does not: it projects LoRA gradients to 4096 dimensions; `exact` takes
-the same inner product in all parameters without a projection.
+Scores as the paper does: LoRA gradients, projected to 4096 dimensions, kept in a gradient store.
+With configs/huatuo_llama31_8b.py:exact the inner product is taken exactly, over all parameters.
 """
 
-from diq_jax.common import config
+from diq_jax.common import config, errors
 
 
-def get_config():
+def get_config(engine="projected"):
+    errors.check_choice("the config's argument", engine, ("projected", "exact"))
     c = config.default()
     c.model.path = "meta-llama/Llama-3.1-8B-Instruct"
     c.model.dtype = "bfloat16"
@@ -25,6 +26,12 @@ def get_config():
     # The hub's BiomedBERT comes as a pickle only: name a folder with safetensors (README).
     c.difficulty.encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     c.influence.batch_tokens = 16_384
+    if engine == "projected":
+        c.influence.engine = "projected"
+        c.influence.parameters = "lora"
+        c.influence.projection.kind = "rademacher"
+        c.influence.projection.dim = 4096
+        c.influence.remat = True
     c.evaluate.batch_tokens = 32_768
     c.finetune.batch_size = 16
     c.finetune.accumulation_steps = 4

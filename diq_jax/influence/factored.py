@@ -3,9 +3,11 @@ pass.
 
 Each chosen matrix W (in, out) gets a probe, y = x W + x L C R with C = 0 (P, P) for each example:
 the gradient of C is Lt G Rt, where G is the example's own gradient of W, which is never formed. L
-and R hold signs / sqrt(P), independent of each other, so that the inner product of two such cores
-is unbiased for <G, H>, with a variance of about 2 |G|^2 |H|^2 / P + |G|^2 |H|^2 / P^2 for gradients
-of rank one, less for others (LoGra, arXiv 2405.13954, without its principal components).
+and R give each coordinate a random sign and fold it onto P places (models/layers.py, fold): a pass
+over x and over dy in place of thin matrix products. So <Lt G Rt, Lt H Rt> is unbiased for <G, H>;
+for G = a bt and H = c dt its factors have means m = <a, c>, n = <b, d> and variances u, w of about
+(|a|^2 |c|^2 + m^2) / P and (|b|^2 |d|^2 + n^2) / P, hence a variance of m^2 w + n^2 u + u w.
+(LoGra, arXiv 2405.13954, with dense maps or principal components.)
 
 All parameters take part. The embedding is a matrix like the others, at the input and, where it is
 tied, at the head. Gains and biases are small: their gradients come whole, and one sparse
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 
 from diq_jax.common import config, errors, trees
 from diq_jax.influence import direction, projection
-from diq_jax.models import loss
+from diq_jax.models import layers, loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +93,14 @@ def make_layout(shapes: dict[str, tuple[int, ...]], settings: config.Projection)
 
 
 def make_maps(layout: Layout) -> dict:
-    """{matrix path: {left (in, P), right (P, out)}}, stacked over layers where the matrix is."""
+    """{matrix path: {left (in,), right (out,)}}, signs, stacked over layers where the matrix is."""
     maps = {}
     for name, (n, n_in, n_out) in layout.matrices.items():
         key = jax.random.fold_in(jax.random.key(layout.seed), zlib.crc32(name.encode()))
         stack = (n,) if n else ()
-        sides = {"left": (*stack, n_in, layout.rank), "right": (*stack, layout.rank, n_out)}
+        sides = {"left": (*stack, n_in), "right": (*stack, n_out)}
         maps[name] = {
-            side: jax.random.rademacher(k, shape, jnp.float32) / math.sqrt(layout.rank)
+            side: jax.random.rademacher(k, shape, jnp.float32)
             for k, (side, shape) in zip(jax.random.split(key), sides.items(), strict=True)
         }
     return maps
@@ -148,10 +150,17 @@ def project_tree(v, maps, layout: Layout):
     named = trees.named_leaves(v["params"])
     cores = {name: named[name].astype(jnp.float32) for name in layout.vectors}
     for name, m in maps.items():
-        stack = "n" if m["left"].ndim == 3 else ""
-        spec = f"{stack}ip,q{stack}io,{stack}ro->q{stack}pr"
-        cores[name] = jnp.einsum(spec, m["left"], named[name].astype(jnp.float32), m["right"])
+        both = jax.vmap(_fold_both, (0, None, None, None))
+        if m["left"].ndim == 2:  # over layers
+            both = jax.vmap(_fold_both, (0, 0, 0, None))
+            both = jax.vmap(both, (0, None, None, None))
+        cores[name] = both(named[name], m["left"], m["right"], layout.rank)
     return _join(cores, layout)
+
+
+def _fold_both(G, left, right, rank):
+    """Lt G Rt of one matrix, (P, P)."""
+    return layers.fold(layers.fold(G, right, rank).T, left, rank).T
 
 
 def _join(cores, layout):

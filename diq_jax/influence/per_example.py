@@ -1,11 +1,11 @@
-"""One gradient for each example: vmap(grad), in microbatches, handed on before the next is made."""
+"""One gradient for each example: vmap(grad), in microbatches, handed on to a projection."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import trees
+from diq_jax.common import config, trees
 from diq_jax.influence import direction
 
 
@@ -32,32 +32,47 @@ def gradients(chosen, rest, batch, cfg, reduction, remat=False):
 
 
 def map_gradients(
-    apply: Callable, space, batch, cfg, reduction, remat: bool, gradient_bytes: int, shards: int
+    apply: Callable, space, batch, cfg, reduction, settings: config.Influence, shards: int
 ):
-    """apply(gradients of some rows) for all rows, a few at a time.
+    """apply(gradients of some rows) for all rows: first those gradients in microbatches, as
+    activations allow, then `apply` on as many as gradient_bytes hold. (A dense projection costs
+    the same for one gradient as for a hundred.)
 
     Args:
         apply: maps a tree of leaves (b, ...) to an array (b, ...).
-        gradient_bytes: of gradients held at once on a device.
-        shards: devices that share the rows; each gets as many of every microbatch.
+        shards: devices that share the rows; each gets as many of every part.
 
     Returns:
         (B, ...), and the losses (B,).
     """
-    rows = batch.is_padding.shape[0] // shards
-    most = max(1, gradient_bytes // (4 * trees.size(space[0])))
-    size = max(b for b in range(1, rows + 1) if rows % b == 0 and b <= most)
+    rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
+    held = _divisor(rows, settings.gradient_bytes // (4 * trees.size(space[0])))
+    active = _divisor(held, settings.microbatch_tokens // (tokens * shards))
+
+    def some(part):
+        return gradients(*space, part, cfg, reduction, settings.remat)
 
     def step(part):
-        found, losses = gradients(*space, part, cfg, reduction, remat)
+        found, losses = _in_parts(some, part, active, shards)
         return apply(found), losses
 
-    if size == rows:
-        return step(batch)
+    return _in_parts(step, batch, held, shards)
 
-    # Every (rows // size)-th row, so that a microbatch lies on the devices as the batch does.
+
+def _divisor(rows: int, most: int) -> int:
+    """The largest divisor of `rows` up to `most`, at least 1."""
+    return max(b for b in range(1, rows + 1) if rows % b == 0 and b <= max(most, 1))
+
+
+def _in_parts(fn, batch, size, shards):
+    """fn on `size` rows of each shard at a time; its outputs (b, ...) put together again."""
+    rows = jax.tree.leaves(batch)[0].shape[0] // shards
+    if size == rows:
+        return fn(batch)
+
+    # Every (rows // size)-th row, so that a part lies on the devices as the batch does.
     def split(x):
         return jnp.moveaxis(x.reshape(shards * size, rows // size, *x.shape[1:]), 1, 0)
 
-    out = jax.lax.map(step, jax.tree.map(split, batch))
+    out = jax.lax.map(fn, jax.tree.map(split, batch))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), out)

@@ -133,20 +133,29 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
 def embed(params, tokens):
     """Rows of the embedding as the residual stream, (B, T, D) float32."""
     x = params["embedding"][tokens].astype(jnp.float32)
-    return layers.thin_terms(params, x, lambda a: a[tokens].astype(x.dtype))
+    x = layers.with_direction(params, x, lambda a: a[tokens].astype(x.dtype))
+
+    def folded(signs, size):  # of a one-hot row
+        return signs[tokens][..., None] * jax.nn.one_hot(tokens % size, size)
+
+    return layers.with_probe(params, x, folded)
 
 
 def logits(params, cfg, hidden):
     """(B, A, D) -> (B, A, V) float32."""
     fixed = jax.lax.stop_gradient(hidden)
 
-    def enter(a):
+    def through(a):
         return jnp.matmul(fixed, a.astype(fixed.dtype), preferred_element_type=jnp.float32)
+
+    def folded(signs, size):
+        return layers.fold(fixed, signs, size)
 
     if cfg.tied_head:
         p = params["embed"]
         y = jnp.einsum("bad,vd->bav", hidden, p["embedding"], preferred_element_type=jnp.float32)
-        return layers.thin_terms(p, y, enter, transposed=True)
-    p = params["head"]
-    y = jnp.matmul(hidden, p["kernel"], preferred_element_type=jnp.float32)
-    return layers.thin_terms(p, y, enter)
+    else:
+        p = params["head"]
+        y = jnp.matmul(hidden, p["kernel"], preferred_element_type=jnp.float32)
+    y = layers.with_direction(p, y, through, transposed=cfg.tied_head)
+    return layers.with_probe(p, y, folded, transposed=cfg.tied_head)

@@ -6,8 +6,8 @@ influence/factored.py), so that neither needs surgery:
 
     direction   {a (in, R), b (R, out), scale ()}: a low-rank direction of the kernel; the output's
                 derivative in `scale`, which is 0, is (x a) b.
-    probe       {left (in, P), core (B, P, P), right (P, out)}: the gradient of the core, which is
-                0, is leftT G rightT, G each example's own gradient of the kernel.
+    probe       {left (in,), core (B, P, P), right (out,)}, signs on both sides: the gradient of the
+                core, which is 0, is each example's own gradient of the kernel, folded by `fold`.
     scale_probe, bias_probe   {core (B, out)}: the same for a norm's gain and a bias.
 
 Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head, R rank.
@@ -34,7 +34,8 @@ def linear(params, x, adapter=None):
     """
     # Cut off from x: what passes on to x goes through the kernel alone.
     fixed = jax.lax.stop_gradient(x)
-    y = thin_terms(params, x @ params["kernel"], lambda a: fixed @ a.astype(x.dtype))
+    y = with_direction(params, x @ params["kernel"], lambda a: fixed @ a.astype(x.dtype))
+    y = with_probe(params, y, lambda signs, size: fold(fixed, signs, size))
     if "bias" in params:
         y = y + _vector(params, "bias", y)
     if adapter is not None:
@@ -49,26 +50,45 @@ def linear(params, x, adapter=None):
     return y
 
 
-def thin_terms(params, y, enter, transposed=False):
-    """y = x W with the kernel's direction and probe attached, where `params` has them.
-
-    Neither changes a value: one adds to y's tangent, the other reads y's cotangent.
+def with_direction(params, y, enter, transposed=False):
+    """y = x W, and along the kernel's direction, where `params` has one, (x a) b for its tangent.
 
     Args:
         enter: a -> x a, for a factor a (in, R) on x's side.
         transposed: the product is with the transposed kernel, as a tied head's.
     """
-    if "direction" in params:
-        d = params["direction"]
-        a, b = (d["b"].T, d["a"].T) if transposed else (d["a"], d["b"])
-        y = _along(y, enter(a), b, d["scale"])
-    if "probe" in params:
-        p = params["probe"]
-        left, core, right = p["left"], p["core"], p["right"]
-        if transposed:
-            left, core, right = right.T, core.swapaxes(-1, -2), left.T
-        y = _probed(y, enter(left), core, right)
-    return y
+    if "direction" not in params:
+        return y
+    d = params["direction"]
+    a, b = (d["b"].T, d["a"].T) if transposed else (d["a"], d["b"])
+    return _along(y, enter(a), b, d["scale"])
+
+
+def with_probe(params, y, enter, transposed=False):
+    """y = x W, which the kernel's probe, where `params` has one, reads the cotangent of.
+
+    Args:
+        enter: (signs, P) -> x folded, (B, T, P).
+    """
+    if "probe" not in params:
+        return y
+    p = params["probe"]
+    left, core, right = p["left"], p["core"], p["right"]
+    if transposed:
+        left, core, right = right, core.swapaxes(-1, -2), left
+    return _probed(y, enter(left, core.shape[-1]), core, right)
+
+
+def fold(x, signs, size):
+    """Coordinate i of the last axis, times its sign, goes to place i mod `size`: (..., size)
+    float32.
+
+    With random signs the inner product of two folded vectors is unbiased for that of the vectors:
+    a projection without a matrix.
+    """
+    x = x.astype(jnp.float32) * _along_last(signs, x)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
+    return jnp.sum(x.reshape(*x.shape[:-1], -1, size), axis=-2)
 
 
 @jax.custom_jvp
@@ -86,7 +106,7 @@ def _along_jvp(primals, tangents):
 
 @jax.custom_vjp
 def _probed(y, low, core, right):
-    """y + low core right at core = 0: the product is never formed, only the core's gradient."""
+    """y + (low core) spread by `right` at core = 0: never formed, only the core's gradient is."""
     return y
 
 
@@ -96,9 +116,7 @@ def _probed_forward(y, low, core, right):
 
 def _probed_backward(residuals, dy):
     low, right = residuals
-    out = dy.astype(low.dtype) @ right.T.astype(low.dtype)
-    core = jnp.einsum("btp,btq->bpq", low, out, preferred_element_type=jnp.float32)
-    return dy, None, core, None
+    return dy, None, jnp.einsum("btp,btq->bpq", low, fold(dy, right, low.shape[-1])), None
 
 
 _probed.defvjp(_probed_forward, _probed_backward)

@@ -38,16 +38,17 @@ def score(space, v, batch, cfg, per_token=False):
 
 
 @pytest.mark.parametrize("parameters", ["all", "lora", "attn/(q|o)_proj|norm"])
-@pytest.mark.parametrize("gradient_bytes", [1, 2**30])
-def test_per_example_gradients_equal_the_oracle(parameters, gradient_bytes):
+@pytest.mark.parametrize("limits", [(1, 2**30), (2**30, 48), (2**30, 2**30)])
+def test_per_example_gradients_equal_the_oracle(parameters, limits):
     model = tiny.model(qkv_bias=True)
     space = make_space(model, parameters=parameters)
+    settings = config.Influence(gradient_bytes=limits[0], microbatch_tokens=limits[1])
 
     @jax.jit
     def flat(batch):
         return per_example.map_gradients(
             lambda g: jnp.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(g)], 1),
-            space, batch, model.cfg, "mean", False, gradient_bytes, 2,
+            space, batch, model.cfg, "mean", settings, 2,
         )  # fmt: skip
 
     got, losses = flat(BATCH)
@@ -80,17 +81,19 @@ def test_factored_equals_the_two_sided_projection_of_the_oracle(family, paramete
     np.testing.assert_array_equal(got[6:], 0)
     close(losses, direction.losses(*space, BATCH, model.cfg, "mean"))
 
-    # By hand for one matrix: core = leftT G rightT.
+    # By hand for one matrix: core = Lt G Rt.
     name = "layers/mlp/up_proj/kernel"
     G = trees.named_leaves(found["params"])[name]
     place = list(layout.matrices).index(name)
     before = sum(max(n, 1) for n, _, _ in list(layout.matrices.values())[:place])
     P = layout.rank
     core = got[:, before * P * P : (before + 2) * P * P].reshape(8, 2, P, P)
-    left, right = maps[name]["left"], maps[name]["right"]
     for layer in range(2):
-        expected = np.einsum("ip,bio,ro->bpr", left[layer], G[:, layer], right[layer])
-        close(core[:, layer], expected)
+        left, right = (
+            np.eye(P)[np.arange(len(s)) % P] * np.asarray(s)[:, None]
+            for s in (maps[name]["left"][layer], maps[name]["right"][layer])
+        )  # (in, P), (out, P): a sign in each row
+        close(core[:, layer], np.einsum("ip,bio,or->bpr", left, G[:, layer], right))
 
 
 def test_factored_is_unbiased():
