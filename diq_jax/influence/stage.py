@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
     if settings.direction.startswith(config.PEFT_DIRECTION):
         folders["influence.direction"] = settings.direction.removeprefix(config.PEFT_DIRECTION)
     for field, folder in folders.items():
-        weights = context.path(folder) / "adapter_model.safetensors"
+        weights = pathlib.Path(folder) / "adapter_model.safetensors"
         if folder and weights.is_file():
             found[field] = artifacts.sha256(weights)
     return found
