@@ -195,15 +195,18 @@ def draw(rows: list[dict], file: pathlib.Path, title: str) -> None:
         milliseconds = [1000 * r["seconds"] for r in timed]
         right.plot(milliseconds, [r["spearman"] for r in timed], "o-", color=colour, label=kind)
         for r, x in zip(timed, milliseconds, strict=True):
-            at = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+            at = {"xytext": (7, -3), "textcoords": "offset points", "ha": "left"}
             right.annotate(f"{r['dim']:,}", (x, r["spearman"]), **at, color=MUTED, fontsize=8)
     jl = {r["dim"]: r["predicted_pearson"] for r in projections if "predicted_pearson" in r}
     if jl:
         jl = dict(sorted(jl.items()))
-        left.plot(*zip(*jl.items(), strict=True), "--", color=MUTED, label="JL prediction")
-    left.axhline(length["spearman"], color=MUTED, linestyle=":", linewidth=1)
-    place = {"xy": (1, length["spearman"]), "xycoords": ("axes fraction", "data"), "ha": "right"}
-    left.annotate("shortest answers first", **place, va="bottom", color=MUTED, fontsize=8)
+        left.plot(
+            *zip(*jl.items(), strict=True), "--", color=MUTED, label="JL prediction (Pearson)"
+        )
+    if length["spearman"] > 0:  # the scale ends at 0
+        left.axhline(length["spearman"], color=MUTED, linestyle=":", linewidth=1)
+        at = {"xy": (1, length["spearman"]), "xycoords": ("axes fraction", "data"), "ha": "right"}
+        left.annotate("shortest answers first", **at, va="bottom", color=MUTED, fontsize=8)
     dims = sorted({r["dim"] for r in projections})
     left.set_xscale("log", base=2)
     left.set_xticks(dims, [f"{d:,}" for d in dims])
@@ -212,13 +215,23 @@ def draw(rows: list[dict], file: pathlib.Path, title: str) -> None:
     left.set_ylabel("Spearman with the exact scores")
     right.set_xscale("log")
     right.set_xlabel("projection, ms an example (16 at once)")
+    left.set_yscale("logit", one_half="0.5")
+    ticks = [t for t in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.995, 0.999) if t > low_end(rows)]
+    left.set_yticks(ticks, [f"{t:g}" for t in ticks])
     for axes in (left, right):
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#d9dde1", linewidth=0.7)
-    left.legend(frameon=False, loc="center right")
+    left.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     with artifacts.atomic(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def low_end(rows: list[dict]) -> float:
+    """Just below the least agreement that is drawn."""
+    drawn = [r["spearman"] for r in rows if r["spearman"] > 0]
+    return 0.8 * min(drawn, default=0.5)
 
 
 def show(rows: list[dict], title: str) -> None:
