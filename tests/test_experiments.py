@@ -42,7 +42,7 @@ def ablation(made, workdir, *flags):
 
 @pytest.mark.slow
 def test_ablation_compares_kinds_and_dimensions(made, tmp_path):
-    flags = ("--kinds=sparse,factored", "--dims=64,1024", "--seeds=2")
+    flags = ("--kinds=sparse,factored", "--dims=64,1024", "--seeds=1")
     ended = ablation(made, tmp_path, *flags, "--config.influence.parameters=attn|mlp")
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]

@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_a_number_names_the_example(made, tmp_path):
         "nan"
     )
     safetensors.numpy.save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(errors.UserError, match=r"example '.*' is not finite"):
+    with pytest.raises(errors.UserError, match=r"target '.*' is not finite"):
         run(made, tmp_path / "run", "prepare,influence", model__path=str(tmp_path / "nan"))
 
 

@@ -27,7 +27,8 @@ def run(main: Callable[[], None]) -> None:
             raise errors.UserError(f"{left[0]!r} is not a flag; flags look like --name=value.")
         main()
     except flags.Error as e:
-        _fail(" ".join(str(e).split()))
+        # A config file's own complaint comes wrapped in its traceback.
+        _fail(" ".join(str(e).rsplit("UserError: ", 1)[-1].split()))
     except errors.UserError as e:
         _fail(str(e))
     except OSError as e:
