@@ -176,7 +176,7 @@ class Influence:
     per_token: bool = False  # exact: also each answer token's share of the score
     packing: bool = False  # exact: several examples in a row, told apart by segment ids
     batch_tokens: int = 4096  # tokens of one scoring batch on all devices
-    microbatch_tokens: int = 4096  # projected: tokens whose activations are held at once, likewise
+    microbatch_tokens: int = 4096  # projected: tokens whose activations are held at once
     gradient_bytes: int = 2**30  # projected: per-example gradients held at once on a device
     remat: bool = False  # projected, factored: recompute each layer in the backward pass
     lora: InfluenceLora = dataclasses.field(default_factory=InfluenceLora)

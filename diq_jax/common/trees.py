@@ -38,10 +38,7 @@ def partition(tree, chosen: Callable[[str], bool]):
 
 def partition_like(tree, other):
     """Splits a tree in two, (leaves where `other` has one, the rest), None elsewhere."""
-    there = {
-        name for name, leaf in named_leaves(other, lambda x: x is None).items() if leaf is not None
-    }
-    return partition(tree, there.__contains__)
+    return partition(tree, named_leaves(other).__contains__)
 
 
 def combine(left, right):

@@ -38,7 +38,7 @@ class Direction:
 def stack(trees_of_v: Sequence, weights: Sequence[float], rank: int = 0) -> Direction:
     """One Direction of Q trees like `chosen`; with a rank, their matrices as thin factors."""
     made = [truncate(v, rank) if rank else (v, {}) for v in trees_of_v]
-    whole, factors = jax.jit(lambda *made: jax.tree.map(lambda *x: jnp.stack(x), *made))(*made)
+    whole, factors = jax.tree.map(lambda *x: jnp.stack(x), *made)
     return Direction(whole, factors, jnp.asarray(weights, jnp.float32) / sum(weights))
 
 
@@ -161,20 +161,29 @@ def mean_gradient(space, batches: Iterable, cfg, reduction, placement: devices.P
         A tree nested like `chosen`, float32, without a device axis.
     """
 
+    step = _gradient_step(cfg, reduction, placement)
+    total, count = None, 0
+    for examples, batch in batches:
+        part = step(*space, batch)
+        total = part if total is None else _add(total, part)
+        count += examples
+    return jax.tree.map(lambda g: g / count, total)
+
+
+@functools.lru_cache(maxsize=1)
+def _gradient_step(cfg, reduction, placement):
+    """Compiled once for all groups of targets."""
+
     def gradient(chosen, rest, batch):
         def total(chosen):
             return jnp.sum(losses(chosen, rest, batch, cfg, reduction, remat=True))
 
         return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(total)(chosen))
 
-    step = placement.compile(gradient, rows=False)
-    add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
-    total, count = None, 0
-    for examples, batch in batches:
-        part = step(*space, batch)
-        total = part if total is None else add(total, part)
-        count += examples
-    return jax.jit(lambda tree: jax.tree.map(lambda g: g / count, tree))(total)
+    return placement.compile(gradient, rows=False)
+
+
+_add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
 
 def _adapter(model, settings):
