@@ -80,19 +80,20 @@ def programs(model: load.Model, batch, placement) -> dict:
     def training(chosen, rest, batch):
         return jax.grad(lambda c: direction.losses(c, rest, batch, **bound).mean())(chosen)
 
+    settings = config.Influence()
+
     def gradients(kind, dim):
         """vmap(grad) and its projection; without a kind, its norm, so that nothing is left out."""
 
         def apply(found):
             if kind:
                 return projection.project(found, config.Projection(kind=kind, dim=dim))
-            return jnp.stack(
-                [jnp.sum(x * x, axis=range(1, x.ndim)) for x in jax.tree.leaves(found)]
-            )
+            return jax.vmap(lambda g: trees.vdot(g, g))(found)
 
         def rows(chosen, rest, batch):
-            found, _ = per_example.gradients(chosen, rest, batch, **bound)
-            return apply(found)
+            return per_example.map_gradients(
+                apply, (chosen, rest), batch, settings=settings, shards=1, **bound
+            )
 
         return rows
 
@@ -109,7 +110,11 @@ def programs(model: load.Model, batch, placement) -> dict:
     layout = factored.make_layout(
         direction.shapes(everything, placement), config.Projection(dim=FACTORED_DIM.value)
     )
-    probes = functools.partial(factored.features, layout=layout, **bound)
+
+    def probes(params, maps, batch):
+        some = functools.partial(factored.features, params, maps, layout=layout, **bound)
+        return per_example.in_microbatches(some, batch, settings, shards=1)
+
     forward = functools.partial(direction.losses, **bound)
     calls = {
         "forward": (forward, (*everything, batch), 0),

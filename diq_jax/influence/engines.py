@@ -81,7 +81,7 @@ def _projected(space, shapes, settings, cfg, placement, checkpoint, record):
     projection.check(sketch, sum(int(np.prod(shape)) for shape in shapes.values()))
     less = settings.direction == "less"
     moments = placement.replicate((checkpoint.first, checkpoint.second)) if less else ()
-    shards = placement.rows_multiple if placement.strategy == "mesh" else 1
+    shards = _shards(placement)
 
     def features(chosen, rest, moments, batch):
         def apply(gradients):
@@ -100,16 +100,17 @@ def _projected(space, shapes, settings, cfg, placement, checkpoint, record):
 def _factored(space, shapes, settings, cfg, placement, record):
     layout = factored.make_layout(shapes, settings.projection)
     maps = factored.make_maps(layout)
-    step = placement.compile(
-        functools.partial(
-            factored.features,
-            cfg=cfg,
-            reduction=settings.loss_reduction,
-            layout=layout,
-            remat=settings.remat,
-        ),
-        rows=True,
-    )
+    shards = _shards(placement)
+
+    def features(params, maps, batch):
+        def some(part):
+            return factored.features(
+                params, maps, part, cfg, settings.loss_reduction, layout, settings.remat
+            )
+
+        return per_example.in_microbatches(some, batch, settings, shards)
+
+    step = placement.compile(features, rows=True)
     params = trees.combine(*space)["params"]
     placed = placement.replicate(maps)
     record["layout"] = {
@@ -121,3 +122,8 @@ def _factored(space, shapes, settings, cfg, placement, record):
     }
     project = jax.jit(lambda v: factored.project_tree(v, maps, layout))
     return Rows(layout.dim, lambda batch: step(params, placed, batch), project, record)
+
+
+def _shards(placement):
+    """Devices that share a batch's rows inside the compiled step; pmap has split them before."""
+    return placement.rows_multiple if placement.strategy == "mesh" else 1

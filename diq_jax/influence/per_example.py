@@ -34,9 +34,9 @@ def gradients(chosen, rest, batch, cfg, reduction, remat=False):
 def map_gradients(
     apply: Callable, space, batch, cfg, reduction, settings: config.Influence, shards: int
 ):
-    """apply(gradients of some rows) for all rows: first those gradients in microbatches, as
-    activations allow, then `apply` on as many as gradient_bytes hold. (A dense projection costs
-    the same for one gradient as for a hundred.)
+    """apply(gradients of some rows) for all rows: those gradients in microbatches, then `apply` on
+    as many as gradient_bytes hold. (A dense projection costs the same for one gradient as for a
+    hundred.)
 
     Args:
         apply: maps a tree of leaves (b, ...) to an array (b, ...).
@@ -45,18 +45,28 @@ def map_gradients(
     Returns:
         (B, ...), and the losses (B,).
     """
-    rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
+    rows = batch.tokens.shape[0] // shards
     held = _divisor(rows, settings.gradient_bytes // (4 * trees.size(space[0])))
-    active = _divisor(held, settings.microbatch_tokens // (tokens * shards))
 
     def some(part):
         return gradients(*space, part, cfg, reduction, settings.remat)
 
     def step(part):
-        found, losses = _in_parts(some, part, active, shards)
+        found, losses = in_microbatches(some, part, settings, shards)
         return apply(found), losses
 
     return _in_parts(step, batch, held, shards)
+
+
+def in_microbatches(fn: Callable, batch, settings: config.Influence, shards: int):
+    """fn(batch), of outputs (B, ...), on as many rows at a time as microbatch_tokens allow.
+
+    Without microbatch_tokens, by backend: a CPU is fastest while activations stay small (fresh
+    memory costs more than arithmetic), a GPU or TPU while its products stay large.
+    """
+    rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
+    most = settings.microbatch_tokens or (1024 if jax.default_backend() == "cpu" else 16_384)
+    return _in_parts(fn, batch, _divisor(rows, most // tokens), shards)
 
 
 def _divisor(rows: int, most: int) -> int:
