@@ -170,7 +170,7 @@ SCORING = tuple(
     for field in (
         "engine", "parameters", "direction", "direction_rank", "targets", "loss_reduction",
         "normalize", "per_token", "lora", "projection.kind", "projection.dim", "projection.seed",
-        "projection.rank", "store", "warmup",
+        "projection.rank", "store", "warmup", "gauss_newton",
     )
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from diq_jax.common import errors
 
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
 ENGINES = ("exact", "projected", "factored")
-DIRECTIONS = ("mean", "adam", "less")
+DIRECTIONS = ("mean", "adam", "gauss_newton", "less")
 PEFT_DIRECTION = "peft:"  # influence.direction=peft:FOLDER
 PROJECTIONS = ("rademacher", "gaussian", "sparse")
 METHODS = ("diq", "random", "influence", *(f"difficulty_{p}" for p in PERSPECTIVES))
@@ -157,6 +157,25 @@ class Warmup:
 
 
 @dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    """direction=gauss_newton: (G + lambda)^-1 of the target gradient, by conjugate gradients."""
+
+    examples: int = 64  # of the pool, drawn with the seed, over which G is the mean
+    damping: float = 0.1  # lambda, as a share of G's curvature along the target gradient
+    iterations: int = 10  # at most; each costs five forward passes over the examples
+    tolerance: float = 0.01  # of the residual, as a share of the target gradient
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("examples", "iterations"):
+            value = getattr(self, name)
+            _check(f"influence.gauss_newton.{name}", value >= 1, "at least 1", value)
+        _check("influence.gauss_newton.damping", self.damping > 0, "above 0", self.damping)
+        value = self.tolerance
+        _check("influence.gauss_newton.tolerance", value >= 0, "at least 0", value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Influence:
     # exact: forward mode, nothing projected; projected: per-example gradients, projected and kept;
     # factored: two-sided projections from one backward pass, kept
@@ -164,7 +183,8 @@ class Influence:
     # the space of the gradients: all, lora, or a regex over parameter paths
     parameters: str = "all"
     # mean: the mean target gradient (DIQ); adam: that, divided by the root of Adam's second moment
-    # after the warm-up; less: LESS's own form (engine=projected); peft:FOLDER: an adapter's update
+    # after the warm-up; gauss_newton: that, solved against the Gauss-Newton matrix (influence
+    # functions); less: LESS's own form (engine=projected); peft:FOLDER: an adapter's update
     direction: str = "mean"
     # exact: matrices of the direction as two thin factors of this rank; 0 = whole
     direction_rank: int = 0
@@ -185,6 +205,7 @@ class Influence:
     projection: Projection = dataclasses.field(default_factory=Projection)
     store: Store = dataclasses.field(default_factory=Store)
     warmup: Warmup = dataclasses.field(default_factory=Warmup)
+    gauss_newton: GaussNewton = dataclasses.field(default_factory=GaussNewton)
 
     def __post_init__(self):
         errors.check_choice("influence.engine", self.engine, ENGINES)

@@ -3,10 +3,12 @@ pmap.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -119,8 +121,13 @@ def make_placement(settings: config.Parallel) -> Placement:
     """The placement that `parallel.*` asks for.
 
     Raises:
-        UserError: more devices asked for than there are.
+        UserError: more devices asked for than there are, or a compiler that gives wrong sums.
     """
+    if not reduces_right():
+        raise errors.UserError(
+            "This jaxlib gives wrong sums on a CPU: set XLA_FLAGS="
+            "--xla_cpu_experimental_ynn_fusion_type= before jax starts, or install jaxlib 0.10.1."
+        )
     found = jax.local_devices() if settings.strategy == "pmap" else jax.devices()
     data = settings.data or max(1, len(found) // settings.model)
     needed = data * settings.model
@@ -136,3 +143,13 @@ def make_placement(settings: config.Parallel) -> Placement:
         devices=found[:needed],
     )
     return Placement(settings.strategy, mesh)
+
+
+@functools.cache
+def reduces_right() -> bool:
+    """Whether rows are summed right in a case that a CPU compiler got wrong (diq_jax/__init__.py):
+    |I x|^2 of 40,000 rows x, each compiled as a matrix product with its square and sum.
+    """
+    x = np.stack([np.arange(40_000, dtype=np.float32), *np.zeros((2, 40_000), np.float32)], axis=1)
+    squares = jax.jit(jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row))))(x)
+    return bool(np.allclose(squares, np.square(x[:, 0]), rtol=1e-5))

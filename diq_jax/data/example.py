@@ -6,7 +6,7 @@ they raise UserError, which begins with `where`, the place that the row came fro
 
 import dataclasses
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,15 @@ def from_tokens(row: dict, where: str, example_id: str, task: str) -> Example:
     return Example(
         example_id, "", "", "", row, task, input_ids=tuple(input_ids), labels=tuple(labels)
     )
+
+
+def draw(rows: Sequence, count: int, seed: int) -> list[int]:
+    """Indices of `count` rows, or all if there are fewer, drawn over the order of their
+    example_ids: the order of the file does not matter.
+    """
+    by_id = sorted(range(len(rows)), key=lambda i: rows[i].example_id)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return sorted(by_id[i] for i in rng.permutation(len(rows))[:count])
 
 
 def row_id(row: dict, where: str, position: int, column: str = "id") -> str:

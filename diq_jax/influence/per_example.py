@@ -59,14 +59,17 @@ def map_gradients(
 
 
 def in_microbatches(fn: Callable, batch, settings: config.Influence, shards: int):
-    """fn(batch), of outputs (B, ...), on as many rows at a time as microbatch_tokens allow.
-
-    Without microbatch_tokens, by backend: a CPU is fastest while activations stay small (fresh
-    memory costs more than arithmetic), a GPU or TPU while its products stay large.
-    """
+    """fn(batch), of outputs (B, ...), on as many rows at a time as `microbatch_tokens` hold."""
     rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
-    most = settings.microbatch_tokens or (1024 if jax.default_backend() == "cpu" else 16_384)
-    return _in_parts(fn, batch, _divisor(rows, most // tokens), shards)
+    return _in_parts(fn, batch, _divisor(rows, microbatch_tokens(settings) // tokens), shards)
+
+
+def microbatch_tokens(settings: config.Influence) -> int:
+    """Tokens whose activations a device holds at once for a backward pass: the setting's, or by
+    backend. A CPU is fastest while they are few (fresh memory costs more than arithmetic), a GPU or
+    TPU while its products are large.
+    """
+    return settings.microbatch_tokens or (1024 if jax.default_backend() == "cpu" else 16_384)
 
 
 def _divisor(rows: int, most: int) -> int:

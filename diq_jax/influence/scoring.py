@@ -12,7 +12,7 @@ import numpy as np
 
 from diq_jax.common import artifacts, config, devices, errors, progress, stages, trees
 from diq_jax.data import batches, example, packing
-from diq_jax.influence import direction, engines, store, warmup
+from diq_jax.influence import curvature, direction, engines, per_example, store, warmup
 from diq_jax.models import load
 
 
@@ -68,7 +68,7 @@ def exact_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) 
         v, record = direction.from_peft(folder, task.model.cfg, space[0]), {}
     else:
         found = list(directions(task, space, point))
-        record = {"direction_norms": {name: norm for name, _, norm in found}}
+        record = {"directions": {name: about for name, _, about in found}}
         v = direction.stack([tree for _, tree, _ in found], task.weights, settings.direction_rank)
         del found
     step = engines.exact_step(space, v, settings, task.model.cfg, task.context.placement)
@@ -109,8 +109,8 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
     """By the projected or factored engine; the gradient store holds every example's row."""
     settings, placement = task.settings, task.context.placement
     engine = engines.open_rows(space, settings, task.model.cfg, placement, point)
-    norms: dict[str, float] = {}
-    targets = project_directions(task, space, point, engine, norms)
+    about: dict[str, dict[str, Any]] = {}
+    targets = project_directions(task, space, point, engine, about)
     writer = store.Writer(
         task.context.path(f"influence/store{name}"),
         engine.dim,
@@ -135,14 +135,14 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
     if settings.direction == "less":
         influence = by_target.max(axis=1)
     ids = [row.example_id for row in task.pool]
-    writer.finish(ids, targets, settings.store.shard_rows, list(norms))
+    writer.finish(ids, targets, settings.store.shard_rows, list(about))
     return Scored(
         influence,
         writer.losses(),
         by_target,
         None,
         resumed,
-        {"direction_norms": norms, "bytes_per_example": writer.row_bytes, **engine.record},
+        {"directions": about, "bytes_per_example": writer.row_bytes, **engine.record},
         writer.discard,
     )
 
@@ -186,8 +186,10 @@ def run_batches(
             bar.update(len(group.indices), sum(len(rows[i].input_ids) for i in group.indices))
 
 
-def directions(task, space, point) -> Iterator[tuple[str, Any, float]]:
-    """(name, tree, norm) for each group of targets, one at a time; LESS keeps all targets apart."""
+def directions(task, space, point) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, tree, {norm, ..}) for each group of targets, one at a time; LESS keeps all targets
+    apart.
+    """
     settings = task.settings
     groups = task.groups
     if settings.direction == "less":
@@ -195,25 +197,46 @@ def directions(task, space, point) -> Iterator[tuple[str, Any, float]]:
     total = sum(len(group) for group in groups.values())
     with progress.Progress("target gradient", total) as bar:
         for name, group in groups.items():
-            tree = _mean_gradient(task, space, group, bar)
+            tree, about = _mean_gradient(task, space, group, bar), {}
             if settings.direction == "adam":
                 tree = jax.jit(warmup.adam_direction)(tree, point)
+            elif settings.direction == "gauss_newton":
+                tree, about = _gauss_newton(task, space, tree)
             norm = float(np.sqrt(trees.vdot(tree, tree)))
             if not np.isfinite(norm):
                 _name_bad_target(task, space, group, name)
-            yield name, tree, norm
+            yield name, tree, {"norm": norm, **about}
 
 
 def project_directions(
-    task, space, point, engine: engines.Rows, norms: dict[str, float] | None = None
+    task, space, point, engine: engines.Rows, about: dict[str, dict[str, Any]] | None = None
 ) -> np.ndarray:
-    """The directions as rows of the store, (Q, dim); their norms go into `norms`."""
+    """The directions as rows of the store, (Q, dim); what is known of each goes into `about`."""
     projected = []
-    for name, tree, norm in directions(task, space, point):
+    for name, tree, known in directions(task, space, point):
         projected.append(np.asarray(engine.project(jax.tree.map(lambda x: x[None], tree)))[0])
-        if norms is not None:
-            norms[name] = norm
+        if about is not None:
+            about[name] = known
     return np.stack(projected)
+
+
+def _gauss_newton(task, space, gbar):
+    """The direction, and how the solution went; the sample is the same for every group."""
+    settings, placement = task.settings, task.context.placement
+    sample = example.draw(task.pool, settings.gauss_newton.examples, settings.gauss_newton.seed)
+    rows = [task.pool[i] for i in sample]
+    tokens = per_example.microbatch_tokens(settings) * placement.rows_multiple
+    groups = batches.plan(rows, tokens, placement.rows_multiple)
+
+    def placed():
+        for indices, batch in batches.iterate(groups, rows):
+            yield len(indices), placement.batch(batch)
+
+    multiply = curvature.make_product(
+        space, placed, task.model.cfg, settings.loss_reduction, placement
+    )
+    solver = settings.gauss_newton
+    return curvature.solve(multiply, gbar, solver.damping, solver.iterations, solver.tolerance)
 
 
 def _mean_gradient(task, space, group, bar=None):

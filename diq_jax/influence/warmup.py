@@ -169,10 +169,7 @@ def less_features(gradients, first, second):
 
 def _plan(pool, settings, rows_multiple):
     warm = settings.warmup
-    by_id = sorted(range(len(pool)), key=lambda i: pool[i].example_id)
-    count = max(1, round(warm.fraction * len(pool)))
-    rng = np.random.Generator(np.random.PCG64(warm.seed))
-    drawn = sorted(by_id[i] for i in rng.permutation(len(pool))[:count])
+    drawn = example.draw(pool, max(1, round(warm.fraction * len(pool))), warm.seed)
     longest = max(len(pool[i].input_ids) for i in drawn)
     size = max(1, min(warm.batch_size, settings.batch_tokens // longest))
     planned = steps.plan(

@@ -19,6 +19,24 @@ def token_losses(params, cfg, batch, adapter=None, remat=False):
     Returns:
         (B, A) float32, 0 where loss_mask is 0.
     """
+
+    @jax.checkpoint
+    def block(hidden_and_labels):
+        hidden, labels = hidden_and_labels
+        logits = decoder.logits(params, cfg, hidden)
+        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    hidden = answer_hidden(params, cfg, batch, adapter, remat)
+    B, A, _ = hidden.shape
+    losses = jax.lax.map(block, (head_blocks(hidden), head_blocks(batch.loss_labels)))
+    return jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :A] * batch.loss_mask
+
+
+def answer_hidden(params, cfg, batch, adapter=None, remat=False):
+    """Last hidden states of the answer positions, (B, A, D): only they meet the head. Gathered for
+    each row, so that a batch split over devices stays local.
+    """
     hidden = decoder.apply(
         params,
         cfg,
@@ -29,28 +47,16 @@ def token_losses(params, cfg, batch, adapter=None, remat=False):
         remat,
         batch.parent_ids,
     )
-    # Only answer positions meet the head: gathered per row, so that a batch split over devices
-    # stays local.
-    hidden = jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
-    B, A, _ = hidden.shape
+    return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
+
+
+def head_blocks(x):
+    """(B, A, ...) in blocks that the head takes at a time, padded: (blocks, B, size, ...)."""
+    B, A = x.shape[:2]
     size = min(A, max(1, HEAD_BLOCK // B))
     blocks = -(-A // size)
-    pad = blocks * size - A
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def block(hidden_and_labels):
-        hidden, labels = hidden_and_labels
-        logits = decoder.logits(params, cfg, hidden)
-        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    losses = jax.lax.map(block, (split(hidden), split(batch.loss_labels)))
-    losses = jnp.moveaxis(losses, 0, 1).reshape(B, blocks * size)[:, :A]
-    return losses * batch.loss_mask
+    x = jnp.pad(x, ((0, 0), (0, blocks * size - A)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
 
 
 def token_weights(batch, reduction):

@@ -1,0 +1,130 @@
+"""The Gauss-Newton direction v = (G + damping)^-1 gbar, by conjugate gradients.
+
+G is the mean over a sample of the pool of J^T H J: J the derivative of an example's logits at its
+answer tokens, H = diag(p) - p p^T weighted as the loss weighs its tokens. No factor of it is kept:
+a product is a push forward, H, and a pull back through one linearisation. Scores are linear in an
+example's gradient, so every engine takes v as it takes gbar. (Influence functions with the
+generalised Gauss-Newton matrix: arXiv 2209.05364; in place of EK-FAC, arXiv 2308.03296, the whole
+matrix on a sample.)
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diq_jax.common import devices, trees
+from diq_jax.models import decoder, loss
+
+HEAD = ("params/embed/", "params/head/")  # what stands after the last hidden state
+
+
+def product(chosen, rest, v, batch, cfg, reduction):
+    """The sum over a batch's examples of J^T H J v.
+
+    Args:
+        chosen, rest: a space (influence/direction.py).
+        v: a float32 tree like `chosen`.
+        batch: data.batches.Batch of B rows, one example a row.
+
+    Returns:
+        A float32 tree like `chosen`.
+    """
+    moved = jax.tree.map(lambda p, t: t.astype(p.dtype), chosen, v)
+
+    def states(chosen):
+        both = trees.combine(chosen, rest)
+        return loss.answer_hidden(both["params"], cfg, batch, both["adapter"])
+
+    hidden, push = jax.linearize(states, chosen)
+    in_head = functools.partial(trees.partition, chosen=lambda name: name.startswith(HEAD))
+    (head, body), (head_moved, _) = in_head(chosen), in_head(moved)
+
+    def block(total, parts):
+        hidden, hidden_moved, weights = parts
+
+        def logits(head, hidden):
+            both = trees.combine(trees.combine(head, body), rest)
+            return decoder.logits(both["params"], cfg, hidden)
+
+        z, dz = jax.jvp(logits, (head, hidden), (head_moved, hidden_moved))
+        p = jax.nn.softmax(z, axis=-1)
+        curved = p * (dz - jnp.sum(p * dz, axis=-1, keepdims=True)) * weights[..., None]
+        head_back, hidden_back = jax.vjp(logits, head, hidden)[1](curved)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, head_back), hidden_back
+
+    weights = loss.token_weights(batch, reduction)
+    parts = [loss.head_blocks(x) for x in (hidden, push(moved), weights)]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    from_head, back = jax.lax.scan(block, zeros, parts)
+    B, A, D = hidden.shape
+    back = jnp.moveaxis(back, 0, 1).reshape(B, -1, D)[:, :A]
+    (through,) = jax.linear_transpose(push, chosen)(back)
+    through = jax.tree.map(lambda g: g.astype(jnp.float32), through)
+    shared, others = in_head(through)
+    return trees.combine(jax.tree.map(jnp.add, shared, from_head), others)
+
+
+def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placement):
+    """A function v -> G v, the mean over the examples of `batches`.
+
+    Args:
+        batches: gives (number of examples, placed batch) pairs anew at each call.
+    """
+    step = _compiled(cfg, reduction, placement)
+    chosen, rest = space
+
+    def multiply(v):
+        total, count = None, 0
+        placed = placement.replicate(v) if placement.strategy == "pmap" else v
+        for examples, batch in batches():
+            part = step(chosen, rest, placed, batch)
+            total = part if total is None else _add(total, part)
+            count += examples
+        return jax.tree.map(lambda g: g / count, total)
+
+    return multiply
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(cfg, reduction, placement: devices.Placement):
+    return placement.compile(functools.partial(product, cfg=cfg, reduction=reduction), rows=False)
+
+
+def solve(multiply: Callable, gbar, damping: float, iterations: int, tolerance: float):
+    """v with (G + lambda I) v = gbar, by conjugate gradients from 0.
+
+    Args:
+        multiply: v -> G v, symmetric and positive semi-definite.
+        damping: lambda as a share of G's curvature along gbar, <gbar, G gbar> / <gbar, gbar>.
+        iterations: at most; stops before once |residual| <= tolerance |gbar|.
+
+    Returns:
+        v, and {lambda, residuals}: |gbar - (G + lambda) v| / |gbar| after each iteration.
+    """
+    square = start = trees.vdot(gbar, gbar)
+    v, residual, search = jax.tree.map(jnp.zeros_like, gbar), gbar, gbar
+    shift, residuals = None, []
+    for _ in range(iterations):
+        image = multiply(search)
+        if shift is None:
+            shift = damping * trees.vdot(search, image) / square
+        image = _plus(image, shift, search)
+        alpha = square / trees.vdot(search, image)
+        v, residual = _plus(v, alpha, search), _plus(residual, -alpha, image)
+        before, square = square, trees.vdot(residual, residual)
+        residuals.append(float(jnp.sqrt(square / start)))
+        if not residuals[-1] > tolerance:
+            break
+        search = _plus(residual, square / before, search)
+    return v, {"lambda": float(shift), "residuals": residuals}
+
+
+@jax.jit
+def _plus(left: Any, factor, right):
+    return jax.tree.map(lambda a, b: a + factor * b, left, right)
+
+
+_add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
