@@ -86,3 +86,19 @@ def test_a_dimension_above_the_parameters_is_refused():
         config.Projection(kind="radamacher")
     with pytest.raises(errors.UserError, match="must be even with kind=sparse"):
         config.Projection(kind="sparse", dim=4095)
+
+
+@pytest.mark.parametrize("kind", config.PROJECTIONS)
+def test_the_matrix_never_stands_in_memory(kind):
+    """16 gradients of 4.7 million numbers to 8,192: the whole matrix would take 154 GB. Compiled,
+    not run: what XLA plans to hold beyond the gradients.
+    """
+    gradients = {
+        name: jax.ShapeDtypeStruct((16, *shape), jnp.float32)
+        for name, shape in {"wide": (30, 576, 192), "tall": (1_382_240,), "b": (4,)}.items()
+    }
+    settings = config.Projection(kind=kind, dim=8192)
+    compiled = jax.jit(lambda g: projection.project(g, settings)).lower(gradients).compile()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes == 16 * 4 * 4_700_004
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**31
