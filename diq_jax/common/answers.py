@@ -112,6 +112,27 @@ class Cache:
         self._journal.close()
 
 
+def body(request: Request, structured: bool) -> dict:
+    """The fields of a chat-completions request; the schema as response_format, or in words."""
+    fields = {"model": request.model, "seed": request.seed}
+    if request.temperature is not None:
+        fields["temperature"] = request.temperature
+    if request.max_tokens:
+        fields["max_completion_tokens"] = request.max_tokens
+    messages = [dict(message) for message in request.messages]
+    if structured:
+        fields["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "strict": True, "schema": request.schema},
+        }
+    else:
+        messages[-1]["content"] += (
+            "\n\nAnswer with one JSON object and nothing else. Its JSON schema: "
+            + json.dumps(request.schema)
+        )
+    return fields | {"messages": messages}
+
+
 def settle(request: Request, cache: Cache, tries: int) -> Outcome | Request:
     """What the replies at hand decide, or else the request to send next.
 

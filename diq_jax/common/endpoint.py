@@ -9,12 +9,10 @@ import contextlib
 import dataclasses
 import email.utils
 import itertools
-import json
 import math
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,8 +36,8 @@ class Settings:
     api_key_env: str  # the name of the environment variable that holds the key
     concurrency: int  # requests under way at once
     timeout_s: float  # of one request, from sending to the last byte
+    answer_tries: int  # replies to ask for until one is an answer
     tries: int = 6  # to get a reply; 5 waits of 1, 2, 4, 8, 16 s, each less up to half
-    answer_tries: int = 3  # replies to ask for until one is an answer
     backoff_s: float = 1.0  # the first wait; each is twice the last
     longest_wait_s: float = 120.0  # a server that asks for more is given up
 
@@ -90,7 +88,7 @@ def ask_all(
     done: Callable[[answers.Outcome], None],
     say: Callable[[str], None],
 ) -> list[answers.Outcome]:
-    """Asks each request until the replies settle it, and closes the client.
+    """Asks each request until the replies settle it, and closes the client. Main thread only.
 
     On Ctrl-C requests already sent are waited for and kept; a second Ctrl-C drops them.
 
@@ -140,9 +138,6 @@ def _first_interrupt(session) -> Iterator[None]:
         session.stop(KeyboardInterrupt())
         session.say("Waiting for the requests already sent; Ctrl-C again drops them.")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
-        return
     loop.add_signal_handler(signal.SIGINT, stop)
     try:
         yield
@@ -168,6 +163,7 @@ class _Session:
         self._structured: bool | None = None  # None until the server has shown it
         self._deciding = asyncio.Lock()
         self._unanswered = 0  # in a row
+        self._warned = False
 
     def stop(self, reason: BaseException) -> None:
         """Nothing more is sent; the first reason counts."""
@@ -219,6 +215,9 @@ class _Session:
                 # Jitter, so that requests refused together do not come back together.
                 backoff = self.settings.backoff_s * 2 ** (number - 1) * random.uniform(0.5, 1.0)
                 wait = max(backoff, fault.wait_s)
+                if not self._warned:
+                    self.say(f"{fault}: trying again; later faults are waited out in silence.")
+                self._warned = True
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait)
 
@@ -245,9 +244,10 @@ class _Session:
 
         if self.stopped is not None:
             raise _Fault("stopped", passing=False)
+        fields = answers.body(request, structured)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                completion = await self.client.chat.completions.create(**body(request, structured))
+                completion = await self.client.chat.completions.create(**fields)
         except (TimeoutError, openai.APITimeoutError):
             limit = f"no reply within {self.settings.timeout_s:g} s"
             raise _Fault(limit, passing=True) from None
@@ -268,27 +268,6 @@ def _status_fault(error) -> _Fault:
     asked = f" (asks to wait {wait_s:,.0f} s)" if wait_s else ""
     passing = status in PASSING or status >= 500
     return _Fault(f"status {status}: {told}{asked}", passing, wait_s, status)
-
-
-def body(request: answers.Request, structured: bool) -> dict:
-    """The fields of a chat-completions request; the schema as response_format, or in words."""
-    fields = {"model": request.model, "seed": request.seed}
-    if request.temperature is not None:
-        fields["temperature"] = request.temperature
-    if request.max_tokens:
-        fields["max_completion_tokens"] = request.max_tokens
-    messages = [dict(message) for message in request.messages]
-    if structured:
-        fields["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "strict": True, "schema": request.schema},
-        }
-    else:
-        messages[-1]["content"] += (
-            "\n\nAnswer with one JSON object and nothing else. Its JSON schema: "
-            + json.dumps(request.schema)
-        )
-    return fields | {"messages": messages}
 
 
 def retry_after(header: str, now: float) -> float:

@@ -31,7 +31,10 @@ def requests(count, **changes):
 
 
 def settings(url, **changes):
-    fields = {"api_key_env": "TEST_KEY", "concurrency": 2, "timeout_s": 20, "backoff_s": 0.001}
+    fields = {
+        "api_key_env": "TEST_KEY", "concurrency": 2, "timeout_s": 20, "answer_tries": 3,
+        "backoff_s": 0.001,
+    }  # fmt: skip
     return endpoint.Settings(base_url=url, **fields | changes)
 
 
@@ -86,10 +89,11 @@ def test_each_is_asked_once_in_order_and_never_more_than_the_bound_at_once(tmp_p
     ids=str,
 )
 def test_a_passing_fault_is_waited_out(fault, tmp_path):
+    said = []
     with Server(first([fault, fault])) as server:
-        [outcome] = ask(server, tmp_path, timeout_s=0.3 if fault.hang else 20)
+        [outcome] = ask(server, tmp_path, 1, said, timeout_s=0.3 if fault.hang else 20)
     assert outcome.status == "answered" and outcome.value["level"] == 2
-    assert len(server.bodies) == 3
+    assert len(server.bodies) == 3 and len(said) == 1 and "trying again" in said[0]
 
 
 def test_retry_after_is_honoured_in_seconds_and_as_a_date(tmp_path):
