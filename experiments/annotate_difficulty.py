@@ -4,7 +4,8 @@
         --base_url=http://localhost:8000/v1 --model=NAME [--price_in=0.5 --price_out=2] [--dry_run]
 
 Prints an estimate, asks whether to start (--yes: do not ask), and writes the rows as they came with
-difficulty_knowledge, difficulty_reasoning and difficulty_overall: a file for difficulty.source.
+difficulty_knowledge, difficulty_reasoning and difficulty_overall, in the place of any that they
+had: a file for difficulty.source, and a pool for difficulty.source=columns.
 Rows without an answer are listed in labels.failed.jsonl. Replies are kept in labels.cache.jsonl: a
 killed run continues, and pays for nothing twice. The API key comes from the environment
 (--api_key_env).

@@ -25,6 +25,11 @@ class Act:
     hang: bool = False  # no reply until the server closes
     close: bool = False  # the connection, without a word
 
+    def __str__(self) -> str:
+        """What is not as usual, for the names of tests."""
+        values = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return ",".join(f"{f.name}={value}" for f, value in values if value != f.default)
+
 
 def levels(question: str) -> dict:
     """The levels that a well-behaved server gives, a function of the question."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import email.utils
 import itertools
+import json
 import math
 import os
 import random
@@ -21,7 +22,9 @@ from diq_jax.common import answers, errors
 GIVE_UP_AFTER = 5  # requests in a row, each with all its tries, that got no reply
 PASSING = (408, 409, 429)  # with all from 500, the statuses that another try may mend
 REFUSES_SCHEMA = (400, 422)
+NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)  # from the client, of a reply's body
 FATAL = (401, 403, 404)  # no request will fare better: key, rights, path or model
+KEPT = "replies so far are kept, and the same command continues"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +192,7 @@ class _Session:
         self._unanswered += 1
         dead = fault.passing and self._structured is None  # nobody ever got a reply
         if dead or self._is_fatal(fault) or self._unanswered >= GIVE_UP_AFTER:
-            kept = "replies so far are kept, and the same command continues"
-            self.stop(errors.UserError(f"{self.settings.base_url}: {fault}; {kept}."))
+            self.stop(errors.UserError(f"{self.settings.base_url}: {fault}; {KEPT}."))
 
     def _is_fatal(self, fault: _Fault) -> bool:
         return fault.status in FATAL or fault.wait_s > self.settings.longest_wait_s
@@ -214,7 +216,7 @@ class _Session:
                     raise
                 # Jitter, so that requests refused together do not come back together.
                 backoff = self.settings.backoff_s * 2 ** (number - 1) * random.uniform(0.5, 1.0)
-                wait = max(backoff, fault.wait_s)
+                wait = fault.wait_s + backoff
                 if not self._warned:
                     self.say(f"{fault}: trying again; later faults are waited out in silence.")
                 self._warned = True
@@ -249,13 +251,12 @@ class _Session:
             async with asyncio.timeout(self.settings.timeout_s):
                 completion = await self.client.chat.completions.create(**fields)
         except (TimeoutError, openai.APITimeoutError):
-            limit = f"no reply within {self.settings.timeout_s:g} s"
-            raise _Fault(limit, passing=True) from None
+            raise _Fault(f"no reply within {self.settings.timeout_s:g} s", passing=True) from None
         except openai.APIStatusError as e:
             raise _status_fault(e) from None
         except openai.APIConnectionError as e:
             raise _Fault(f"no connection ({e.__cause__ or e})", passing=True) from None
-        except (openai.APIResponseValidationError, ValueError) as e:
+        except (openai.APIResponseValidationError, *NO_JSON) as e:
             raise _Fault(f"the reply is no JSON ({e})", passing=True) from None
         return _reply(completion)
 

@@ -1,7 +1,7 @@
 """A language model as annotator: a question's level, 1 to 5, from each of the three perspectives.
 
 The model sees the question alone, as the classifier does (see `labels`), and judges it by the
-rubric of the shipped sample (diq_jax/data/sample/README.md).
+rubric of the shipped sample (diq_jax/data/sample/README.md), in the same words.
 """
 
 import itertools
@@ -20,22 +20,22 @@ to 5.
 
 knowledge: what must be known.
 1 everyday health knowledge
-2 a first-year textbook fact
+2 first-year textbook fact
 3 core clinical knowledge
-4 specialist detail, or a fact about one drug
-5 sub-specialist knowledge, or that of a rare disease
+4 specialist detail or a drug-specific fact
+5 sub-specialist or rare-disease knowledge
 
 reasoning: what must be done with that knowledge.
-1 nothing: one fact is recalled
+1 nothing; recall of one fact
 2 one inference
 3 two linked steps, or one distractor to set aside
-4 three or more steps, or competing hypotheses to weigh
-5 many steps, a calculation, or a misleading finding that is a trap
+4 three or more steps, or competing hypotheses weighed
+5 many steps, a calculation or a trap with a misleading finding
 
-overall: who answers it right.
+overall: who answers it right (students and residents of medicine).
 1 nearly every layperson with an interest
-2 a first-year medical student
-3 a final-year medical student
+2 a first-year student
+3 a final-year student
 4 a resident in the field
 5 a specialist, and not every one
 
@@ -61,17 +61,11 @@ SCHEMA = {
     "required": list(PROPERTIES),
     "additionalProperties": False,
 }
-
-
 SYSTEM = {"role": "system", "content": RUBRIC.format(fields=", ".join(PROPERTIES))}
 
 
 def messages(question: str) -> tuple[dict[str, str], ...]:
-    """The rubric, which is the same for every question and so may be cached by a server; then
-    the question.
-
-    The question is fenced, so that a question which gives orders is still only rated.
-    """
+    """The rubric, the same each time, so that a server may cache it; then the fenced question."""
     asked = f"Rate this question.\n\n<question>\n{question.strip()}\n</question>"
     return SYSTEM, {"role": "user", "content": asked}
 
