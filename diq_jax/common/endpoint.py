@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from diq_jax.common import answers, errors
 
-GIVE_UP_AFTER = 5  # requests in a row, each with all its tries, that got no reply
+GIVE_UP_AFTER = 5  # requests in a row, each with all its tries, that got no reply;
+GIVE_UP_UNHEARD = 2  # fewer where nobody got one yet, but not at the first: it may be its own fault
 PASSING = (408, 409, 429)  # with all from 500, the statuses that another try may mend
 REFUSES_SCHEMA = (400, 422)
 NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)  # from the client, of a reply's body
@@ -190,8 +191,9 @@ class _Session:
 
     def _count_unanswered(self, fault: _Fault) -> None:
         self._unanswered += 1
-        dead = fault.passing and self._structured is None  # nobody ever got a reply
-        if dead or self._is_fatal(fault) or self._unanswered >= GIVE_UP_AFTER:
+        unheard = fault.passing and self._structured is None
+        limit = GIVE_UP_UNHEARD if unheard else GIVE_UP_AFTER
+        if self._unanswered >= limit or self._is_fatal(fault):
             self.stop(errors.UserError(f"{self.settings.base_url}: {fault}; {KEPT}."))
 
     def _is_fatal(self, fault: _Fault) -> bool:
@@ -262,13 +264,12 @@ class _Session:
 
 
 def _status_fault(error) -> _Fault:
-    status, told = error.status_code, error.message
-    if isinstance(error.body, dict):
-        told = error.body.get("message") or told
+    status, told = error.status_code, error.body if isinstance(error.body, dict) else {}
+    told = told.get("message") or error.message
     wait_s = retry_after(error.response.headers.get("retry-after", ""), time.time())
     asked = f" (asks to wait {wait_s:,.0f} s)" if wait_s else ""
-    passing = status in PASSING or status >= 500
-    return _Fault(f"status {status}: {told}{asked}", passing, wait_s, status)
+    sentence = f"status {status}: {told}{asked}"
+    return _Fault(sentence, status in PASSING or status >= 500, wait_s, status)
 
 
 def retry_after(header: str, now: float) -> float:
