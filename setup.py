@@ -37,7 +37,15 @@ setuptools.setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "dev": ["hypothesis>=6", "peft>=0.17", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
+        "dev": [
+            "hypothesis>=6",
+            "openai>=3.0",
+            "peft>=0.17",
+            "pytest>=8",
+            "ruff>=0.9",
+            "torch==2.13.0",
+        ],
+        "judge": ["openai>=3.0"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },
