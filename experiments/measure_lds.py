@@ -1,0 +1,310 @@
+"""Do scores predict what training does? The linear datamodeling score of each way of scoring.
+
+    python experiments/measure_lds.py --config=configs/quickstart.py --workdir=runs/lds \\
+        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--dims=256,1024,4096]
+
+A tiny model with the config's tokenizer is trained on rows of data.pool that are left aside (the
+base), then from there on many random halves of --rows other rows. LDS is the Spearman correlation,
+over the halves, of a target's measured loss with the sum of the scores of the rows in the half (its
+sign turned), averaged over targets. Written: lds.json, lds.png. A killed run continues after its
+last training.
+
+Intervals are over targets and halves. `reliability` is the LDS of one training seed's losses with
+another's, carried over to their mean: no score can be expected above its root.
+"""
+
+import dataclasses
+import pathlib
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from diq_jax.common import artifacts, cli, config, devices, errors, metrics, progress, trees
+from diq_jax.data import batches, chat, example, sources
+from diq_jax.influence import curvature, datamodel, direction, exact, projection, warmup
+from diq_jax.models import config as model_config
+from diq_jax.models import decoder, tokenizer
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
+ROWS = flags.DEFINE_integer("rows", 400, "Of the pool, that subsets are drawn from.", lower_bound=8)
+SUBSETS = flags.DEFINE_integer("subsets", 64, "Random halves of them.", lower_bound=4)
+SEEDS = flags.DEFINE_integer("seeds", 2, "Trainings on each half, averaged.", lower_bound=1)
+TARGETS = flags.DEFINE_integer("targets", 32, "Drawn from data.targets.", lower_bound=2)
+TOKENS = flags.DEFINE_integer("tokens", 128, "Longer rows are cut.", lower_bound=16)
+WIDTH = flags.DEFINE_integer("width", 64, "Of the tiny model; heads of 16.", lower_bound=16)
+LAYERS = flags.DEFINE_integer("layers", 2, "Of the tiny model.", lower_bound=1)
+BASE_EPOCHS = flags.DEFINE_integer("base_epochs", 4, "Over the rows left aside.", lower_bound=1)
+EPOCHS = flags.DEFINE_integer("epochs", 3, "Over each half.", lower_bound=1)
+RATE = flags.DEFINE_float("learning_rate", 1e-3, "AdamW's peak; three times that for the base.")
+DIMS = flags.DEFINE_list("dims", ["256", "1024", "4096"], "Of the rademacher projections.")
+BATCH = 16  # rows of an optimiser step
+CHUNK = 8  # directions, or rows, that one scoring program takes
+BOOTSTRAP = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The tiny model at its base, and batches of one shape."""
+
+    cfg: model_config.DecoderConfig
+    params: dict
+    pool: batches.Batch
+    targets: batches.Batch
+    lengths: np.ndarray  # (rows,) answer tokens
+
+
+def encode(cfg: config.Config) -> tuple[list, list, list]:
+    """(base rows, pool rows, targets), with the tokens that occur numbered anew from 0."""
+    tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    found = sources.load_pool(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
+    goals = sources.load_targets(cfg.data.targets, 0, cfg.data.seed, cfg.data.columns)
+    rows, goals = (
+        chat.encode_all(part, tok, cfg.data.template, TOKENS.value, "end")[0]
+        for part in (found, goals)
+    )
+    if len(rows) < ROWS.value + BATCH or len(goals) < TARGETS.value:
+        raise errors.UserError(
+            f"--rows={ROWS.value} and --targets={TARGETS.value} need as many, and {BATCH} rows "
+            f"more for the base; there are {len(rows)} and {len(goals)} that fit --tokens."
+        )
+    drawn = set(example.draw(rows, ROWS.value, cfg.data.seed))
+    parts = (
+        [row for i, row in enumerate(rows) if i not in drawn],
+        [rows[i] for i in sorted(drawn)],
+        [goals[i] for i in example.draw(goals, TARGETS.value, cfg.data.seed)],
+    )
+    used = np.unique(np.concatenate([row.input_ids for part in parts for row in part]))
+
+    def renumber(row):
+        ids = np.searchsorted(used, row.input_ids).astype(np.int32)
+        labels = np.where(row.labels == example.IGNORED, example.IGNORED, ids).astype(np.int32)
+        return dataclasses.replace(row, input_ids=ids, labels=labels)
+
+    base, pool, goals = ([renumber(row) for row in part] for part in parts)
+    return base, pool, goals
+
+
+def lay_out(rows) -> batches.Batch:
+    tokens = max(len(row.input_ids) for row in rows)
+    made = batches.make_batch(rows, len(rows), tokens, max(row.answer_tokens for row in rows))
+    return jax.tree.map(jnp.asarray, made)
+
+
+def make_setting(cfg: config.Config) -> Setting:
+    """Trains the base."""
+    base, pool, goals = encode(cfg)
+    vocab = 1 + max(int(row.input_ids.max()) for row in (*base, *pool, *goals))
+    heads = max(1, WIDTH.value // 16)
+    shape = model_config.DecoderConfig(
+        family="llama", num_layers=LAYERS.value, model_dim=WIDTH.value, ffn_dim=3 * WIDTH.value,
+        num_heads=heads, num_kv_heads=heads, head_dim=16, vocab_size=vocab, norm_eps=1e-5,
+        rope=model_config.Rope(1e4, "default", ()), max_positions=TOKENS.value, tied_head=True,
+        qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False, sliding_window=None,
+    )  # fmt: skip
+    params = decoder.init(jax.random.key(cfg.data.seed), shape, jnp.float32)
+    everyone = np.ones(len(base), bool)
+    order = datamodel.order_of(everyone, BASE_EPOCHS.value, BATCH, cfg.data.seed)
+    started = time.perf_counter()
+    point = datamodel.fit(params, lay_out(base), order, 3 * RATE.value, shape)
+    targets = lay_out(goals)
+    before, after = (
+        float(datamodel.losses(p, targets, shape).mean()) for p in (params, point.chosen)
+    )
+    print(
+        f"base: {trees.size(params):,} parameters, {len(base)} rows, {BASE_EPOCHS.value} epochs, "
+        f"{time.perf_counter() - started:.0f} s; target loss {before:.3f} -> {after:.3f}"
+    )
+    lengths = np.array([row.answer_tokens for row in pool])
+    return Setting(shape, point.chosen, lay_out(pool), targets, lengths)
+
+
+def train_subsets(setting: Setting, subsets, workdir: pathlib.Path) -> np.ndarray:
+    """Target losses after training on each subset with each seed, (subsets, seeds, targets)."""
+    measured = np.zeros((len(subsets), SEEDS.value, TARGETS.value), np.float32)
+    key = zlib.crc32(repr(settings_of()).encode())
+    for leaf in jax.tree.leaves(setting.params):
+        key = zlib.crc32(np.asarray(leaf), key)
+    with (
+        artifacts.Journal(workdir / f"trainings-{key:08x}.jsonl") as journal,
+        progress.Progress("trainings", measured.shape[0] * SEEDS.value) as bar,
+    ):
+        done = {(entry["subset"], entry["seed"]): entry["losses"] for entry in journal.entries}
+        for s, members in enumerate(subsets):
+            for seed in range(SEEDS.value):
+                if (s, seed) not in done:
+                    order = datamodel.order_of(members, EPOCHS.value, BATCH, seed)
+                    point = datamodel.fit(
+                        setting.params, setting.pool, order, RATE.value, setting.cfg
+                    )
+                    found = datamodel.losses(point.chosen, setting.targets, setting.cfg)
+                    done[s, seed] = np.asarray(found).tolist()
+                    journal.append({"subset": s, "seed": seed, "losses": done[s, seed]})
+                measured[s, seed] = done[s, seed]
+                bar.update(1, tokens=0)
+    return measured
+
+
+def score_all(setting: Setting, seed: int) -> dict[str, np.ndarray]:
+    """{way of scoring: (rows, targets)}, larger is better; all at the base."""
+    cfg, pool = setting.cfg, setting.pool
+    rest = {"params": jax.tree.map(lambda x: None, setting.params), "adapter": None}
+    space = ({"params": setting.params, "adapter": None}, rest)
+    rows = len(setting.lengths)
+
+    one = jax.jit(
+        jax.grad(lambda chosen, batch: direction.losses(chosen, rest, batch, cfg, "mean")[0])
+    )
+    goals = [
+        one(space[0], jax.tree.map(lambda x, i=i: x[i : i + 1], setting.targets))
+        for i in range(TARGETS.value)
+    ]
+    everyone = datamodel.order_of(np.ones(rows, bool), EPOCHS.value, BATCH, seed)
+    point = datamodel.fit(setting.params, pool, everyone, RATE.value, cfg)
+    moments = dataclasses.replace(point, second={"params": point.second, "adapter": None})
+    step = jax.jit(lambda v, batch: curvature.product(*space, v, batch, cfg, "mean"))
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 32], pool) for i in range(0, rows, 32)]
+
+    def multiply(v):
+        total = None
+        for part in parts:
+            image = step(v, part)
+            total = image if total is None else jax.tree.map(jnp.add, total, image)
+        return jax.tree.map(lambda x: x / rows, total)
+
+    settings = config.GaussNewton()
+    solved = []
+    with progress.Progress("gauss_newton", TARGETS.value) as bar:
+        for goal in goals:
+            solved.append(
+                curvature.solve(
+                    multiply, goal, settings.damping, settings.iterations, settings.tolerance
+                )[0]
+            )
+            bar.update(1, tokens=0)
+    found = {
+        "exact, mean": along(space, goals, parts, cfg),
+        "exact, adam": along(space, [warmup.adam_direction(g, moments) for g in goals], parts, cfg),
+        "exact, gauss_newton": along(space, solved, parts, cfg),
+    }
+    found |= projected(space, goals, parts, cfg)
+    losses = np.asarray(datamodel.losses(setting.params, pool, cfg))
+    rng = np.random.Generator(np.random.PCG64(seed))
+    columns = {
+        "highest loss": losses,
+        "shortest answers": -setting.lengths.astype(np.float64),
+        "random": rng.normal(size=rows),
+    }
+    return found | {k: np.repeat(v[:, None], TARGETS.value, axis=1) for k, v in columns.items()}
+
+
+def along(space, directions, parts, cfg) -> np.ndarray:
+    """Exact scores along each direction, (rows, Q)."""
+    step = jax.jit(lambda v, batch: exact.scores(space[0], v, space[1], batch, cfg, "mean"))
+    columns = []
+    for i in range(0, len(directions), CHUNK):
+        v = direction.stack(directions[i : i + CHUNK], [1.0] * len(directions[i : i + CHUNK]))
+        columns.append(np.concatenate([step(v, part).influence for part in parts]))
+    return np.concatenate(columns, axis=1)
+
+
+def projected(space, goals, parts, cfg) -> dict[str, np.ndarray]:
+    """Products of projected gradients, and their cosine at the largest dimension."""
+    found, dims = {}, sorted(int(d) for d in DIMS.value)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *goals)
+    for dim in dims:
+        settings = config.Projection(dim=dim)
+
+        @jax.jit
+        def sketch(tree, settings=settings):
+            return projection.project(tree, settings)
+
+        @jax.jit
+        def rows_of(batch, settings=settings):
+            def one(row):
+                row = jax.tree.map(lambda x: x[None], row)
+                return jax.grad(lambda c: direction.losses(c, space[1], row, cfg, "mean")[0])(
+                    space[0]
+                )
+
+            return projection.project(jax.vmap(one)(batch), settings)
+
+        left = np.concatenate([rows_of(part) for part in parts])
+        right = np.asarray(sketch(stacked))
+        found[f"projected {dim:,}"] = left @ right.T
+    left = left / np.linalg.norm(left, axis=1, keepdims=True)
+    return found | {f"projected {dims[-1]:,}, cosine": left @ right.T}
+
+
+def settings_of() -> dict:
+    names = ("rows", "targets", "tokens", "width", "layers", "base_epochs", "epochs")
+    return {name: flags.FLAGS[name].value for name in names} | {"learning_rate": RATE.value}
+
+
+def draw(rows: list[dict], reliability: float, file: pathlib.Path, title: str) -> None:
+    """A bar for each way of scoring, with its interval."""
+    figure = matplotlib.figure.Figure(figsize=(8, 0.42 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(rows))[::-1]
+    values = np.array([[r["lds"], r["low"], r["high"]] for r in rows])
+    spread = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
+    axes.barh(places, values[:, 0], 0.62, color="#0072b2", xerr=spread, ecolor="#7a828c")
+    axes.set_yticks(places, [r["name"] for r in rows])
+    axes.axvline(0, color="#7a828c", linewidth=1)
+    if reliability > 0:
+        axes.axvline(np.sqrt(reliability), color="#d55e00", linestyle=":", linewidth=1)
+    axes.set_xlabel("LDS (dotted: the most that the trainings' own noise allows)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#d9dde1", linewidth=0.7)
+    axes.set_axisbelow(True)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    with artifacts.atomic(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def main() -> None:
+    cfg = cli.read_config(CONFIG)
+    devices.make_placement(cfg.parallel)
+    workdir = pathlib.Path(WORKDIR.value)
+    with jax.default_matmul_precision("highest"):
+        setting = make_setting(cfg)
+        seed = cfg.data.seed
+        subsets = datamodel.draw_subsets(SUBSETS.value, ROWS.value, 0.5, seed)
+        measured = train_subsets(setting, subsets, workdir)
+        scores = score_all(setting, seed)
+    mean = measured.mean(axis=1)
+    reliability = datamodel.reliability(measured) if SEEDS.value > 1 else float("nan")
+    rows = []
+    for name, table in scores.items():
+        low, high = datamodel.interval(table, subsets, mean, BOOTSTRAP, seed)
+        value = float(np.mean(datamodel.lds(table, subsets, mean)))
+        rows.append({"name": name, "lds": value, "low": low, "high": high})
+    title = (
+        f"{SUBSETS.value} halves of {ROWS.value} rows, {TARGETS.value} targets, "
+        f"{trees.size(setting.params):,} parameters"
+    )
+    artifacts.write_json(
+        workdir / "lds.json",
+        {
+            "title": title,
+            "settings": settings_of(),
+            "reliability": metrics.finite(reliability),
+            "rows": rows,
+        },
+    )
+    draw(rows, reliability, workdir / "lds.png", title)
+    print(f"{title}; reliability {reliability:.3f}")
+    print(f"{'score':<26}{'LDS':>8}   95 % interval")
+    for r in rows:
+        print(f"{r['name']:<26}{r['lds']:>8.3f}   {r['low']:.3f} to {r['high']:.3f}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)
