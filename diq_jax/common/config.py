@@ -15,6 +15,7 @@ import ml_collections
 
 from diq_jax.common import errors
 
+HYGIENE = ("off", "report", "remove")
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
 ENGINES = ("exact", "projected", "factored")
 DIRECTIONS = ("mean", "adam", "less")
@@ -252,11 +253,30 @@ class Selection:
     method: str = "diq"
     retention_ratio: float = 0.1  # the share of the pool to keep, in (0, 1]
     seed: int = 0  # of the random order
+    # rows that repeat another, a target or a test: off, report (hygiene.parquet), or remove, which
+    # ranks them last and never selects them
+    hygiene: str = "report"
+    # of two texts' shingles, the Jaccard similarity from which they are near duplicates
+    near_similarity: float = 0.7
+    # the share of the shorter text's shingles in the longer from which it is an excerpt
+    excerpt_containment: float = 0.8
+    shingle_words: int = 3  # words of a shingle
+    ngram_words: int = 13  # words in a row that a pool row may not share with a target or a test
+    # a run of words in more texts than this is boilerplate: to share it is no overlap
+    boilerplate_texts: int = 10
+    # cosine of difficulty.encoder's embeddings from which questions are paraphrases; 0 = not looked
+    paraphrase_similarity: float = 0.0
 
     def __post_init__(self):
         errors.check_choice("selection.method", self.method, METHODS)
-        ok = 0 < self.retention_ratio <= 1
-        _check("selection.retention_ratio", ok, "in (0, 1]", self.retention_ratio)
+        errors.check_choice("selection.hygiene", self.hygiene, HYGIENE)
+        for name in ("retention_ratio", "near_similarity", "excerpt_containment"):
+            value = getattr(self, name)
+            _check(f"selection.{name}", 0 < value <= 1, "in (0, 1]", value)
+        for name in ("shingle_words", "ngram_words", "boilerplate_texts"):
+            _check(f"selection.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        ok = 0 <= self.paraphrase_similarity <= 1
+        _check("selection.paraphrase_similarity", ok, "in [0, 1]", self.paraphrase_similarity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +363,12 @@ class Config:
     finetune: Finetune
     evaluate: Evaluate
     parallel: Parallel
+
+    def __post_init__(self):
+        if self.selection.paraphrase_similarity > 0 and not self.difficulty.encoder:
+            raise errors.UserError(
+                "selection.paraphrase_similarity needs an encoder: set difficulty.encoder, or 0."
+            )
 
 
 def default() -> ml_collections.ConfigDict:
