@@ -257,12 +257,12 @@ class Selection:
     # ranks them last and never selects them
     hygiene: str = "report"
     # of two texts' shingles, the Jaccard similarity from which they are near duplicates
-    near_similarity: float = 0.7
+    near_similarity: float = 0.6
     # the share of the shorter text's shingles in the longer from which it is an excerpt
     excerpt_containment: float = 0.8
     shingle_words: int = 3  # words of a shingle
     ngram_words: int = 13  # words in a row that a pool row may not share with a target or a test
-    # a run of words in more texts than this is boilerplate: to share it is no overlap
+    # a phrase in more texts than this, or one in a thousand, is boilerplate: no overlap to share it
     boilerplate_texts: int = 10
     # cosine of difficulty.encoder's embeddings from which questions are paraphrases; 0 = not looked
     paraphrase_similarity: float = 0.0

@@ -125,14 +125,16 @@ def _row_pairs(view, pool, settings, embed) -> Found:
         yield from ((i, j, "exact", 1.0) for i in mine for j in same[len(mine) :])
     raw = [view[same[0]] for same in members]
     in_pool = np.array([same[0] < pool for same in members])
-    for u, v, kind, similarity in _text_pairs(list(groups), raw, in_pool, settings, embed):
+    for u, v, kind, similarity in _text_pairs(raw, in_pool, settings, embed):
         for i, j in (sorted((i, j)) for i in members[u] for j in members[v]):
             if i < pool and (kind != "ngram" or j >= pool):
                 yield i, j, kind, similarity
 
 
-def _text_pairs(distinct, raw, in_pool, settings, embed) -> Found:
-    """Pairs of distinct texts, one of them in the pool; a pair may come under several kinds."""
+def _text_pairs(raw, in_pool, settings, embed) -> Found:
+    """Pairs of texts, one of them in the pool; a pair may come under several kinds."""
+    # A run of words that goes on through the letters of options would be longer than it is.
+    distinct = [texts.unlettered(text) for text in raw]
 
     def compared(candidates):
         return ((u, v) for u, v in candidates if in_pool[u] or in_pool[v])

@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import datasketch
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 Words = tuple[str, ...]
 
 # Chinese and Japanese do without spaces: each of their characters is a word.
 WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W_぀-ヿ㐀-鿿]+")
-OPTION = re.compile(r"\s*\(?[A-Z][.):]\s")  # "A. ", "(A) ", "A) ", "A: " at the start of a line
+OPTION = re.compile(r"^[ \t]*\(?[A-Za-z][.):]\s", re.MULTILINE)  # "A. ", "(A) ", "a) ", "A: "
 NUMBER = re.compile(r"\d+")
 
+PIECE_WORDS = 4  # of a stock phrase
 PERMUTATIONS = 128  # of a MinHash
 MISSED = 1e-3  # at most this share of pairs at the threshold is missed
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, or the first words of a run would shift away
@@ -29,10 +31,14 @@ def words(text: str) -> Words:
     return tuple(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
+def unlettered(text: str) -> Words:
+    """The words without the letters of options."""
+    return words(OPTION.sub("", text))
+
+
 def lines(text: str) -> tuple[Words, ...]:
-    """The lines as words, sorted, option letters taken off: the same for shuffled options."""
-    found = (words(OPTION.sub("", line, count=1)) for line in text.splitlines())
-    return tuple(sorted(filter(None, found)))
+    """The lines as words, sorted, without option letters: the same for shuffled options."""
+    return tuple(sorted(filter(None, map(unlettered, text.splitlines()))))
 
 
 def shingles(text: Words, n: int) -> frozenset[Words]:
@@ -74,28 +80,45 @@ def alike(texts: Sequence[Words], n: int, threshold: float) -> Iterator[tuple[in
 def sharing(texts: Sequence[Words], n: int, limit: int) -> Iterator[tuple[int, int]]:
     """Candidates (u, v), u < v, that share a run of n words which is no boilerplate.
 
-    Boilerplate is a run that stands in more than `limit` of the texts, whatever its numbers: "blood
-    pressure is 120/80 mm Hg" and "... 130/85 mm Hg" count as the same.
+    Boilerplate is a run that stands in more than `limit` of the texts, or one put together from
+    stock phrases: half of its pieces of 4 words stand, whatever their numbers, in more than `limit`
+    texts and in more than one in a thousand. "pressure is 120/80 mm" and "... 130/85 mm" are one.
+    """
+    run, owner = _telling_runs(texts, n, limit)
+    order = np.lexsort((owner, run))
+    run, owner = run[order], owner[order]
+    _, group, size = np.unique(run, return_inverse=True, return_counts=True)
+    few = size[group] <= limit
+    run, owner = run[few], owner[few]
+    found = [np.zeros((0, 2), int)]
+    for step in range(1, limit):
+        same = run[step:] == run[:-step]
+        found.append(np.stack([owner[:-step][same], owner[step:][same]], axis=1))
+    yield from map(tuple, np.unique(np.concatenate(found), axis=0).tolist())
+
+
+def _telling_runs(texts, n, limit):
+    """Hashes of each text's distinct runs of n words, those of stock phrases aside: (R,) uint64;
+    and the texts that they stand in: (R,).
     """
     vocabulary = {word for text in texts for word in text}
     masks = {word: NUMBER.sub("0", word) for word in vocabulary}
     codes = _codes(vocabulary | set(masks.values()))
-    runs, forms, owners = [], [], []
-    for u, text in enumerate(texts):
-        run, first = np.unique(_runs([codes[word] for word in text], n), return_index=True)
+    width = min(PIECE_WORDS, n)
+    pieces = [_runs([codes[masks[word]] for word in text], width) for text in texts]
+    piece, standing = np.unique(np.concatenate(list(map(np.unique, pieces))), return_counts=True)
+    common = piece[standing > max(limit, len(texts) // 1000)]
+    rare = ~np.isin(np.concatenate(pieces), common)
+    ends = np.cumsum([len(p) for p in pieces])
+    runs, owners = [], []
+    for u, (text, mine) in enumerate(zip(texts, np.split(rare, ends[:-1]), strict=True)):
+        run = _runs([codes[word] for word in text], n)
+        if len(run):
+            telling = sliding_window_view(mine, n - width + 1).mean(axis=1) > 0.5
+            run = np.unique(run[telling])
         runs.append(run)
-        forms.append(_runs([codes[masks[word]] for word in text], n)[first])
         owners.append(np.full(len(run), u))
-    form, texts_with = np.unique(np.concatenate([np.unique(f) for f in forms]), return_counts=True)
-    rare = ~np.isin(np.concatenate(forms), form[texts_with > limit])
-    run, owner = np.concatenate(runs)[rare], np.concatenate(owners)[rare]
-    order = np.lexsort((owner, run))
-    run, owner = run[order], owner[order]
-    found, step = [np.zeros((0, 2), int)], 1
-    while (same := run[step:] == run[:-step]).any():
-        found.append(np.stack([owner[:-step][same], owner[step:][same]], axis=1))
-        step += 1
-    yield from map(tuple, np.unique(np.concatenate(found), axis=0).tolist())
+    return np.concatenate(runs), np.concatenate(owners)
 
 
 def _band_rows(threshold):

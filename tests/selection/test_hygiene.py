@@ -172,8 +172,8 @@ def test_no_candidate_is_missed_by_hashing():
         changed = np.where(rng.random(30) < 0.05, rng.choice(vocabulary, 30), base)
         rows += [row(f"{i:02d}a", " ".join(base)), row(f"{i:02d}b", " ".join(changed))]
     cut = {r.example_id: texts.shingles(texts.words(r.question), 3) for r in rows}
-    pairs = itertools.combinations(sorted(cut), 2)
-    expected = {(b, a) for a, b in pairs if 0.7 <= texts.jaccard(cut[a], cut[b]) < 1}
+    pairs, least = itertools.combinations(sorted(cut), 2), SETTINGS.near_similarity
+    expected = {(b, a) for a, b in pairs if least <= texts.jaccard(cut[a], cut[b]) < 1}
     found = {(p.example_id, p.other) for p in find(rows) if p.kind == "near"}
     assert len(expected) > 10 and found == expected
 
