@@ -273,8 +273,9 @@ class Selection:
         for name in ("retention_ratio", "near_similarity", "excerpt_containment"):
             value = getattr(self, name)
             _check(f"selection.{name}", 0 < value <= 1, "in (0, 1]", value)
-        for name in ("shingle_words", "ngram_words", "boilerplate_texts"):
-            _check(f"selection.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        for name, least in (("shingle_words", 1), ("ngram_words", 1), ("boilerplate_texts", 2)):
+            value = getattr(self, name)
+            _check(f"selection.{name}", value >= least, f"at least {least}", value)
         ok = 0 <= self.paraphrase_similarity <= 1
         _check("selection.paraphrase_similarity", ok, "in [0, 1]", self.paraphrase_similarity)
 

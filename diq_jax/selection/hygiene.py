@@ -17,7 +17,7 @@ compared.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Pair(NamedTuple):
     similarity: float
 
 
-def ask(stem: str, choices: Sequence[str]) -> str:
+def ask(stem: str, choices: Iterable[str]) -> str:
     """A question with its choices as lines "A. ...", as the pool's questions carry them."""
     return "\n".join([stem, *(f"{chr(ord('A') + i)}. {c}" for i, c in enumerate(choices))])
 
@@ -62,9 +62,6 @@ def find(
     pool: Sequence[Row], against: Sequence[Row], settings: config.Selection, embed: Embed | None
 ) -> list[Pair]:
     """All pairs, sorted; they depend on the rows, not on their order.
-
-    Of n pool rows with the same words, n - 1 pairs with the smallest id are reported; against
-    targets and tests, every pair.
 
     Args:
         against: targets and tests; they are not compared with each other.
@@ -75,14 +72,11 @@ def find(
     rows = [*pool, *sorted(against, key=lambda row: (row.place, row.example_id))]
     questions = [row.question for row in rows]
     whole = [f"{row.question}\n{row.completion}" if row.completion else "" for row in pool]
-    asked = [texts.words(question) for question in questions]
     best: dict[tuple[int, int], tuple[int, float]] = {}
     for view, encode in ((questions, embed), (whole, None)):
         for i, j, kind, similarity in _row_pairs(view, len(pool), settings, encode):
-            # Copies of a question are paired with the first of them, not by their answers too.
-            if view is questions or asked[i] != asked[j]:
-                found = KINDS.index(kind), -similarity
-                best[i, j] = min(best.get((i, j), found), found)
+            found = KINDS.index(kind), -similarity
+            best[i, j] = min(best.get((i, j), found), found)
     pairs = []
     for (i, j), (kind, similarity) in best.items():
         row, other = (rows[j], rows[i]) if j < len(pool) else (rows[i], rows[j])
@@ -120,9 +114,7 @@ def _row_pairs(view, pool, settings, embed) -> Found:
         return
     members = list(groups.values())
     for same in members:
-        mine = [row for row in same if row < pool]
-        yield from ((mine[0], row, "exact", 1.0) for row in mine[1:])
-        yield from ((i, j, "exact", 1.0) for i in mine for j in same[len(mine) :])
+        yield from ((i, j, "exact", 1.0) for i in same if i < pool for j in same if i < j)
     raw = [view[same[0]] for same in members]
     in_pool = np.array([same[0] < pool for same in members])
     for u, v, kind, similarity in _text_pairs(raw, in_pool, settings, embed):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, errors, stages
+from diq_jax.common import artifacts, errors, progress, stages
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.selection import hygiene, methods
@@ -123,21 +123,28 @@ def _embedder(context) -> Callable[[Sequence[str]], np.ndarray]:
     def embed(texts):
         tokens = encode(list(texts), truncation=True, max_length=settings.max_tokens)["input_ids"]
         out = np.zeros((len(texts), cfg.model_dim), np.float32)
-        by_width: dict[int, list[int]] = {}
-        for i, row in enumerate(tokens):
-            by_width.setdefault(-(-len(row) // WIDTH_STEP) * WIDTH_STEP, []).append(i)
-        for width, rows in by_width.items():
-            width = min(width, settings.max_tokens)
-            size = max(1, BATCH_TOKENS // width)
-            for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        with progress.Progress("paraphrases", len(texts)) as bar:
+            for rows, width, size in _batches([len(row) for row in tokens], settings.max_tokens):
                 padded, mask = np.zeros((2, size, width), np.int32)
-                for k, i in enumerate(part):
+                for k, i in enumerate(rows):
                     padded[k, : len(tokens[i])] = tokens[i]
                     mask[k, : len(tokens[i])] = 1
-                out[part] = np.asarray(_pooled(params, cfg, padded, mask))[: len(part)]
+                out[rows] = np.asarray(_pooled(params, cfg, padded, mask))[: len(rows)]
+                bar.update(len(rows), int(mask.sum()))
         return out
 
     return embed
+
+
+def _batches(lengths, max_tokens):
+    """Rows of one padded width, that width, and how many rows a batch of it has."""
+    by_width: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        width = min(max_tokens, -(-length // WIDTH_STEP) * WIDTH_STEP)
+        by_width.setdefault(width, []).append(i)
+    for width, rows in by_width.items():
+        size = max(1, BATCH_TOKENS // width)
+        yield from ((rows[i : i + size], width, size) for i in range(0, len(rows), size))
 
 
 @functools.partial(jax.jit, static_argnums=1)

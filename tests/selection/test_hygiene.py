@@ -143,10 +143,10 @@ def test_a_run_in_many_texts_is_boilerplate_whatever_its_numbers():
     assert "ngram" in kinds(many, [test], boilerplate_texts=13, **near).values()
 
 
-def test_copies_are_paired_with_the_smallest_id_and_with_every_test():
+def test_copies_are_paired_with_each_other_and_with_every_test():
     pool = [row(i, ASKED) for i in "cab"]
     against = [row("t", ASKED, place="tests"), row("u", ASKED, place="targets")]
-    assert [p[:2] for p in find(pool)] == [("b", "a"), ("c", "a")]
+    assert [p[:2] for p in find(pool)] == [("b", "a"), ("c", "a"), ("c", "b")]
     outside = {p[:3] for p in find(pool, against) if p.other_in != "pool"}
     assert outside == set(itertools.product("abc", "t", ["tests"])) | set(
         itertools.product("abc", "u", ["targets"])
@@ -267,8 +267,9 @@ def test_the_stage_writes_pairs_and_remove_demotes(made):
         ("row-03", "row-01", "pool", "exact"),
         ("row-05", "tests-0", "tests", "exact"),
         ("row-07", "row-01", "pool", "exact"),
+        ("row-07", "row-03", "pool", "exact"),
     ]
-    assert report["hygiene"]["pairs"]["exact"] == 3 and report["hygiene"]["removed"] == 0
+    assert report["hygiene"]["pairs"]["exact"] == 4 and report["hygiene"]["removed"] == 0
 
     removed, after = run_stage(made, "remove")
     assert removed["hygiene"]["removed"] == 3 and removed["selected"] == 10
@@ -297,7 +298,7 @@ def test_paraphrases_need_an_encoder_and_use_it(made, tmp_path_factory):
     with jax.default_matmul_precision("highest"):
         record, _ = run_stage(made, "report", encoder=str(encoder), max_tokens=64)
     pairs = artifacts.read_table(made / "selection/hygiene.parquet").to_pylist()
-    assert record["hygiene"]["pairs"]["exact"] == 3
+    assert record["hygiene"]["pairs"]["exact"] == 4
     assert all(p["similarity"] >= 0.999 for p in pairs)
 
 
