@@ -85,9 +85,9 @@ def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(p["example_id"], p["other"], p["other_in"], p["kind"]) for p in found] == [
-        ("ex-000", "t-0", "products", "excerpt"),
+        ("ex-000", "t-0", "products", "near"),
         ("ex-001", "ex-000", "pool", "exact"),
-        ("ex-001", "t-0", "products", "excerpt"),
+        ("ex-001", "t-0", "products", "near"),
     ]
     assert "which hormone falls" in ended.stdout and "WHICH HORMONE" in ended.stdout
     assert "2 pool rows, 1 against: 2 rows in a pair, 2 that" in ended.stdout
