@@ -153,7 +153,7 @@ def test_copies_are_paired_with_each_other_and_with_every_test():
     )
 
 
-def test_the_order_of_rows_changes_nothing(sample):
+def test_the_order_of_rows_changes_nothing_and_removal_leaves_no_pair(sample):
     pool, against = sample
     rng = random.Random(0)
     pool = [*pool, *(row(f"z{r.example_id}", f"{r.question} indeed") for r in pool[:40])]
@@ -161,6 +161,8 @@ def test_the_order_of_rows_changes_nothing(sample):
     assert {p.kind for p in found} >= {"near"}
     shuffled = find(rng.sample(pool, len(pool)), rng.sample(against, len(against)))
     assert shuffled == found
+    out = hygiene.dropped(found)
+    assert len(out) == 40 and find([r for r in pool if r.example_id not in out], against) == []
 
 
 def test_no_candidate_is_missed_by_hashing():
