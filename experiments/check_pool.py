@@ -5,7 +5,8 @@
 
 Prints the pairs by kind and the first of each kind side by side; writes them all as JSONL
 (example_id, other, other_in, kind, similarity), where other_in is pool or a task of --against. The
-kinds stand in diq_jax/selection/hygiene.py.
+kinds stand in diq_jax/selection/hygiene.py; all but paraphrase, which needs an encoder, are looked
+for.
 """
 
 import collections

@@ -264,7 +264,8 @@ class Selection:
     ngram_words: int = 13  # words in a row that a pool row may not share with a target or a test
     # a phrase in more texts than this, or one in a thousand, is boilerplate: no overlap to share it
     boilerplate_texts: int = 10
-    # cosine of difficulty.encoder's embeddings from which questions are paraphrases; 0 = not looked
+    # cosine of difficulty.encoder's embeddings from which questions are paraphrases, such as 0.9;
+    # 0 = none are looked for
     paraphrase_similarity: float = 0.0
 
     def __post_init__(self):

@@ -51,11 +51,10 @@ def run(context: stages.Context, pool: pa.Table) -> tuple[np.ndarray, dict[str, 
     against = [*_choice_rows(context, "targets"), *_choice_rows(context, "tests")]
     embed = _embedder(context) if settings.paraphrase_similarity else None
     pairs = hygiene.find(rows, against, settings, embed)
-    columns = dict(zip(hygiene.Pair._fields, zip(*pairs, strict=True), strict=False))
     kinds = {name: pa.string() for name in hygiene.Pair._fields} | {"similarity": pa.float64()}
     artifacts.write_table(
         context.path("selection/hygiene.parquet"),
-        {name: pa.array(columns.get(name, ()), kind) for name, kind in kinds.items()},
+        {n: pa.array([getattr(pair, n) for pair in pairs], kind) for n, kind in kinds.items()},
     )
     if settings.hygiene == "remove":
         out = hygiene.dropped(pairs)
