@@ -20,6 +20,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "datasets>=3.0",
+        "datasketch>=2.0",
         "flax>=0.12",
         "gguf>=0.17",
         "huggingface_hub>=0.34",

@@ -21,6 +21,7 @@ from diq_jax.influence import stage as influence
 from diq_jax.models import checkpoint, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.report import stage as report
+from diq_jax.selection import hygiene_stage
 from diq_jax.selection import stage as selection
 
 POOL, TARGETS, TESTS = (f"prepare/{name}.parquet" for name in ("pool", "targets", "tests"))
@@ -81,7 +82,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     pool_rows = encode("pool", pool)
     _write(context, POOL, pool, pool_rows, ("source", "question", "reasoning", "answer", "row"))
     target_rows = encode("targets", targets)
-    _write(context, TARGETS, targets, target_rows, ("task", "question"))
+    _write(context, TARGETS, targets, target_rows, ("task", "question", "choices"))
     options = [chat.encode_options(test, tok, cfg.model.max_tokens) for test in tests]
     _write_tests(context, tests, options, chat.end_ids(tok))
     encoded_rows = [*pool_rows, *target_rows, *(row for rows in options for row in rows)]
@@ -110,6 +111,7 @@ def _write(context, name, examples, rows, columns):
     read = {
         "row": lambda e: json.dumps(e.row, ensure_ascii=False, default=str),
         "source": lambda e: str(e.row.get("source") or ""),
+        "choices": _choices,
     }
     texts = {c: [read.get(c, lambda e, c=c: getattr(e, c))(e) for e in kept] for c in columns}
     table = {"example_id": [e.example_id for e in kept], **texts, **encoded.columns(rows)}
@@ -131,6 +133,7 @@ def _write_tests(context, tests, options, end_ids):
             "example_id": [test.example_id for test in tests],
             "task": [test.task for test in tests],
             "question": [test.question for test in tests],
+            "choices": [_choices(test) for test in tests],
             "prompt_ids": pa.array(prompts, pa.list_(pa.int32())),
             "options": pa.array(letters, pa.list_(pa.string())),
             "option_ids": pa.array(answers, pa.list_(pa.list_(pa.int32()))),
@@ -138,6 +141,11 @@ def _write_tests(context, tests, options, end_ids):
             "end_ids": pa.array([end_ids] * len(tests), pa.list_(pa.int32())),
         },
     )
+
+
+def _choices(row: example.Example) -> list[str]:
+    """The texts of the options, in order."""
+    return list((row.options or {}).values())
 
 
 def _none(context: stages.Context) -> dict[str, str]:
@@ -192,7 +200,8 @@ STAGES = {
         ),
         stages.Stage(
             "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
-            lambda context: (POOL, *SCORES), _none, selection.run,
+            lambda context: (POOL, TARGETS, TESTS, *SCORES), hygiene_stage.fingerprints,
+            selection.run,
         ),
         stages.Stage(
             "finetune", ("model.dtype", *TRAINING),

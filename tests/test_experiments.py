@@ -72,6 +72,27 @@ def test_benchmark_prints_the_contract_as_json(made):
     assert rows["projected/lora sparse 64"]["floats_per_example"] == 64
 
 
+def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
+    rows = folders.pool_rows(2)
+    question = "which hormone falls when the lamp is lit late at night in the far north"
+    pool = [rows[0] | {"question": question}, rows[1] | {"question": question.upper() + "?"}]
+    tests = [folders.choice_rows(1, "t")[0] | {"question": question}]
+    output = tmp_path / "pairs.jsonl"
+    ended = script(
+        "check_pool", f"--pool={folders.write(tmp_path / 'pool.jsonl', pool)}",
+        f"--against={folders.write(tmp_path / 'tests.jsonl', tests)}", f"--output={output}",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(p["example_id"], p["other"], p["other_in"], p["kind"]) for p in found] == [
+        ("ex-000", "t-0", "products", "near"),
+        ("ex-001", "ex-000", "pool", "exact"),
+        ("ex-001", "t-0", "products", "near"),
+    ]
+    assert "which hormone falls" in ended.stdout and "WHICH HORMONE" in ended.stdout
+    assert "2 pool rows, 1 against: 2 rows in a pair, 2 that" in ended.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, flags, message",
@@ -80,11 +101,15 @@ def test_benchmark_prints_the_contract_as_json(made):
         ("ablate_projection", ["--dims=many"], "--dims must be whole numbers above 0"),
         ("run_diq", ["--config=configs/huatuo_qwen3_8b.py:exct"], "Did you mean 'exact'"),
         ("score_targets", ["--targets=x", "--output=y"], "holds no finished influence stage"),
+        ("check_pool", ["--pool=none.jsonl"], "--pool: there is no file none.jsonl"),
+        ("check_pool", ["--pool=sample", "--near_similarity=2"], "near_similarity must be in"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
-    if not any(flag.startswith("--config=") for flag in flags) and name != "score_targets":
+    if name in ("ablate_projection", "run_diq") and not flags[0].startswith("--config="):
         flags = ["--config=configs/quickstart.py", *flags]
-    ended = script(name, f"--workdir={tmp_path}", *flags)
+    if name != "check_pool":
+        flags = [f"--workdir={tmp_path}", *flags]
+    ended = script(name, *flags)
     assert ended.returncode == 2, ended.stderr[-2000:]
     assert message in ended.stderr and "Traceback" not in ended.stderr

@@ -15,6 +15,7 @@ import ml_collections
 
 from diq_jax.common import errors
 
+HYGIENE = ("off", "report", "remove")
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
 ENGINES = ("exact", "projected", "factored")
 DIRECTIONS = ("mean", "adam", "gauss_newton", "less")
@@ -273,11 +274,32 @@ class Selection:
     method: str = "diq"
     retention_ratio: float = 0.1  # the share of the pool to keep, in (0, 1]
     seed: int = 0  # of the random order
+    # rows that repeat another, a target or a test: off, report (hygiene.parquet), or remove, which
+    # ranks them last and never selects them
+    hygiene: str = "report"
+    # of two texts' shingles, the Jaccard similarity from which they are near duplicates
+    near_similarity: float = 0.6
+    # the share of the shorter text's shingles in the longer from which it is an excerpt
+    excerpt_containment: float = 0.8
+    shingle_words: int = 3  # words of a shingle
+    ngram_words: int = 13  # words in a row that a pool row may not share with a target or a test
+    # a phrase in more texts than this, or one in a thousand, is boilerplate: no overlap to share it
+    boilerplate_texts: int = 10
+    # cosine of difficulty.encoder's embeddings from which questions are paraphrases, such as 0.9;
+    # 0 = none are looked for
+    paraphrase_similarity: float = 0.0
 
     def __post_init__(self):
         errors.check_choice("selection.method", self.method, METHODS)
-        ok = 0 < self.retention_ratio <= 1
-        _check("selection.retention_ratio", ok, "in (0, 1]", self.retention_ratio)
+        errors.check_choice("selection.hygiene", self.hygiene, HYGIENE)
+        for name in ("retention_ratio", "near_similarity", "excerpt_containment"):
+            value = getattr(self, name)
+            _check(f"selection.{name}", 0 < value <= 1, "in (0, 1]", value)
+        for name, least in (("shingle_words", 1), ("ngram_words", 1), ("boilerplate_texts", 2)):
+            value = getattr(self, name)
+            _check(f"selection.{name}", value >= least, f"at least {least}", value)
+        ok = 0 <= self.paraphrase_similarity <= 1
+        _check("selection.paraphrase_similarity", ok, "in [0, 1]", self.paraphrase_similarity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +386,12 @@ class Config:
     finetune: Finetune
     evaluate: Evaluate
     parallel: Parallel
+
+    def __post_init__(self):
+        if self.selection.paraphrase_similarity > 0 and not self.difficulty.encoder:
+            raise errors.UserError(
+                "selection.paraphrase_similarity needs an encoder: set difficulty.encoder, or 0."
+            )
 
 
 def default() -> ml_collections.ConfigDict:

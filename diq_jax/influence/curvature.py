@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diq_jax.common import devices, trees
 from diq_jax.models import decoder, loss
@@ -68,7 +69,7 @@ def product(chosen, rest, v, batch, cfg, reduction):
 
 
 def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placement):
-    """A function v -> G v, the mean over the examples of `batches`.
+    """A function v -> G v, the mean over the examples of `batches`; leaves (1, ...) both.
 
     Args:
         batches: gives (number of examples, placed batch) pairs anew at each call.
@@ -78,12 +79,13 @@ def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placeme
 
     def multiply(v):
         total, count = None, 0
+        v = jax.tree.map(lambda x: x[0], v)
         placed = placement.replicate(v) if placement.strategy == "pmap" else v
         for examples, batch in batches():
             part = step(chosen, rest, placed, batch)
             total = part if total is None else _add(total, part)
             count += examples
-        return jax.tree.map(lambda g: g / count, total)
+        return jax.tree.map(lambda g: g[None] / count, total)
 
     return multiply
 
@@ -94,37 +96,44 @@ def _compiled(cfg, reduction, placement: devices.Placement):
 
 
 def solve(multiply: Callable, gbar, damping: float, iterations: int, tolerance: float):
-    """v with (G + lambda I) v = gbar, by conjugate gradients from 0.
+    """v with (G + lambda I) v = gbar for Q right sides, by conjugate gradients from 0.
 
     Args:
-        multiply: v -> G v, symmetric and positive semi-definite.
-        damping: lambda as a share of G's curvature along gbar, <gbar, G gbar> / <gbar, gbar>.
-        iterations: at most; stops before once |residual| <= tolerance |gbar|.
+        multiply: v -> G v of trees of leaves (Q, ...), G symmetric and positive semi-definite.
+        gbar: leaves (Q, ...), float32.
+        damping: lambda as a share of G's curvature along each gbar, <gbar, G gbar> / <gbar, gbar>.
+        iterations: at most; it stops before once |residual| <= tolerance |gbar| for all.
 
     Returns:
-        v, and {lambda, residuals}: |gbar - (G + lambda) v| / |gbar| after each iteration.
+        v, and for each right side {lambda, residuals}: |gbar - (G + lambda) v| / |gbar| after each
+        iteration.
     """
-    square = start = trees.vdot(gbar, gbar)
+    square = start = _dots(gbar, gbar)
     v, residual, search = jax.tree.map(jnp.zeros_like, gbar), gbar, gbar
     shift, residuals = None, []
     for _ in range(iterations):
         image = multiply(search)
         if shift is None:
-            shift = damping * trees.vdot(search, image) / square
+            shift = damping * _dots(search, image) / square
         image = _plus(image, shift, search)
-        alpha = square / trees.vdot(search, image)
+        alpha = square / _dots(search, image)
         v, residual = _plus(v, alpha, search), _plus(residual, -alpha, image)
-        before, square = square, trees.vdot(residual, residual)
-        residuals.append(float(jnp.sqrt(square / start)))
-        if not residuals[-1] > tolerance:
+        before, square = square, _dots(residual, residual)
+        residuals.append(np.sqrt(square / start))
+        if not np.max(residuals[-1]) > tolerance:
             break
         search = _plus(residual, square / before, search)
-    return v, {"lambda": float(shift), "residuals": residuals}
+    about = zip(np.asarray(shift).tolist(), np.stack(residuals, axis=1).tolist(), strict=True)
+    return v, [{"lambda": x, "residuals": r} for x, r in about]
+
+
+_dots = jax.jit(jax.vmap(trees.vdot))
 
 
 @jax.jit
-def _plus(left: Any, factor, right):
-    return jax.tree.map(lambda a, b: a + factor * b, left, right)
+def _plus(left: Any, factors, right):
+    """left + factor * right for each of Q."""
+    return jax.tree.map(lambda a, b: a + factors.reshape(-1, *(1,) * (a.ndim - 1)) * b, left, right)
 
 
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)

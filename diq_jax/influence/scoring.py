@@ -236,7 +236,14 @@ def _gauss_newton(task, space, gbar):
         space, placed, task.model.cfg, settings.loss_reduction, placement
     )
     solver = settings.gauss_newton
-    return curvature.solve(multiply, gbar, solver.damping, solver.iterations, solver.tolerance)
+    v, [about] = curvature.solve(
+        multiply,
+        jax.tree.map(lambda x: x[None], gbar),
+        solver.damping,
+        solver.iterations,
+        solver.tolerance,
+    )
+    return jax.tree.map(lambda x: x[0], v), about
 
 
 def _mean_gradient(task, space, group, bar=None):

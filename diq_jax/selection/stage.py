@@ -11,14 +11,16 @@ import numpy as np
 import pyarrow as pa
 
 from diq_jax.common import artifacts, config, errors, metrics, stages
-from diq_jax.selection import methods, quadrants
+from diq_jax.selection import hygiene, hygiene_stage, methods, quadrants
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes selection.parquet, baselines.parquet, thresholds.json and selected.jsonl.
+    """Writes selection.parquet, baselines.parquet, thresholds.json, selected.jsonl and, unless
+    selection.hygiene is off, hygiene.parquet.
 
     Raises:
-        UserError: the method or the perspective needs a difficulty that the pool does not have.
+        UserError: the method or the perspective needs a difficulty that the pool does not have, or
+            hygiene leaves fewer rows than the budget.
     """
     cfg = context.config
     pool = artifacts.read_table(context.path("prepare/pool.parquet"))
@@ -43,7 +45,10 @@ def run(context: stages.Context) -> dict[str, Any]:
         seed=cfg.selection.seed,
     )
     skipped = {f"difficulty_{p}" for p in config.PERSPECTIVES if p not in known}
-    ranks = {m: np.asarray(rank(m)) for m in config.METHODS if m not in skipped}
+    last, cleaned = hygiene_stage.run(context, pool)
+    ranks = {
+        m: hygiene.demote(np.asarray(rank(m)), last) for m in config.METHODS if m not in skipped
+    }
     chosen = ranks[cfg.selection.method]
     keep = methods.budget(cfg.selection.retention_ratio, len(ids))
     hardness = scores[cfg.difficulty.perspective]
@@ -79,7 +84,13 @@ def run(context: stages.Context) -> dict[str, Any]:
     artifacts.write_jsonl(context.path("selection/selected.jsonl"), picked)
     counts = {f"Q{q}": int(np.sum(quadrant == q)) for q in (1, 2, 3, 4)}
     taken = {f"Q{q}": int(np.sum(selected & (quadrant == q))) for q in (1, 2, 3, 4)}
-    return {"rows": len(ids), "selected": keep, "quadrants": counts, "selected_quadrants": taken}
+    return {
+        "rows": len(ids),
+        "selected": keep,
+        "quadrants": counts,
+        "selected_quadrants": taken,
+        **cleaned,
+    }
 
 
 def _check_rows(ids, *tables):

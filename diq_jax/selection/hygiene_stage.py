@@ -1,0 +1,151 @@
+"""Hygiene on a run's files: the texts that `prepare` wrote -> hygiene.parquet, rows to drop."""
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pyarrow as pa
+
+from diq_jax.common import artifacts, errors, progress, stages
+from diq_jax.models import checkpoint, encoder, hf, tokenizer
+from diq_jax.models import config as model_config
+from diq_jax.selection import hygiene, methods
+
+FIELD = "difficulty.encoder"
+WIDTH_STEP = 32  # padded widths are its multiples: each costs one compilation
+BATCH_TOKENS = 4096  # padded tokens of one batch
+
+
+def fingerprints(context: stages.Context) -> dict[str, str]:
+    """The encoder and how much it reads, where paraphrases are looked for."""
+    cfg = context.config
+    if cfg.selection.hygiene == "off" or cfg.selection.paraphrase_similarity == 0:
+        return {}
+    return {
+        FIELD: checkpoint.open_checkpoint(cfg.difficulty.encoder, FIELD).fingerprint,
+        "difficulty.max_tokens": str(cfg.difficulty.max_tokens),
+    }
+
+
+def run(context: stages.Context, pool: pa.Table) -> tuple[np.ndarray, dict[str, Any]]:
+    """Writes selection/hygiene.parquet: example_id, other, other_in, kind, similarity.
+
+    Args:
+        pool: prepare's table.
+
+    Returns:
+        (n,) bool, the rows to rank last: none unless selection.hygiene=remove; and the counts for
+        stage.json: hygiene {pairs by kind, rows in a pair, removed, without_text}.
+
+    Raises:
+        UserError: fewer rows stay than the budget asks for.
+    """
+    settings, ids = context.config.selection, pool["example_id"].to_pylist()
+    last = np.zeros(len(ids), bool)
+    if settings.hygiene == "off":
+        return last, {}
+    rows = _pool_rows(pool)
+    against = [*_choice_rows(context, "targets"), *_choice_rows(context, "tests")]
+    embed = _embedder(context) if settings.paraphrase_similarity else None
+    pairs = hygiene.find(rows, against, settings, embed)
+    kinds = {name: pa.string() for name in hygiene.Pair._fields} | {"similarity": pa.float64()}
+    artifacts.write_table(
+        context.path("selection/hygiene.parquet"),
+        {n: pa.array([getattr(pair, n) for pair in pairs], kind) for n, kind in kinds.items()},
+    )
+    if settings.hygiene == "remove":
+        out = hygiene.dropped(pairs)
+        last = np.array([id_ in out for id_ in ids])
+        _check_budget(settings.retention_ratio, len(ids), int(last.sum()))
+    counts = collections.Counter(pair.kind for pair in pairs)
+    return last, {
+        "hygiene": {
+            "pairs": {kind: counts[kind] for kind in hygiene.KINDS},
+            "rows": len({pair.example_id for pair in pairs}),
+            "removed": int(last.sum()),
+            "without_text": sum(not row.question.strip() for row in rows),
+        }
+    }
+
+
+def _check_budget(retention_ratio, total, removed):
+    keep = methods.budget(retention_ratio, total)
+    if keep > total - removed:
+        raise errors.UserError(
+            f"selection.hygiene=remove leaves {total - removed} of {total} rows, fewer than the "
+            f"{keep} that selection.retention_ratio={retention_ratio} asks for: lower that, or set "
+            "hygiene to report."
+        )
+
+
+def _pool_rows(pool) -> list[hygiene.Row]:
+    columns = (pool[c].to_pylist() for c in ("example_id", "question", "reasoning", "answer"))
+    return [
+        hygiene.Row(id_, "pool", question, f"{reasoning}\n{answer}".strip())
+        for id_, question, reasoning, answer in zip(*columns, strict=True)
+    ]
+
+
+def _choice_rows(context, place) -> list[hygiene.Row]:
+    table = artifacts.read_table(context.path(f"prepare/{place}.parquet"))
+    if "choices" not in table.column_names:
+        raise errors.UserError(
+            f"{context.path(f'prepare/{place}.parquet')} is of an older version and lacks the "
+            "options: redo prepare with --overwrite, or set selection.hygiene=off."
+        )
+    columns = (table[c].to_pylist() for c in ("example_id", "question", "choices"))
+    return [
+        hygiene.Row(id_, place, hygiene.ask(question, choices), "")
+        for id_, question, choices in zip(*columns, strict=True)
+    ]
+
+
+def _embedder(context) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from texts to the mean of the encoder's last hidden states, (n, D) float32.
+
+    It reads the first difficulty.max_tokens tokens, and uses all layers.
+    """
+    settings = context.config.difficulty
+    opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
+    cfg = model_config.encoder_config(opened.config, FIELD)
+    if settings.max_tokens > cfg.max_positions:
+        raise errors.UserError(
+            f"difficulty.max_tokens must be at most {cfg.max_positions}, the positions of "
+            f"{settings.encoder}; got {settings.max_tokens}."
+        )
+    params = jax.device_put(hf.load_encoder(opened, cfg, np.float32, FIELD))
+    encode = tokenizer.load_tokenizer(settings.encoder, FIELD)
+
+    def embed(texts):
+        tokens = encode(list(texts), truncation=True, max_length=settings.max_tokens)["input_ids"]
+        out = np.zeros((len(texts), cfg.model_dim), np.float32)
+        with progress.Progress("paraphrases", len(texts)) as bar:
+            for rows, width, size in _batches([len(row) for row in tokens], settings.max_tokens):
+                padded, mask = np.zeros((2, size, width), np.int32)
+                for k, i in enumerate(rows):
+                    padded[k, : len(tokens[i])] = tokens[i]
+                    mask[k, : len(tokens[i])] = 1
+                out[rows] = np.asarray(_pooled(params, cfg, padded, mask))[: len(rows)]
+                bar.update(len(rows), int(mask.sum()))
+        return out
+
+    return embed
+
+
+def _batches(lengths, max_tokens):
+    """Rows of one padded width, that width, and how many rows a batch of it has."""
+    by_width: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        width = min(max_tokens, -(-length // WIDTH_STEP) * WIDTH_STEP)
+        by_width.setdefault(width, []).append(i)
+    for width, rows in by_width.items():
+        size = max(1, BATCH_TOKENS // width)
+        yield from ((rows[i : i + size], width, size) for i in range(0, len(rows), size))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pooled(params, cfg, tokens, mask):
+    return encoder.mean_pool(encoder.apply(params, cfg, tokens, mask), mask)
