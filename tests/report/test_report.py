@@ -78,6 +78,7 @@ def fabricate(
             "quadrant": quadrant,
             "rank": rank,
             "selected": rank <= keep,
+            "why": [f"place {r}" for r in rank],
         },
     )
     artifacts.write_json(
