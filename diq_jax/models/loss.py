@@ -29,8 +29,15 @@ def token_losses(params, cfg, batch, adapter=None, remat=False):
         remat,
         batch.parent_ids,
     )
-    # Only answer positions meet the head: gathered per row, so that a batch split over devices
-    # stays local.
+    return answer_losses(params, cfg, hidden, batch)
+
+
+def answer_losses(params, cfg, hidden, batch):
+    """As `token_losses`, from hidden states (B, T, D) after the final norm.
+
+    Only answer positions meet the head: gathered per row, so that a batch split over devices stays
+    local.
+    """
     hidden = jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
     B, A, _ = hidden.shape
     size = min(A, max(1, HEAD_BLOCK // B))
