@@ -65,7 +65,7 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
     columns = {
         "difficulty/difficulty.parquet": "example_id knowledge reasoning overall",
         "influence/influence.parquet": "example_id influence loss tokens",
-        "selection/selection.parquet": "example_id difficulty influence quadrant rank selected",
+        "selection/selection.parquet": "example_id difficulty influence quadrant rank selected why",
     }
     for name, expected in columns.items():
         table = pq.read_table(tmp_path / name)

@@ -150,7 +150,7 @@ def test_a_capped_order_is_total_and_keeps_the_cap(sources, keep):
 
 
 def test_the_residual_by_hand():
-    # log tokens 0 1 2 (tokens 1, e, e^2), influence 5 1 3: means 1 and 3, slope (2 * -1 + 0 * 1) / 2
+    # log tokens 0 1 2 (tokens 1, e, e^2), influence 5 1 3: means 1 and 3, slope (-1 * 2) / 2
     # = -1, so the fit is 4 3 2 and the residual 1 -2 1.
     tokens = np.exp([0.0, 1.0, 2.0])
     got = methods.length_residual(np.array([5.0, 1.0, 3.0]), tokens, np.arange(3))
