@@ -41,7 +41,7 @@ class Conditional:
     Attributes:
         loss: (B,), the mean over the completion's tokens, in nats.
         rest: (B,), the mean without the first of them; 0 where there is no other.
-        cosines: (B, K), of the embedding with each direction.
+        cosines: (B, K), mean cosines of the embedding (target_directions).
     """
 
     loss: jax.Array
@@ -123,7 +123,7 @@ def embeddings(hidden, batch):
 
 
 def conditional(params, directions, batch, cfg) -> Conditional:
-    """Losses given the prompt, and cosines with unit directions' means (K, D)."""
+    """Losses given the prompt, and products of the unit embedding with `directions` (K, D)."""
     hidden = _hidden(params, batch, cfg)
     values = loss.answer_losses(params, cfg, hidden, batch)
     weights = loss.token_weights(batch, "mean")
@@ -186,10 +186,10 @@ def _ifd(pool, alone, with_prompt, direct) -> np.ndarray:
 def _embed(context, model, targets) -> np.ndarray:
     """(Q, D) float32."""
 
-    def embed(params, batch, cfg):
-        return embeddings(_hidden(params, batch, cfg), batch)
+    def embed(params, batch):
+        return embeddings(_hidden(params, batch, model.cfg), batch)
 
-    step = context.placement.compile(functools.partial(embed, cfg=model.cfg), rows=True)
+    step = context.placement.compile(embed, rows=True)
     out = np.zeros((len(targets), model.cfg.model_dim), np.float32)
     name = "target embeddings"
     for group, found in _run(context, name, targets, lambda b: step(model.params, b), set()):
@@ -213,25 +213,20 @@ def _with_prompt(context, model, pool, directions) -> Pass:
     placed = placement.replicate(directions)
 
     def entry(out, k):
-        values = [out.loss[k], out.rest[k]]
         cosines = out.cosines[k].tolist()
-        return {"loss": float(values[0]), "rest": float(values[1]), "cosines": cosines}
+        return {"loss": float(out.loss[k]), "rest": float(out.rest[k]), "cosines": cosines}
 
     return _journaled(context, "given", pool, lambda b: step(model.params, placed, b), entry)
 
 
 def _direct(context, model, alone) -> Pass:
-    def losses(params, batch, cfg):
-        return loss.example_losses(params, cfg, batch, "mean")
+    losses = functools.partial(loss.example_losses, cfg=model.cfg, reduction="mean")
+    step = context.placement.compile(lambda params, batch: losses(params, batch=batch), rows=True)
 
-    step = context.placement.compile(functools.partial(losses, cfg=model.cfg), rows=True)
-    return _journaled(
-        context,
-        "alone",
-        alone,
-        lambda b: step(model.params, b),
-        lambda out, k: {"loss": float(out[k])},
-    )
+    def entry(out, k):
+        return {"loss": float(out[k])}
+
+    return _journaled(context, "alone", alone, lambda b: step(model.params, b), entry)
 
 
 def _journaled(context, name, rows, step: Callable, entry: Callable) -> Pass:

@@ -1,8 +1,10 @@
 """Diverse orders from gradients alone: farthest first, and greedy facility location.
 
 Both read the cosines of all pairs of gradients, (n, n) float32: n^2 P multiplications and 4 n^2
-bytes, 1.6 GB at MOST_ROWS. They know neither targets nor difficulty. Rows come in the order of
-example ids, so that a tie goes to the lower index and the order of the file changes nothing.
+bytes, 1.6 GB at MOST_ROWS. There, with P = 1024 and rows around 50 centres, two busy CPU cores took
+36 s for the cosines, 2 s for farthest first and 31 s for facility location. Neither knows targets
+or difficulty. Rows come in the order of example ids, so that a tie goes to the lower index and the
+order of the file changes nothing.
 """
 
 import heapq

@@ -88,12 +88,16 @@ METHODS = {
     "k_center": functools.partial(_ascending, "k_center"),
     "facility_location": functools.partial(_ascending, "facility_location"),
 }
-# The score that may be missing, where it is not named as the method is.
+# The score that a method sorts by, where it is not named as the method is; DIQ's and the quadrants'
+# is the perspective.
 NEEDS = {
+    "random": "id_order",
+    **{f"difficulty_{p}": p for p in config.PERSPECTIVES},
+    "short_answers": "answer_tokens",
+    "long_answers": "answer_tokens",
     "perplexity": "loss",
     "middle_perplexity": "loss",
     "long_reasoning": "reasoning_tokens",
-    **{f"difficulty_{p}": p for p in config.PERSPECTIVES},
 }
 
 
@@ -115,10 +119,12 @@ def ranks(method: str, scores: Mapping[str, jax.Array], settings: Settings):
 
 def missing(method: str, scores: Mapping[str, jax.Array], settings: Settings) -> str:
     """The score that a method needs and the pool lacks, or ""."""
-    sorts_quadrants = method == "diq" or method.startswith("quadrant_")
-    needed = settings.perspective if sorts_quadrants else NEEDS.get(method, method)
-    optional = {*config.PERSPECTIVES, *config.MODEL_SCORED, *config.DIVERSE, *NEEDS.values()}
-    return needed if needed in optional and needed not in scores else ""
+    needed = settings.perspective if is_by_quadrant(method) else NEEDS.get(method, method)
+    return "" if needed in scores else needed
+
+
+def is_by_quadrant(method: str) -> bool:
+    return method == "diq" or method.startswith("quadrant_")
 
 
 def quadrant(scores, settings: Settings):

@@ -35,7 +35,7 @@ def why(method: str, scores: Mapping, settings: methods.Settings, outcome: Outco
         scores, settings: as methods.ranks takes them.
     """
     columns = {name: np.asarray(values) for name, values in scores.items()}
-    if method == "diq" or method.startswith("quadrant_"):
+    if methods.is_by_quadrant(method):
         clauses = _of_quadrants(columns, scores, settings, outcome)
     else:
         clauses = _of_places(method, columns, outcome)

@@ -123,8 +123,8 @@ def test_model_scored_methods_by_hand():
 
 def test_every_method_of_the_config_is_there():
     assert tuple(methods.METHODS) == config.METHODS
-    settings, none = methods.Settings("overall", 50.0), {"influence": 0, "answer_tokens": 0}
-    free = [m for m in config.METHODS if not methods.missing(m, none, settings)]
+    settings, least = methods.Settings("overall", 50.0), ("influence", "answer_tokens", "id_order")
+    free = [m for m in config.METHODS if not methods.missing(m, dict.fromkeys(least), settings)]
     assert free == ["random", "influence", "short_answers", "long_answers"]
     assert not any(methods.missing(m, make_scores([1], [1]), settings) for m in config.METHODS)
 
