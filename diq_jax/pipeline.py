@@ -159,6 +159,8 @@ def _existing(*names: str):
 
 SELECTION = ("selection/selection.parquet", "selection/baselines.parquet")
 SCORES = ("difficulty/difficulty.parquet", "influence/influence.parquet")
+# What some selection methods read too. The manifest holds a checksum of every file of the store.
+MORE_SCORES = ("difficulty/model_scores.parquet", "influence/store/manifest.json")
 TRAINING = tuple(
     f"finetune.{field}"
     for field in (
@@ -170,7 +172,7 @@ LABELLING = tuple(
     f"difficulty.{field}"
     for field in (
         "source", "encoder", "folds", "layers", "epochs", "learning_rate", "batch_size",
-        "max_tokens", "seed",
+        "max_tokens", "seed", "model_scores",
     )
 )  # fmt: skip
 SCORING = tuple(
@@ -192,7 +194,8 @@ STAGES = {
         ),
         stages.Stage(
             "difficulty", LABELLING,
-            lambda context: (POOL,), difficulty.fingerprints, difficulty.run,
+            lambda context: (POOL, TARGETS) if context.config.difficulty.model_scores else (POOL,),
+            difficulty.fingerprints, difficulty.run,
         ),
         stages.Stage(
             "influence", ("model.dtype", *SCORING),
@@ -200,8 +203,8 @@ STAGES = {
         ),
         stages.Stage(
             "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
-            lambda context: (POOL, TARGETS, TESTS, *SCORES), hygiene_stage.fingerprints,
-            selection.run,
+            lambda context: (POOL, TARGETS, TESTS, *SCORES, *_existing(*MORE_SCORES)(context)),
+            hygiene_stage.fingerprints, selection.run,
         ),
         stages.Stage(
             "finetune", ("model.dtype", *TRAINING),

@@ -65,7 +65,7 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
     columns = {
         "difficulty/difficulty.parquet": "example_id knowledge reasoning overall",
         "influence/influence.parquet": "example_id influence loss tokens",
-        "selection/selection.parquet": "example_id difficulty influence quadrant rank selected",
+        "selection/selection.parquet": "example_id difficulty influence quadrant rank selected why",
     }
     for name, expected in columns.items():
         table = pq.read_table(tmp_path / name)
@@ -98,6 +98,26 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
     )
     with pytest.raises(errors.UserError, match=r"selection/selection\.parquet was .*, is now"):
         run(made, tmp_path, "finetune", selection__retention_ratio=0.5, **changes)
+
+
+@pytest.mark.slow
+def test_methods_that_read_more_become_arms(made, tmp_path):
+    """Model scores and the gradient store reach selection, and their methods the baselines."""
+    changes = {
+        "difficulty__model_scores": True,
+        "influence__engine": "factored",
+        "influence__projection__dim": 64,
+        "selection__method": "middle_perplexity",
+        "finetune__baselines": "ifd,k_center",
+    }
+    run(made, tmp_path, "prepare,difficulty,influence,selection,finetune", **changes)
+    inputs = artifacts.read_json(tmp_path / "selection/stage.json")["inputs"]
+    assert {"difficulty/model_scores.parquet", "influence/store/manifest.json"} <= set(inputs)
+    table = pq.read_table(tmp_path / "selection/baselines.parquet")
+    assert table.column_names == ["example_id", *config.METHODS]
+    arms = artifacts.read_json(tmp_path / "finetune/stage.json")["arms"]
+    assert list(arms) == ["selected", "ifd", "k_center"]
+    assert {arm["rows"] for arm in arms.values()} == {6}
 
 
 def test_a_stage_without_its_input_names_the_stage_to_run(made, tmp_path):

@@ -21,7 +21,17 @@ ENGINES = ("exact", "projected", "factored")
 DIRECTIONS = ("mean", "adam", "gauss_newton", "less")
 PEFT_DIRECTION = "peft:"  # influence.direction=peft:FOLDER
 PROJECTIONS = ("rademacher", "gaussian", "sparse")
-METHODS = ("diq", "random", "influence", *(f"difficulty_{p}" for p in PERSPECTIVES))
+# Selection methods by what they read beside difficulty and influence.
+MODEL_SCORED = ("similarity", "perplexity", "middle_perplexity", "ifd", "long_reasoning")
+DIVERSE = ("k_center", "facility_location")
+METHODS = (
+    *("diq", "random", "influence"),
+    *(f"difficulty_{p}" for p in PERSPECTIVES),
+    *(f"quadrant_{q}" for q in (1, 2, 3, 4)),
+    *("short_answers", "long_answers"),
+    *MODEL_SCORED,
+    *DIVERSE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +88,9 @@ class Difficulty:
     batch_size: int = 16  # rows a step
     max_tokens: int = 256  # of an encoder input
     seed: int = 0  # of folds, order and head
+    # also loss, perplexity, IFD and similarity to the targets by the base model (model_scores.py):
+    # two forward passes, for the selection methods that sort by them
+    model_scores: bool = False
 
     def __post_init__(self):
         errors.check_choice("difficulty.perspective", self.perspective, PERSPECTIVES)
@@ -270,7 +283,7 @@ class Influence:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    # diq, random, influence, difficulty_knowledge, difficulty_reasoning, difficulty_overall
+    # diq, or one of METHODS to compare it with (selection/methods.py)
     method: str = "diq"
     retention_ratio: float = 0.1  # the share of the pool to keep, in (0, 1]
     seed: int = 0  # of the random order
@@ -288,6 +301,12 @@ class Selection:
     # cosine of difficulty.encoder's embeddings from which questions are paraphrases, such as 0.9;
     # 0 = none are looked for
     paraphrase_similarity: float = 0.0
+    quadrant_order: str = "1,2,3,4"  # in which diq fills the budget; 1 2 3 4 in any order
+    # the largest share of the budget from one `source` of the pool; below 1 a smaller budget need
+    # not lie inside a larger one
+    source_cap: float = 1.0
+    # sort and cut by what a regression on log answer tokens leaves of the influence, not by itself
+    length_residual: bool = False
 
     def __post_init__(self):
         errors.check_choice("selection.method", self.method, METHODS)
@@ -300,6 +319,15 @@ class Selection:
             _check(f"selection.{name}", value >= least, f"at least {least}", value)
         ok = 0 <= self.paraphrase_similarity <= 1
         _check("selection.paraphrase_similarity", ok, "in [0, 1]", self.paraphrase_similarity)
+        ok = sorted(self.quadrant_order.split(",")) == ["1", "2", "3", "4"]
+        expected = "1, 2, 3 and 4 in some order, separated by commas"
+        _check("selection.quadrant_order", ok, expected, self.quadrant_order)
+        _check("selection.source_cap", 0 < self.source_cap <= 1, "in (0, 1]", self.source_cap)
+
+    @property
+    def quadrants(self) -> tuple[int, ...]:
+        """The quadrants in the order in which they fill the budget."""
+        return tuple(int(q) for q in self.quadrant_order.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,6 +419,21 @@ class Config:
         if self.selection.paraphrase_similarity > 0 and not self.difficulty.encoder:
             raise errors.UserError(
                 "selection.paraphrase_similarity needs an encoder: set difficulty.encoder, or 0."
+            )
+        asked = {"selection.method": (self.selection.method,)}
+        asked["finetune.baselines"] = self.finetune.baseline_methods
+        for field, methods in asked.items():
+            for method in methods:
+                self._check_input(field, method)
+
+    def _check_input(self, field, method):
+        """Before hours of work, not after."""
+        if method in MODEL_SCORED and not self.difficulty.model_scores:
+            raise errors.UserError(f"{field}={method} needs difficulty.model_scores=True.")
+        if method in DIVERSE and (self.influence.engine == "exact" or self.influence.warmup.epochs):
+            raise errors.UserError(
+                f"{field}={method} needs the base model's gradient store: set influence.engine to "
+                "projected or factored, and influence.warmup.epochs to 0."
             )
 
 

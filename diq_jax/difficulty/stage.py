@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from diq_jax.common import artifacts, config, devices, errors, metrics, progress, stages, trees
 from diq_jax.data import example
-from diq_jax.difficulty import classifier, labels
+from diq_jax.difficulty import classifier, labels, model_scores
 from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
 
@@ -54,19 +54,22 @@ class Pretrained:
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """What the stage reads beside artifacts: the encoder and the label files."""
+    """What the stage reads beside artifacts: the encoder and the label files; for the model's
+    scores, its weights.
+    """
     settings = context.config.difficulty
+    found = model_scores.fingerprints(context) if settings.model_scores else {}
     if labels.is_columns(settings.source):
-        return {}
-    return {
+        return found
+    return found | {
         FIELD: checkpoint.open_checkpoint(settings.encoder, FIELD).fingerprint,
         labels.FIELD: labels.fingerprint(settings.source),
     }
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes difficulty/difficulty.parquet (example_id, knowledge, reasoning, overall) and
-    metrics.json.
+    """Writes difficulty/difficulty.parquet (example_id, knowledge, reasoning, overall),
+    metrics.json and, with difficulty.model_scores, model_scores.parquet.
 
     A killed run continues after the last finished batch and gives identical bytes where training is
     deterministic, as on a CPU; a trained model waits on disk until its texts are scored.
@@ -88,6 +91,9 @@ def run(context: stages.Context) -> dict[str, Any]:
         {"example_id": pool["example_id"]} | {p: pa.array(scores[p]) for p in config.PERSPECTIVES},
     )
     artifacts.write_json(context.path("difficulty/metrics.json"), measured)
+    if settings.model_scores:
+        for name, tokens in model_scores.run(context).items():
+            counts[name] = counts.get(name, 0) + tokens
     shutil.rmtree(context.path(PARTIAL), ignore_errors=True)
     return {"rows": len(ids), **counts, "metrics": measured}
 

@@ -71,8 +71,9 @@ def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
         missing = [method for method in methods if method not in table.column_names]
         if missing:
             raise errors.UserError(
-                f"finetune.baselines: {missing[0]} needs a difficulty that the pool does not have; "
-                f"there are {', '.join(table.column_names[1:])}."
+                f"finetune.baselines: {missing[0]} was left out of selection/baselines.parquet, as "
+                "its input (a difficulty perspective, difficulty.model_scores, a gradient store) "
+                f"was not there; there are {', '.join(table.column_names[1:])}."
             )
         ids = np.array(table["example_id"].to_pylist())
         count = len(chosen[SELECTED])

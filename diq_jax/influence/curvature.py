@@ -37,7 +37,9 @@ def product(chosen, rest, v, batch, cfg, reduction):
 
     def states(chosen):
         both = trees.combine(chosen, rest)
-        return loss.answer_hidden(both["params"], cfg, batch, both["adapter"])
+        return loss.at_answers(
+            loss.hidden_states(both["params"], cfg, batch, both["adapter"]), batch
+        )
 
     hidden, push = jax.linearize(states, chosen)
     in_head = functools.partial(trees.partition, chosen=lambda name: name.startswith(HEAD))

@@ -19,6 +19,24 @@ def token_losses(params, cfg, batch, adapter=None, remat=False):
     Returns:
         (B, A) float32, 0 where loss_mask is 0.
     """
+    return answer_losses(params, cfg, hidden_states(params, cfg, batch, adapter, remat), batch)
+
+
+def hidden_states(params, cfg, batch, adapter=None, remat=False):
+    """A batch through the decoder: (B, T, D) after the final norm."""
+    places = batch.tokens, batch.positions, batch.segment_ids
+    return decoder.apply(params, cfg, *places, adapter, remat, batch.parent_ids)
+
+
+def at_answers(hidden, batch):
+    """The hidden states of the answer positions, (B, T, D) -> (B, A, D): only they meet the head.
+    Gathered for each row, so that a batch split over devices stays local.
+    """
+    return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
+
+
+def answer_losses(params, cfg, hidden, batch):
+    """As `token_losses`, from hidden states (B, T, D) after the final norm."""
 
     @jax.checkpoint
     def block(hidden_and_labels):
@@ -27,27 +45,10 @@ def token_losses(params, cfg, batch, adapter=None, remat=False):
         chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    hidden = answer_hidden(params, cfg, batch, adapter, remat)
+    hidden = at_answers(hidden, batch)
     B, A, _ = hidden.shape
     losses = jax.lax.map(block, (head_blocks(hidden), head_blocks(batch.loss_labels)))
     return jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :A] * batch.loss_mask
-
-
-def answer_hidden(params, cfg, batch, adapter=None, remat=False):
-    """Last hidden states of the answer positions, (B, A, D): only they meet the head. Gathered for
-    each row, so that a batch split over devices stays local.
-    """
-    hidden = decoder.apply(
-        params,
-        cfg,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter,
-        remat,
-        batch.parent_ids,
-    )
-    return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
 
 
 def head_blocks(x):

@@ -117,7 +117,7 @@ def quadrants(difficulty, influence, selected, counts, thresholds):
 
     Args:
         counts: {quadrant: (examples, selected ones)} of the whole pool.
-        thresholds: difficulty, influence.
+        thresholds: difficulty, influence; None where the cut is not on what is drawn.
     """
     figure = matplotlib.figure.Figure((8, 5.2))
     ax = figure.subplots()
@@ -125,7 +125,8 @@ def quadrants(difficulty, influence, selected, counts, thresholds):
     ax.set_xlim(*limits(difficulty))
     ax.set_ylim(*limits(influence))
     for line, axis in ((ax.axvline, "difficulty"), (ax.axhline, "influence")):
-        line(thresholds[axis], **THRESHOLD)
+        if thresholds[axis] is not None:
+            line(thresholds[axis], **THRESHOLD)
     for quadrant, (x, y) in CORNERS.items():
         ax.annotate(
             quadrant_label(quadrant, counts),
@@ -137,10 +138,20 @@ def quadrants(difficulty, influence, selected, counts, thresholds):
             va="top" if y else "bottom",
             fontweight="bold",
         )
-    ax.set_xlabel(f"{DIFFICULTY}, threshold {thresholds['difficulty']:.2f}")
-    ax.set_ylabel(f"{INFLUENCE}, threshold {thresholds['influence']:.3g}")
+    difficulty_title, influence_title = axis_titles(thresholds)
+    ax.set_xlabel(difficulty_title)
+    ax.set_ylabel(influence_title)
     _legend_above(figure)
     return figure
+
+
+def axis_titles(thresholds: Mapping[str, float | None]) -> tuple[str, str]:
+    """Of difficulty and of influence, with their thresholds."""
+    titles = (DIFFICULTY, "difficulty", ".2f"), (INFLUENCE, "influence", ".3g")
+    return tuple(
+        title if thresholds[axis] is None else f"{title}, threshold {thresholds[axis]:{digits}}"
+        for title, axis, digits in titles
+    )
 
 
 def quadrant_label(quadrant: int, counts: Mapping[int, tuple[int, int]]) -> str:
@@ -164,17 +175,18 @@ def tokens(answer_tokens, influence, selected, rho):
     return figure
 
 
-def distributions(panels: Sequence[tuple[str, np.ndarray, float]], selected):
+def distributions(panels: Sequence[tuple[str, np.ndarray, float | None]], selected):
     """Histograms: the selected examples' shares over those of the whole pool.
 
     Args:
-        panels: axis label, scores (n,), threshold.
+        panels: axis label, scores (n,), threshold or None.
     """
     figure = matplotlib.figure.Figure((8, 3.2))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (label, values, threshold) in zip(axes, panels, strict=True):
         _histogram(ax, values, selected)
-        ax.axvline(threshold, **THRESHOLD, label="threshold")
+        if threshold is not None:
+            ax.axvline(threshold, **THRESHOLD, label="threshold")
         ax.set_xlabel(label)
     axes[0].set_ylabel("share of group (%)")
     _legend_above(figure)

@@ -30,9 +30,10 @@ class Run:
     Attributes:
         examples: columns in the order of the pool: example_id, source, question, reasoning, answer
             (lists of str) and difficulty, influence, loss, tokens, quadrant, rank, selected
-            (arrays). Difficulty may be nan where the pool has none.
+            (arrays), why (texts). Difficulty may be nan where the pool has none.
         rows: the rows as they came.
-        thresholds: difficulty (None where there is none) and influence.
+        thresholds: difficulty (None where there is none) and influence (None where quadrants cut at
+            its residual).
         results, classifier, losses: evaluate/results.json, difficulty/metrics.json,
             finetune/losses.jsonl, empty where the stage has not run.
         records: stage.json of each finished stage, in order.
@@ -197,15 +198,14 @@ def _explorer(run):
             }
         )
     tau_d, m_dot = run.thresholds["difficulty"], run.thresholds["influence"]
-    x_title = f"{figures.DIFFICULTY}, threshold {tau_d:.2f}"
-    y_title = f"{figures.INFLUENCE}, threshold {m_dot:.3g}"
+    x_title, y_title = figures.axis_titles(run.thresholds)
+    lines = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": tau_d, "x1": tau_d}]
+    if m_dot is not None:
+        lines.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": m_dot, "y1": m_dot})
     layout = {
         "xaxis": {"title": {"text": x_title}, "range": figures.limits(difficulty)},
         "yaxis": {"title": {"text": y_title}, "range": figures.limits(influence)},
-        "shapes": [
-            {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": tau_d, "x1": tau_d},
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": m_dot, "y1": m_dot},
-        ],
+        "shapes": lines,
         "annotations": [
             {
                 "text": f"<b>{figures.quadrant_label(quadrant, run.quadrant_counts)}</b>",
@@ -273,6 +273,7 @@ def _card(run, i):
         "answer": f"{tables.number(int(e['tokens'][i]), 0)} tokens",
         "quadrant": f"Q{e['quadrant'][i]}" if run.has_difficulty else "",
         "rank": tables.number(int(e["rank"][i]), 0),
+        "why": e["why"][i],
         "source": e["source"][i],
     }
     texts = {name.title(): e[name][i] for name in ("question", "reasoning", "answer")}

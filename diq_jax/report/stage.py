@@ -59,6 +59,8 @@ def load(context: stages.Context) -> page.Run:
     columns |= {name: influence[name].to_numpy() for name in ("loss", "tokens")}
     for name in ("difficulty", "influence", "quadrant", "rank", "selected"):
         columns[name] = scores[name].to_numpy()
+    reasons = "why" in scores.column_names  # selections of earlier versions give none
+    columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
     losses = context.path("finetune/losses.jsonl")
     records = (_optional(context, f"{name}/stage.json") for name in STAGES)
     return page.Run(

@@ -84,16 +84,19 @@ def find(
     return sorted(pairs)
 
 
-def dropped(pairs: Sequence[Pair]) -> set[str]:
-    """The rows to leave out: first all that overlap a target or a test; then, in the order of ids,
-    each that repeats a row which stays.
+def dropped(pairs: Sequence[Pair]) -> dict[str, Pair]:
+    """The rows to leave out, and a pair that is the reason: first all that overlap a target or a
+    test; then, in the order of ids, each that repeats a row which stays.
 
     So no pair is left, and every duplicate that is left out repeats a row which stays.
     """
-    out = {pair.example_id for pair in pairs if pair.other_in != "pool"}
+    out: dict[str, Pair] = {}
+    for pair in sorted(pairs):
+        if pair.other_in != "pool":
+            out.setdefault(pair.example_id, pair)
     for pair in sorted(pairs):
         if pair.other_in == "pool" and pair.other not in out:
-            out.add(pair.example_id)
+            out.setdefault(pair.example_id, pair)
     return out
 
 

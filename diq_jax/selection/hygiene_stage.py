@@ -30,23 +30,24 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     }
 
 
-def run(context: stages.Context, pool: pa.Table) -> tuple[np.ndarray, dict[str, Any]]:
+def run(context: stages.Context, pool: pa.Table) -> tuple[list[str], dict[str, Any]]:
     """Writes selection/hygiene.parquet: example_id, other, other_in, kind, similarity.
 
     Args:
         pool: prepare's table.
 
     Returns:
-        (n,) bool, the rows to rank last: none unless selection.hygiene=remove; and the counts for
-        stage.json: hygiene {pairs by kind, rows in a pair, removed, without_text}.
+        Why each row is to rank last, "" where it is not: "" throughout unless
+        selection.hygiene=remove; and the counts for stage.json: hygiene
+        {pairs by kind, rows in a pair, removed, without_text}.
 
     Raises:
         UserError: fewer rows stay than the budget asks for.
     """
     settings, ids = context.config.selection, pool["example_id"].to_pylist()
-    last = np.zeros(len(ids), bool)
+    removed = [""] * len(ids)
     if settings.hygiene == "off":
-        return last, {}
+        return removed, {}
     rows = _pool_rows(pool)
     against = [*_choice_rows(context, "targets"), *_choice_rows(context, "tests")]
     embed = _embedder(context) if settings.paraphrase_similarity else None
@@ -58,17 +59,24 @@ def run(context: stages.Context, pool: pa.Table) -> tuple[np.ndarray, dict[str, 
     )
     if settings.hygiene == "remove":
         out = hygiene.dropped(pairs)
-        last = np.array([id_ in out for id_ in ids])
-        _check_budget(settings.retention_ratio, len(ids), int(last.sum()))
+        removed = [_reason(out.get(id_)) for id_ in ids]
+        _check_budget(settings.retention_ratio, len(ids), len(out))
     counts = collections.Counter(pair.kind for pair in pairs)
-    return last, {
+    return removed, {
         "hygiene": {
             "pairs": {kind: counts[kind] for kind in hygiene.KINDS},
             "rows": len({pair.example_id for pair in pairs}),
-            "removed": int(last.sum()),
+            "removed": sum(map(bool, removed)),
             "without_text": sum(not row.question.strip() for row in rows),
         }
     }
+
+
+def _reason(pair):
+    if pair is None:
+        return ""
+    place = "" if pair.other_in == "pool" else f" of the {pair.other_in}"
+    return f"removed: {pair.kind} overlap with {pair.other}{place}"
 
 
 def _check_budget(retention_ratio, total, removed):

@@ -1,4 +1,4 @@
-"""DIQ's total order: difficulty-influence quadrants, then influence, then difficulty, then id."""
+"""Difficulty-influence quadrants, and ranks."""
 
 import functools
 
@@ -21,20 +21,6 @@ def quadrants(difficulty, influence, tau_d, m_dot):
     """
     hard, useful = difficulty >= tau_d, influence >= m_dot
     return (1 + jnp.where(hard, 0, 1) + jnp.where(useful, 0, 2)).astype(jnp.int8)
-
-
-@jax.jit
-def diq_ranks(quadrant, difficulty, influence, id_order):
-    """Ranks from 1: by quadrant, influence descending, difficulty descending, example id.
-
-    Args:
-        id_order: (n,) int32, the position of each example in the order of ids; it makes the ranking
-            total, so that a smaller budget is inside a larger one.
-
-    Returns:
-        (n,) int32.
-    """
-    return ranks_of(jnp.lexsort((id_order, -difficulty, -influence, quadrant)))
 
 
 def ranks_of(order):

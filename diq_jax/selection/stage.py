@@ -2,7 +2,7 @@
 might take.
 """
 
-import functools
+import collections
 import json
 from typing import Any
 
@@ -10,17 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, config, errors, metrics, stages
-from diq_jax.selection import hygiene, hygiene_stage, methods, quadrants
+from diq_jax.common import artifacts, config, errors, gradient_store, metrics, stages
+from diq_jax.selection import diversity, hygiene, hygiene_stage, methods, quadrants, reasons
+
+MODEL_SCORES, STORE = "difficulty/model_scores.parquet", "influence/store"
 
 
 def run(context: stages.Context) -> dict[str, Any]:
     """Writes selection.parquet, baselines.parquet, thresholds.json, selected.jsonl and, unless
     selection.hygiene is off, hygiene.parquet.
 
+    baselines.parquet holds each method's own ranks, without selection.source_cap; a method whose
+    input is not there is left out. With selection.length_residual every method that reads the
+    influence reads its residual; the column `influence` of selection.parquet stays as it came.
+
     Raises:
-        UserError: the method or the perspective needs a difficulty that the pool does not have, or
-            hygiene leaves fewer rows than the budget.
+        UserError: the method's input is missing, or selection.source_cap or hygiene leaves fewer
+            examples than the budget.
     """
     cfg = context.config
     pool = artifacts.read_table(context.path("prepare/pool.parquet"))
@@ -29,42 +35,45 @@ def run(context: stages.Context) -> dict[str, Any]:
     ids = pool["example_id"].to_pylist()
     _check_rows(ids, difficulty, influence)
 
-    scores = {p: jnp.asarray(difficulty[p].to_numpy()) for p in config.PERSPECTIVES}
-    scores["influence"] = jnp.asarray(influence["influence"].to_numpy())
-    # UTF-8 order: the same on every platform and locale.
-    order = np.argsort(np.array([i.encode() for i in ids], object), kind="stable")
-    scores["id_order"] = quadrants.ranks_of(jnp.asarray(order)) - 1
-    known = [p for p in config.PERSPECTIVES if bool(jnp.isfinite(scores[p]).all())]
-    _check_known(cfg, known)
-
-    rank = functools.partial(
-        methods.ranks,
-        scores=scores,
-        perspective=cfg.difficulty.perspective,
-        percentile=cfg.difficulty.percentile,
-        seed=cfg.selection.seed,
+    scores = _scores(cfg, ids, difficulty, influence)
+    scores |= _model_scores(context, ids) | _diversity(context, ids, scores["id_order"])
+    settings = methods.Settings(
+        cfg.difficulty.perspective,
+        cfg.difficulty.percentile,
+        cfg.selection.seed,
+        cfg.selection.quadrants,
     )
-    skipped = {f"difficulty_{p}" for p in config.PERSPECTIVES if p not in known}
-    last, cleaned = hygiene_stage.run(context, pool)
+    _check_input(cfg, scores, settings)
+    removed, cleaned = hygiene_stage.run(context, pool)
+    last = np.array([bool(reason) for reason in removed])
     ranks = {
-        m: hygiene.demote(np.asarray(rank(m)), last) for m in config.METHODS if m not in skipped
+        m: hygiene.demote(np.asarray(methods.ranks(m, scores, settings)), last)
+        for m in config.METHODS
+        if not methods.missing(m, scores, settings)
     }
-    chosen = ranks[cfg.selection.method]
     keep = methods.budget(cfg.selection.retention_ratio, len(ids))
-    hardness = scores[cfg.difficulty.perspective]
+    sources = pool["source"].to_pylist()
+    limit = methods.source_limit(cfg.selection.source_cap, keep)
+    chosen, passed = _capped(cfg, ranks[cfg.selection.method], sources, last, keep, limit)
+    selected = chosen <= keep
+    hardness = difficulty[cfg.difficulty.perspective].to_numpy()
     tau_d, m_dot = quadrants.thresholds(hardness, scores["influence"], cfg.difficulty.percentile)
     quadrant = np.asarray(quadrants.quadrants(hardness, scores["influence"], tau_d, m_dot))
-    selected = chosen <= keep
+    outcome = reasons.Outcome(
+        ranks[cfg.selection.method], selected, keep, passed, limit, sources, removed,
+        cfg.selection.length_residual,
+    )  # fmt: skip
 
     artifacts.write_table(
         context.path("selection/selection.parquet"),
         {
             "example_id": pool["example_id"],
-            "difficulty": pa.array(np.asarray(hardness)),
+            "difficulty": pa.array(hardness),
             "influence": influence["influence"],
             "quadrant": pa.array(quadrant),
             "rank": pa.array(chosen),
             "selected": pa.array(selected),
+            "why": pa.array(reasons.why(cfg.selection.method, scores, settings, outcome)),
         },
     )
     artifacts.write_table(
@@ -75,7 +84,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         context.path("selection/thresholds.json"),
         {
             "difficulty": metrics.finite(tau_d),
-            "influence": metrics.finite(m_dot),
+            "influence": None if cfg.selection.length_residual else metrics.finite(m_dot),
+            "influence_residual": metrics.finite(m_dot) if cfg.selection.length_residual else None,
             "selected": keep,
         },
     )
@@ -101,12 +111,84 @@ def _check_rows(ids, *tables):
             )
 
 
-def _check_known(cfg, known):
-    needed = {"diq": cfg.difficulty.perspective}.get(
-        cfg.selection.method, cfg.selection.method.removeprefix("difficulty_")
-    )
-    if needed in config.PERSPECTIVES and needed not in known:
+def _scores(cfg, ids, difficulty, influence):
+    """What every pool has; a perspective that it lacks is left out."""
+    # UTF-8 order: the same on every platform and locale.
+    order = np.argsort(np.array([i.encode() for i in ids], object), kind="stable")
+    id_order = np.asarray(quadrants.ranks_of(jnp.asarray(order)) - 1)
+    values = influence["influence"].to_numpy()
+    tokens = influence["tokens"].to_numpy()
+    if cfg.selection.length_residual:
+        values = methods.length_residual(values, tokens, id_order)
+    scores = {"id_order": id_order, "influence": values, "answer_tokens": tokens}
+    levels = {p: difficulty[p].to_numpy() for p in config.PERSPECTIVES}
+    scores |= {p: level for p, level in levels.items() if np.isfinite(level).all()}
+    return {name: jnp.asarray(value) for name, value in scores.items()}
+
+
+def _model_scores(context, ids):
+    path = context.path(MODEL_SCORES)
+    if not path.exists():
+        return {}
+    table = artifacts.read_table(path)
+    _check_rows(ids, table)
+    names = ("loss", "ifd", "similarity", "reasoning_tokens")
+    return {name: jnp.asarray(table[name].to_numpy()) for name in names}
+
+
+def _diversity(context, ids, id_order):
+    """Places in the two diverse orders, and what each row added, where there is a store of few
+    enough rows.
+    """
+    folder = context.path(STORE)
+    if not (folder / "manifest.json").exists() or len(ids) > diversity.MOST_ROWS:
+        return {}
+    store = gradient_store.open_store(folder)
+    if store.example_ids != ids:
+        raise errors.UserError(f"{folder} and the pool hold different examples: redo influence.")
+    by_id = np.argsort(np.asarray(id_order))
+    cosines = diversity.cosines(gradient_store.unit(store.rows(0, len(ids))[by_id]))
+    found = {}
+    for name, gain in (("k_center", "distance"), ("facility_location", "gain")):
+        order, gains = getattr(diversity, name)(cosines)
+        places = np.empty(len(ids), np.int32)
+        places[order] = np.arange(len(ids))
+        found |= {name: places[id_order], f"{name}_{gain}": gains[id_order]}
+    return {name: jnp.asarray(values) for name, values in found.items()}
+
+
+def _capped(cfg, ranks, sources, last, keep, limit):
+    """(ranks, passed over) under selection.source_cap; rows of `last` (n,) bool are never taken."""
+    if cfg.selection.source_cap == 1:
+        return ranks, np.zeros(len(ranks), bool)
+    counts = collections.Counter(s for s, out in zip(sources, last, strict=True) if not out)
+    room = sum(min(limit, count) for count in counts.values())
+    if room < keep:
         raise errors.UserError(
-            f"selection.method={cfg.selection.method} needs the difficulty perspective {needed!r}, "
-            f"which the pool lacks; it has {', '.join(known) or 'none'}."
+            f"selection.source_cap={cfg.selection.source_cap} leaves room for {room} of the budget "
+            f"of {keep} examples, at most {limit} from each of {len(set(sources))} sources: raise "
+            "it."
+        )
+    return methods.capped(ranks, sources, keep, limit)
+
+
+def _check_input(cfg, scores, settings):
+    method = cfg.selection.method
+    lacking = methods.missing(method, scores, settings)
+    known = ", ".join(p for p in config.PERSPECTIVES if p in scores)
+    if lacking in config.PERSPECTIVES:
+        raise errors.UserError(
+            f"selection.method={method} needs the difficulty perspective {lacking!r}, which the "
+            f"pool lacks; it has {known or 'none'}."
+        )
+    if lacking in config.DIVERSE:
+        raise errors.UserError(
+            f"selection.method={method} needs {STORE}, the gradients of the base model "
+            "(influence.engine=projected or factored, no warm-up), and a pool of at most "
+            f"{diversity.MOST_ROWS:,} examples."
+        )
+    if lacking:
+        raise errors.UserError(
+            f"selection.method={method} needs {MODEL_SCORES}: set difficulty.model_scores=True and "
+            "redo the stage difficulty."
         )

@@ -44,6 +44,10 @@ def test_every_field_is_documented_and_resolves():
         ({"finetune__baselines": "random,lenght"}, "finetune.baselines must be one of"),
         ({"parallel__strategy": "pmap", "parallel__model": 2}, "parallel.model must be 1"),
         ({"difficulty__percentile": 101.0}, r"in \[0, 100\]"),
+        ({"selection__quadrant_order": "1,2,2,4"}, r"1, 2, 3 and 4 in some order"),
+        ({"selection__source_cap": 0.0}, r"source_cap must be in \(0, 1\]"),
+        ({"selection__method": "ifd"}, r"method=ifd needs difficulty\.model_scores=True"),
+        ({"finetune__baselines": "random,k_center"}, r"baselines=k_center needs .* gradient store"),
     ],
 )
 def test_bad_values_are_named(fields, message):

@@ -25,8 +25,8 @@ def dense(space, batch, cfg, reduction):
 
     def logits(flat):
         both = trees.combine(unflatten(flat), space[1])
-        hidden = loss.answer_hidden(both["params"], cfg, batch, both["adapter"])
-        return decoder.logits(both["params"], cfg, hidden)
+        hidden = loss.hidden_states(both["params"], cfg, batch, both["adapter"])
+        return decoder.logits(both["params"], cfg, loss.at_answers(hidden, batch))
 
     p = np.asarray(jax.nn.softmax(logits(flat)), np.float64)
     J = np.asarray(jax.jacrev(logits)(flat), np.float64)

@@ -1,5 +1,6 @@
 """The report on fabricated runs: whole, partial and hostile ones."""
 
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -78,6 +79,7 @@ def fabricate(
             "quadrant": quadrant,
             "rank": rank,
             "selected": rank <= keep,
+            "why": [f"place {r}" for r in rank],
         },
     )
     artifacts.write_json(
@@ -287,6 +289,18 @@ def test_ties_and_outliers(tmp_path):
     influence[[0, 39]] = -1000, 5000
     text = page_of(fabricate(tmp_path, plain_rows(40), influence=influence))
     assert "2 of extreme influence would squash the others" in text
+
+
+def test_a_threshold_of_the_residual_is_not_drawn_on_the_influence(tmp_path):
+    context = fabricate(tmp_path, sample_rows()[:30])
+    selection = dataclasses.replace(context.config.selection, length_residual=True)
+    cfg = dataclasses.replace(context.config, selection=selection)
+    path = context.path("selection/thresholds.json")
+    artifacts.write_json(path, artifacts.read_json(path) | {"influence": None})
+    text = page_of(dataclasses.replace(context, config=cfg))
+    assert "what a regression on the log of answer tokens leaves of it" in text
+    assert f"{figures.INFLUENCE}, threshold" not in text
+    assert f"{figures.DIFFICULTY}, threshold" in text and "place 1" in text
 
 
 def test_a_pool_without_difficulty(tmp_path):

@@ -187,7 +187,7 @@ def test_no_candidate_is_missed_by_hashing():
 def test_removal_leaves_no_pair_and_keeps_one_of_every_group(inside, contaminated):
     pairs = [hygiene.Pair(str(a), str(b), "pool", "near", 0.9) for a, b in inside]
     pairs += [hygiene.Pair(str(a), "t", "tests", "exact", 1.0) for a in contaminated]
-    out = hygiene.dropped(pairs)
+    out = set(hygiene.dropped(pairs))
     assert {str(a) for a in contaminated} <= out
     assert all(str(a) in out or str(b) in out for a, b in inside)
     for a in out - {str(a) for a in contaminated}:
@@ -233,10 +233,10 @@ def _made(tmp_path):
     tables = {
         "prepare/pool": {
             "question": questions, "reasoning": [""] * n, "answer": [f"so {i}" for i in range(n)],
-            "row": [json.dumps({"id": i}) for i in ids],
+            "row": [json.dumps({"id": i}) for i in ids], "source": ["one"] * n,
         },
         "difficulty/difficulty": {p: values for p in config.PERSPECTIVES},
-        "influence/influence": {"influence": values},
+        "influence/influence": {"influence": values, "tokens": pa.array([5] * n)},
     }  # fmt: skip
     for name, columns in tables.items():
         artifacts.write_table(tmp_path / f"{name}.parquet", {"example_id": ids} | columns)
@@ -281,6 +281,10 @@ def test_the_stage_writes_pairs_and_remove_demotes(made):
     ranked = [r["example_id"] for r in sorted(before.to_pylist(), key=lambda r: r["rank"])]
     assert by_rank == [i for i in ranked if i not in gone] + [i for i in ranked if i in gone]
     assert not gone & {r["example_id"] for r in after.to_pylist() if r["selected"]}
+    why = dict(zip(after["example_id"].to_pylist(), after["why"].to_pylist(), strict=True))
+    assert why["row-03"].endswith("; removed: exact overlap with row-01")
+    assert why["row-05"].endswith("; removed: exact overlap with tests-0 of the tests")
+    assert {i for i, reason in why.items() if "removed" in reason} == gone
     baselines = artifacts.read_table(made / "selection/baselines.parquet").to_pylist()
     assert all(r["random"] > 17 for r in baselines if r["example_id"] in gone)
 

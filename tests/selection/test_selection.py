@@ -1,4 +1,4 @@
-"""DIQ's order: hand-computed, total, nested, and independent of the order of the file."""
+"""Every method's order: hand-computed, total, nested, and independent of the order of the file."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,18 +10,26 @@ from diq_jax.common import config
 from diq_jax.selection import methods, quadrants
 
 
-def make_scores(difficulty, influence, id_order=None):
-    n = len(difficulty)
-    order = np.arange(n) if id_order is None else id_order
-    columns = {p: jnp.asarray(difficulty, jnp.float32) for p in config.PERSPECTIVES}
-    return columns | {
-        "influence": jnp.asarray(influence, jnp.float32),
-        "id_order": jnp.asarray(order, jnp.int32),
+def make_scores(difficulty, influence, id_order=None, **more):
+    """All scores that a method may read; those not given follow difficulty and influence."""
+    difficulty, influence = (np.asarray(v, np.float32) for v in (difficulty, influence))
+    columns = {p: difficulty for p in config.PERSPECTIVES} | {
+        "influence": influence,
+        "id_order": np.arange(len(difficulty)) if id_order is None else id_order,
+        "answer_tokens": (difficulty + 1).astype(np.int32),
+        "reasoning_tokens": difficulty.astype(np.int32),
+        "loss": difficulty / 2,
+        "similarity": influence / 4,
+        "ifd": np.where(influence == 0, np.nan, 1 + influence / 8),
+        "k_center": difficulty,
+        "facility_location": influence,
     }
+    return {name: jnp.asarray(value) for name, value in (columns | more).items()}
 
 
-def ranks(method, scores, seed=0):
-    return np.asarray(methods.ranks(method, scores, "overall", 50.0, seed))
+def ranks(method, scores, seed=0, **changes):
+    settings = methods.Settings("overall", 50.0, seed, **changes)
+    return np.asarray(methods.ranks(method, scores, settings))
 
 
 def test_diq_by_hand():
@@ -79,3 +87,83 @@ def test_random_depends_on_its_seed_only():
 )
 def test_budget(ratio, pool, keep):
     assert methods.budget(ratio, pool) == keep
+
+
+def test_quadrants_in_another_order():
+    # Rows are of Q1 Q2 Q3 Q4 Q1 (test_diq_by_hand); row 0 leads row 4 by influence.
+    scores = make_scores([5, 1, 4, 2, 3], [3, 2, 0, -1, 1])
+    order = (4, 2, 1, 3)
+    np.testing.assert_array_equal(ranks("diq", scores, quadrants=order), [3, 2, 5, 1, 4])
+    np.testing.assert_array_equal(ranks("quadrant_3", scores), [2, 4, 1, 5, 3])
+    np.testing.assert_array_equal(ranks("quadrant_3", scores, quadrants=order), [4, 3, 1, 2, 5])
+    np.testing.assert_array_equal(ranks("quadrant_1", scores), ranks("diq", scores))
+
+
+def test_model_scored_methods_by_hand():
+    loss = [2.0, 1.0, 4.0, 2.5, 9.0]
+    ifd = [0.9, 1.4, np.nan, 0.95, 1.0]
+    scores = make_scores(
+        [1] * 5, [1] * 5, loss=loss, ifd=ifd, similarity=[0, 0.5, -1, 0.5, 0.2],
+        answer_tokens=[7, 3, 9, 7, 1], reasoning_tokens=[0, 2, 5, 6, 0],
+    )  # fmt: skip
+    expected = {
+        "perplexity": [4, 5, 2, 3, 1],
+        # From the median 2.5: 0.5, 1.5, 1.5, 0, 6.5; rows 1 and 2 tie and go by id.
+        "middle_perplexity": [2, 3, 4, 1, 5],
+        # 0.95 and 0.9 are below 1; then 1.0 and 1.4; then the row without one.
+        "ifd": [2, 4, 5, 1, 3],
+        "similarity": [4, 1, 5, 2, 3],
+        "short_answers": [3, 2, 5, 4, 1],
+        "long_answers": [2, 4, 1, 3, 5],
+        "long_reasoning": [4, 3, 2, 1, 5],
+    }
+    for method, places in expected.items():
+        np.testing.assert_array_equal(ranks(method, scores), places, err_msg=method)
+
+
+def test_every_method_of_the_config_is_there():
+    assert tuple(methods.METHODS) == config.METHODS
+    settings, least = methods.Settings("overall", 50.0), ("influence", "answer_tokens", "id_order")
+    free = [m for m in config.METHODS if not methods.missing(m, dict.fromkeys(least), settings)]
+    assert free == ["random", "influence", "short_answers", "long_answers"]
+    assert not any(methods.missing(m, make_scores([1], [1]), settings) for m in config.METHODS)
+
+
+def test_a_cap_takes_by_rank_and_passes_over_full_sources():
+    # Budget 4, at most 2 of a source: a a | a is full | b b; the rest follow by rank.
+    sources = list("aaabbb")
+    got, passed = methods.capped(np.arange(1, 7), sources, 4, 2)
+    np.testing.assert_array_equal(got, [1, 2, 5, 3, 4, 6])
+    np.testing.assert_array_equal(passed, [0, 0, 1, 0, 0, 0])
+    assert [methods.source_limit(*x) for x in ((0.29, 100), (0.5, 3), (0.1, 2))] == [29, 1, 1]
+
+
+@hypothesis.given(st.lists(st.sampled_from("abc"), min_size=12, max_size=12), st.integers(2, 6))
+@hypothesis.settings(deadline=None, max_examples=30)
+def test_a_capped_order_is_total_and_keeps_the_cap(sources, keep):
+    order = np.random.default_rng(0).permutation(12) + 1
+    got, _ = methods.capped(order, sources, keep, 2)
+    assert sorted(got) == list(range(1, 13))
+    room = sum(min(2, sources.count(s)) for s in "abc")
+    taken = [s for s, rank in zip(sources, got, strict=True) if rank <= min(keep, room)]
+    assert max(taken.count(s) for s in "abc") <= 2
+
+
+def test_the_residual_by_hand():
+    # log tokens 0 1 2 (tokens 1, e, e^2), influence 5 1 3: means 1 and 3, slope (-1 * 2) / 2
+    # = -1, so the fit is 4 3 2 and the residual 1 -2 1.
+    tokens = np.exp([0.0, 1.0, 2.0])
+    got = methods.length_residual(np.array([5.0, 1.0, 3.0]), tokens, np.arange(3))
+    np.testing.assert_allclose(got, [1, -2, 1], atol=1e-6)
+    same = methods.length_residual(np.array([5.0, 1.0, 3.0]), np.full(3, 7), np.arange(3))
+    np.testing.assert_allclose(same, [2, -2, 0], atol=1e-6)
+
+
+@hypothesis.given(st.permutations(range(9)))
+@hypothesis.settings(deadline=None, max_examples=15)
+def test_the_residual_does_not_depend_on_the_order_of_the_file(shuffle):
+    rng, shuffle = np.random.default_rng(0), np.array(shuffle)
+    influence, tokens = rng.normal(size=9).astype(np.float32), rng.integers(1, 500, 9)
+    here = methods.length_residual(influence, tokens, np.arange(9))
+    there = methods.length_residual(influence[shuffle], tokens[shuffle], shuffle)
+    np.testing.assert_array_equal(there, here[shuffle])

@@ -1,0 +1,149 @@
+"""Reading a gradient store: projected gradients, one row for each example, by memory map.
+
+influence/store.py writes it and says what its folder holds; the reading half is here because
+selection reads it too.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from diq_jax.common import artifacts, errors
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+READ_ROWS = 4096  # rows of one block of a product
+
+
+class Store:
+    """A finished store, read by memory map."""
+
+    def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
+        self.folder, self.manifest = pathlib.Path(folder), dict(manifest)
+        self.dim, self.dtype = manifest["dim"], manifest["dtype"]
+        table = artifacts.read_table(self.folder / "examples.parquet")
+        self.example_ids: list[str] = table["example_id"].to_pylist()
+        self.losses = table["loss"].to_numpy()
+        self.shards = sorted(name for name in manifest["sha256"] if name.startswith("train-"))
+        self.targets = np.load(self.folder / "targets.npy")
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows (n, dim) float32), at most READ_ROWS at a time."""
+        first = 0
+        for name in self.shards:
+            shard = np.load(self.folder / name, mmap_mode="r")
+            for start in range(0, len(shard), READ_ROWS):
+                part = from_stored(shard[start : start + READ_ROWS], self.dtype)
+                yield first, part
+                first += len(part)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as float32; only what is asked for is read."""
+        size, parts = self.manifest["shard_rows"], []
+        for k in range(start // size, -(-min(stop, len(self)) // size)):
+            shard = np.load(self.folder / self.shards[k], mmap_mode="r")
+            parts.append(shard[max(start - k * size, 0) : max(stop - k * size, 0)])
+        if not parts:
+            return np.zeros((0, self.dim), np.float32)
+        return from_stored(np.concatenate(parts), self.dtype)
+
+    def scores(self, targets: np.ndarray, normalize: str = "dot") -> np.ndarray:
+        """Inner products, or cosines, of all rows with `targets` (Q, dim): (rows, Q) float32."""
+        targets = np.asarray(targets, np.float32)
+        if targets.ndim != 2 or targets.shape[1] != self.dim:
+            raise errors.UserError(
+                f"{self.folder} holds rows of {self.dim} numbers; the targets have shape "
+                f"{targets.shape}."
+            )
+        cosine = normalize == "cosine"
+        return products(self.blocks(), len(self), unit(targets) if cosine else targets, cosine)
+
+    def verify(self) -> None:
+        """Reads every byte.
+
+        Raises:
+            UserError: a file is missing or differs from its checksum; it is named.
+        """
+        for name, expected in self.manifest["sha256"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise errors.UserError(f"{path} is missing; the store's manifest names it.")
+            if artifacts.sha256(path) != expected:
+                raise errors.UserError(
+                    f"{path} is damaged: its checksum is not the one in manifest.json; make the "
+                    "store again with --overwrite."
+                )
+
+
+def open_store(folder: str | os.PathLike, made_from: Mapping[str, Any] | None = None) -> Store:
+    """Opens a finished store.
+
+    Args:
+        made_from: what its rows must have been made from, where the caller depends on it.
+
+    Raises:
+        UserError: no finished store, or one of another model, seed or projection (named).
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        unfinished = "its run has not finished" if (folder / "rows.log").exists() else "no manifest"
+        raise errors.UserError(f"{folder} is not a finished gradient store ({unfinished}).")
+    manifest = artifacts.read_json(path)
+    if made_from is not None:
+        refuse_other({"made_from": manifest["made_from"]}, {"made_from": dict(made_from)}, folder)
+    return Store(folder, manifest)
+
+
+def products(
+    blocks: Iterable[tuple[int, np.ndarray]], count: int, targets: np.ndarray, unit_rows: bool
+) -> np.ndarray:
+    """<row, target>, (count, Q), for rows that come in blocks, taken to length 1 where asked."""
+    out = np.zeros((count, len(targets)), np.float32)
+    for first, rows in blocks:
+        out[first : first + len(rows)] = (unit(rows) if unit_rows else rows) @ targets.T
+    return out
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows (n, dim) taken to length 1; a row of zeros stays."""
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norm > 0, norm, 1)
+
+
+def stored(dtype: str) -> np.dtype:
+    """The dtype on disk: .npy knows no bfloat16, which is kept as its bits."""
+    return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(DTYPES[dtype])
+
+
+def from_stored(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Rows as they lie on disk -> float32."""
+    return np.ascontiguousarray(rows).view(DTYPES[dtype]).astype(np.float32)
+
+
+def refuse_other(found: Mapping[str, Any], expected: Mapping[str, Any], folder) -> None:
+    """UserError naming what differs between two records of how rows were made."""
+
+    def flat(tree, prefix=""):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}".removeprefix("made_from."), value
+
+    old, new = dict(flat(found)), dict(flat(expected))
+    wrong = [
+        f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if wrong:
+        raise errors.UserError(
+            f"The gradient store {folder} was made from something else: {'; '.join(wrong)}."
+        )

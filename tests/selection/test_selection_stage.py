@@ -1,0 +1,221 @@
+"""The selection stage on files: every method that has its input, knobs, reasons, refusals."""
+
+import re
+import types
+
+import numpy as np
+import pytest
+import tiny
+
+from diq_jax.common import artifacts, config, errors, stages
+from diq_jax.influence import store
+from diq_jax.selection import diversity, methods, reasons, stage
+
+N, KEEP = 24, 6
+FILES = {"selection/selection.parquet", "selection/baselines.parquet", "selection/thresholds.json"}
+
+
+def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PERSPECTIVES):
+    """The artifacts that the stage reads, in any order of rows."""
+    rng = np.random.default_rng(0)
+    ids = np.array([f"ex-{i:02d}" for i in range(N)])
+    order = np.arange(N) if shuffle is None else shuffle
+    levels = rng.integers(1, 6, (3, N)).astype(np.float32)
+    tokens = rng.integers(1, 400, N).astype(np.int32)
+    influence = (3 - np.log(tokens) + rng.normal(0, 0.5, N)).astype(np.float32)
+    ifd = rng.normal(1, 0.1, N)
+    ifd[3] = np.nan
+    tables = {
+        "prepare/pool.parquet": {
+            "source": np.where(np.arange(N) % 3 == 0, "a", "b"),
+            "row": np.array([f'{{"id": "{i}"}}' for i in ids]),
+        },
+        "difficulty/difficulty.parquet": {
+            p: levels[i] if p in perspectives else np.full(N, np.nan, np.float32)
+            for i, p in enumerate(config.PERSPECTIVES)
+        },
+        "influence/influence.parquet": {"influence": influence, "tokens": tokens},
+    }
+    if scored:
+        tables["difficulty/model_scores.parquet"] = {
+            "loss": rng.gamma(4, 0.5, N).astype(np.float32),
+            "ifd": ifd,
+            "similarity": rng.normal(size=N).astype(np.float32),
+            "reasoning_tokens": tokens // 2,
+        }
+    for name, columns in tables.items():
+        columns = {"example_id": ids, **columns}
+        artifacts.write_table(workdir / name, {k: v[order] for k, v in columns.items()})
+    if stored:
+        writer = store.Writer(workdir / "influence/store", 8, "float32", {})
+        rows = np.random.default_rng(1).normal(size=(N, 8)).astype(np.float32)
+        writer.append(list(range(N)), rows[order], np.zeros(N, np.float32))
+        writer.finish(list(ids[order]), np.zeros((1, 8)), 10, ["mean"])
+        writer.discard()
+    return workdir
+
+
+def run(workdir, **changes):
+    """Returns selection.parquet as columns."""
+    selection = config.Selection(**{"retention_ratio": KEEP / N, "hygiene": "off"} | changes)
+    settings = types.SimpleNamespace(difficulty=config.Difficulty(), selection=selection)
+    stage.run(stages.Context(settings, workdir, tiny.placement()))
+    return artifacts.read_table(workdir / "selection/selection.parquet").to_pydict()
+
+
+@pytest.fixture(scope="module", name="made")
+def _made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_every_method_gives_a_total_order_with_reasons(made, method):
+    got = run(made, method=method)
+    assert sorted(got["rank"]) == list(range(1, N + 1))
+    assert sum(got["selected"]) == KEEP == sum(rank <= KEEP for rank in got["rank"])
+    assert (
+        got["rank"]
+        == artifacts.read_table(made / "selection/baselines.parquet")[method].to_pylist()
+    )
+    for rank, selected, why in zip(got["rank"], got["selected"], got["why"], strict=True):
+        assert ("beyond the budget of 6" in why) != selected
+        assert f"place {rank} of 24" in why or " in Q" in why
+
+
+def test_the_order_of_the_file_changes_nothing(made, tmp_path):
+    """Ranks of all methods and reasons belong to examples, bit for bit."""
+    shuffle = np.random.default_rng(7).permutation(N)
+    make(tmp_path, shuffle)
+    for changes in ({"method": "k_center"}, {"length_residual": True, "source_cap": 0.5}):
+        here, there = run(made, **changes), run(tmp_path, **changes)
+        for name in ("example_id", "rank", "selected", "why", "quadrant"):
+            assert there[name] == [here[name][i] for i in shuffle], name
+        tables = [artifacts.read_table(f / "selection/baselines.parquet") for f in (made, tmp_path)]
+        assert tables[0].column_names == ["example_id", *config.METHODS]
+        assert tables[1].equals(tables[0].take(shuffle))
+
+
+def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
+    make(tmp_path)
+    run(made)
+    run(tmp_path)
+    for name in FILES:
+        assert (made / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_the_reasons_of_diq_are_true_of_their_rows(made):
+    got = run(made)
+    thresholds = artifacts.read_json(made / "selection/thresholds.json")
+    pattern = (
+        r"Q(\d): difficulty (\S+) (>=|<) (\S+), influence (\S+) (>=|<) (\S+); "
+        r"place (\d+) of (\d+) in Q(\d)(; beyond the budget of 6)?"
+    )
+    for i, why in enumerate(got["why"]):
+        q, d, d_sign, tau, v, v_sign, m, place, size, same, beyond = re.fullmatch(
+            pattern, why
+        ).groups()
+        assert int(q) == int(same) == got["quadrant"][i]
+        assert float(d) == pytest.approx(got["difficulty"][i], rel=1e-2)
+        assert float(v) == pytest.approx(got["influence"][i], rel=1e-2)
+        assert float(tau) == pytest.approx(thresholds["difficulty"], rel=1e-2)
+        assert float(m) == pytest.approx(thresholds["influence"], rel=1e-2)
+        assert (float(d) >= float(tau)) == (d_sign == ">=") == (int(q) in (1, 3))
+        assert (float(v) >= float(m)) == (v_sign == ">=") == (int(q) in (1, 2))
+        inside = [j for j in range(N) if got["quadrant"][j] == int(q)]
+        assert int(size) == len(inside)
+        assert int(place) == 1 + sum(got["rank"][j] < got["rank"][i] for j in inside)
+        assert (beyond is None) == got["selected"][i]
+
+
+@pytest.mark.parametrize(
+    "method, clause",
+    [
+        ("random", r"random place 1 of 24"),
+        ("influence", r"influence [-\d.]+, place 1 of 24"),
+        ("difficulty_reasoning", r"reasoning difficulty 5, place 1 of 24"),
+        ("difficulty_overall", r"difficulty 5, place 1 of 24"),
+        ("short_answers", r"\d+ answer tokens, place 1 of 24"),
+        ("similarity", r"mean cosine with the targets [\d.]+, place 1 of 24"),
+        ("perplexity", r"perplexity [\d.]+, place 1 of 24"),
+        (
+            "middle_perplexity",
+            r"log perplexity [\d.]+, [\d.e-]+ from the median [\d.]+, place 1 of 24",
+        ),
+        ("ifd", r"ifd 0\.\d+ < 1, place 1 of 24"),
+        ("long_reasoning", r"\d+ reasoning tokens, place 1 of 24"),
+        ("k_center", r"nearest to the mean gradient, place 1 of 24"),
+        ("facility_location", r"adds [\d.]+ to the coverage, place 1 of 24"),
+    ],
+)
+def test_reasons_say_what_the_method_saw(made, method, clause):
+    got = run(made, method=method)
+    assert re.fullmatch(clause, got["why"][got["rank"].index(1)])
+    if method == "ifd":
+        last = got["rank"].index(N)
+        assert last == 3 and got["why"][3].startswith("no ifd (too short an answer), place 24 of")
+
+
+def test_a_value_just_below_its_threshold_is_shown_so():
+    assert reasons._against(3.04, 3.05) == "3.04 < 3.05"
+    assert reasons._against(3.0499, 3.05) == "3.0499 < 3.05"
+    assert reasons._against(3.1, 3.1) == "3.1 >= 3.1"
+    low = np.nextafter(np.float32(1), np.float32(0))
+    assert reasons._against(low, np.float32(1)) == "0.9999999 < 1"
+
+
+def test_a_source_cap_is_kept_and_said(made):
+    # A third of the pool is of source a; half of the budget of 6 may be of each.
+    sources = np.array(artifacts.read_table(made / "prepare/pool.parquet")["source"].to_pylist())
+    got = run(made, source_cap=0.5)
+    selected = np.array(got["selected"])
+    assert [int((selected & (sources == s)).sum()) for s in "ab"] == [3, 3]
+    assert sorted(got["rank"]) == list(range(1, N + 1))
+    passed = [why for why in got["why"] if "passed over" in why]
+    assert passed and all("source 'b' has its 3 already" in why for why in passed)
+    own = artifacts.read_table(made / "selection/baselines.parquet")["diq"].to_pylist()
+    assert own != got["rank"] and own == run(made)["rank"]
+    with pytest.raises(errors.UserError, match=r"source_cap=0\.2 leaves room for 2 of the budget"):
+        run(made, source_cap=0.2)
+
+
+def test_the_residual_ranks_and_the_influence_stays_raw(made):
+    raw, got = run(made), run(made, length_residual=True)
+    assert got["influence"] == raw["influence"] and got["rank"] != raw["rank"]
+    tokens = artifacts.read_table(made / "influence/influence.parquet")["tokens"].to_numpy()
+    left = methods.length_residual(np.array(raw["influence"]), tokens, np.arange(N))
+    thresholds = artifacts.read_json(made / "selection/thresholds.json")
+    assert thresholds["influence"] is None
+    assert thresholds["influence_residual"] == pytest.approx(np.median(left))
+    high = left >= np.median(left)
+    np.testing.assert_array_equal(np.isin(got["quadrant"], (1, 2)), high)
+    assert all("influence residual" in why for why in got["why"])
+
+
+@pytest.mark.parametrize(
+    "lacking, method, message",
+    [
+        ("scored", "ifd", r"selection\.method=ifd needs difficulty/model_scores\.parquet: set "),
+        ("stored", "k_center", r"needs influence/store, the gradients of the base model"),
+        ("many", "facility_location", r"a pool of at most 5 examples"),
+        ("knowledge", "difficulty_knowledge", r"perspective 'knowledge', which the pool lacks"),
+        ("overall", "quadrant_2", r"needs the difficulty perspective 'overall'"),
+    ],
+)
+def test_a_missing_input_is_one_sentence(tmp_path, monkeypatch, lacking, method, message):
+    known = [p for p in config.PERSPECTIVES if p != lacking]
+    make(tmp_path, scored=lacking != "scored", stored=lacking != "stored", perspectives=known)
+    if lacking == "many":
+        monkeypatch.setattr(diversity, "MOST_ROWS", 5)
+    with pytest.raises(errors.UserError, match=message) as caught:
+        run(tmp_path, method=method)
+    assert "\n" not in str(caught.value)
+    run(tmp_path, method="random")
+    columns = artifacts.read_table(tmp_path / "selection/baselines.parquet").column_names
+    assert method not in columns and "influence" in columns
+
+
+def test_a_store_of_another_pool_is_refused(tmp_path):
+    make(tmp_path)
+    make(tmp_path, np.arange(N)[::-1], stored=False)
+    with pytest.raises(errors.UserError, match="the pool hold different examples"):
+        run(tmp_path)
