@@ -276,6 +276,8 @@ def draw(rows: list[dict], reliability: float, file: pathlib.Path, title: str) -
 
 def main() -> None:
     cfg = cli.read_config(CONFIG)
+    if not DIMS.value or not all(d.isdigit() and int(d) for d in DIMS.value):
+        raise errors.UserError(f"--dims must be whole numbers above 0; got {DIMS.value}.")
     devices.make_placement(cfg.parallel)
     workdir = pathlib.Path(WORKDIR.value)
     with jax.default_matmul_precision("highest"):

@@ -47,7 +47,7 @@ class Batch:
     Attributes:
         tokens: (B, T) int32.
         mask: (B, T) int32, 1 on real tokens.
-        levels: (B, 3) int32, 1..5, in the order of config.PERSPECTIVES.
+        levels: (B, 3) float32 in [1, 5], in the order of config.PERSPECTIVES; nan is unknown.
         weights: (B,) float32.
     """
 
@@ -65,7 +65,7 @@ def fit_heads(features, levels, weights) -> dict:
 
     Args:
         features: (n, D) float32, pooled by `features`.
-        levels: (n, 3) int32, 1..5.
+        levels: (n, 3) float32 in [1, 5]; nan is unknown.
         weights: (n,) float32; a row of weight 0 has no influence at all.
     """
     total = jnp.sum(weights)
@@ -74,8 +74,7 @@ def fit_heads(features, levels, weights) -> dict:
     x = (features - mean[None]) / scale
 
     def objective(heads):
-        log_p = jax.nn.log_softmax(apply_heads(heads, x))
-        chosen = jnp.take_along_axis(log_p, levels[..., None] - 1, axis=-1)[..., 0]
+        chosen = log_likelihoods(apply_heads(heads, x), levels)
         prior = KERNEL_PRECISION * jnp.sum(jnp.square(heads["kernel"]))
         prior = prior + BIAS_PRECISION * jnp.sum(jnp.square(heads["bias"]))
         return (0.5 * prior - jnp.sum(weights[:, None] * chosen)) / total
@@ -103,6 +102,20 @@ def apply_heads(heads, features):
     return jnp.einsum("bd,dpl->bpl", features, heads["kernel"]) + heads["bias"][None]
 
 
+def log_likelihoods(logits, levels):
+    """(..., 5) and (...,) -> (...,): of the level, 0 where it is unknown (nan). One between two
+    whole levels belongs to both by its nearness, so that the expected level is fitted to it.
+    """
+    known = jnp.isfinite(levels)
+    distance = jnp.abs(jnp.where(known, levels, 1.0)[..., None] - _whole_levels(logits.ndim))
+    shares = jnp.maximum(1.0 - distance, 0.0)
+    return jnp.where(known, jnp.sum(shares * jax.nn.log_softmax(logits), axis=-1), 0.0)
+
+
+def _whole_levels(ndim):
+    return jnp.arange(1.0, labels.LEVELS + 1).reshape((1,) * (ndim - 1) + (-1,))
+
+
 def forward(params, cfg: model_config.EncoderConfig, tokens, mask):
     """Logits of every level for each perspective: (B, T) int32 tokens -> (B, 3, 5) float32."""
     hidden = encoder.apply(params["encoder"], cfg, tokens, mask)
@@ -111,8 +124,7 @@ def forward(params, cfg: model_config.EncoderConfig, tokens, mask):
 
 def loss(params, cfg: model_config.EncoderConfig, batch: Batch):
     """Cross-entropy in nats, mean over perspectives and over the rows of weight 1."""
-    log_p = jax.nn.log_softmax(forward(params, cfg, batch.tokens, batch.mask))
-    chosen = jnp.take_along_axis(log_p, batch.levels[..., None] - 1, axis=-1)[..., 0]
+    chosen = log_likelihoods(forward(params, cfg, batch.tokens, batch.mask), batch.levels)
     return -jnp.sum(batch.weights * jnp.mean(chosen, axis=1)) / jnp.sum(batch.weights)
 
 
@@ -149,7 +161,7 @@ def collate(texts: Texts, levels, rows, size: int, max_tokens: int) -> Batch:
     T = width(max(len(texts[row]) for row in rows), max_tokens)
     tokens, mask = np.zeros((2, size, T), np.int32)
     weights = np.zeros(size, np.float32)
-    filled = np.ones((size, len(config.PERSPECTIVES)), np.int32)
+    filled = np.full((size, len(config.PERSPECTIVES)), np.nan, np.float32)
     for i, row in enumerate(rows):
         tokens[i, : len(texts[row])] = texts[row]
         mask[i, : len(texts[row])] = 1
@@ -185,7 +197,7 @@ def train(
 
     Args:
         encoder_params: the pretrained encoder, replicated; not changed.
-        levels: (n, 3) int32, 1..5.
+        levels: (n, 3) float32 in [1, 5]; nan is unknown.
         pooled: (n, D), the texts' `features` by that encoder.
         chosen: (n,) bool, the rows to train on; nothing of the others is used.
         stream: separates this training's order of rows from others of the same seed.

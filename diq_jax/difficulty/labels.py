@@ -18,6 +18,7 @@ from diq_jax.data import sources
 FIELD = "difficulty.source"
 LEVELS = 5
 COLUMNS = {p: f"difficulty_{p}" for p in config.PERSPECTIVES}
+P_CORRECT = "p_correct"
 
 
 def is_columns(source: str) -> bool:
@@ -57,10 +58,16 @@ def column_scores(
 
 
 def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
-    """Questions, and their levels (n, 3) int32 in 1..5 in the order of config.PERSPECTIVES.
+    """Questions, and their levels (n, 3) float32 in [1, 5] in the order of config.PERSPECTIVES.
+
+    A row holds the columns difficulty_knowledge, difficulty_reasoning and difficulty_overall
+    (integers), or `p_correct`, the share of those asked (people or models) who answered right: its
+    overall level is 1 + 4 (1 - p), so that the levels meet at 0.875, 0.625, 0.375 and 0.125, and
+    the other two are nan, unknown. `options` ({letter: text}) are part of the question.
 
     Raises:
-        UserError: no rows, a row without a question, a level that is no integer in 1..5.
+        UserError: no rows, a row without a question, a level that is no integer in 1..5, a
+            p_correct outside [0, 1].
     """
     questions, levels = [], []
     for row, where in sources.read_rows(source, FIELD, sample="pool"):
@@ -69,18 +76,34 @@ def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
         if not isinstance(question, str) or not question.strip():
             got = repr(question) if "question" in row else f"columns {', '.join(row)}"
             raise errors.UserError(f"{place}: question must be a text; got {got}.")
-        expected = f"an integer in 1..{LEVELS}"
-        found = [_level(row, column, place, expected) for column in COLUMNS.values()]
-        for column, level in zip(COLUMNS.values(), found, strict=True):
-            if level != int(level):
-                raise errors.UserError(
-                    f"{place}: {column} must be {expected}; got {row[column]!r}."
-                )
+        options = row.get("options")
+        if isinstance(options, Mapping):
+            choices = [f"{letter}. {text}" for letter, text in options.items()]
+            question = "\n".join([question, *choices])
+        measured = P_CORRECT in row and not any(column in row for column in COLUMNS.values())
+        levels.append(_from_share(row, place) if measured else _likert(row, place))
         questions.append(question)
-        levels.append(found)
     if not questions:
         raise errors.UserError(f"{FIELD} holds no rows: {source}.")
-    return questions, np.array(levels, np.int32)
+    return questions, np.array(levels, np.float32)
+
+
+def _likert(row, place):
+    expected = f"an integer in 1..{LEVELS}"
+    found = [_level(row, column, place, expected) for column in COLUMNS.values()]
+    for column, level in zip(COLUMNS.values(), found, strict=True):
+        if level != int(level):
+            raise errors.UserError(f"{place}: {column} must be {expected}; got {row[column]!r}.")
+    return found
+
+
+def _from_share(row, place):
+    value = row[P_CORRECT]
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if not ok:
+        raise errors.UserError(f"{place}: {P_CORRECT} must be in [0, 1]; got {value!r}.")
+    overall = 1 + (LEVELS - 1) * (1 - value)
+    return [overall if p == "overall" else math.nan for p in config.PERSPECTIVES]
 
 
 def fingerprint(source: str) -> str:

@@ -31,7 +31,7 @@ class Task:
 
     Attributes:
         texts: token ids of each.
-        labelled: (n,) the text of each labelled row; levels (n, 3) are its labels.
+        labelled: (n,) the text of each labelled row; levels (n, 3) are its labels, nan unknown.
         pool: (rows,) the text of each pool row.
         parts: (texts,) from labels.assign_parts.
     """
@@ -102,21 +102,25 @@ def measure(levels, expected, lengths, folds: int) -> dict[str, Any]:
     """Cross-validated agreement with the labels, beside what needs no model.
 
     Args:
-        levels: (n, 3) labels; expected: (n, 3) out-of-fold expected levels.
+        levels: (n, 3) labels, nan unknown; expected: (n, 3) out-of-fold expected levels.
         lengths: (n,) of the questions.
 
     Returns:
-        rows, folds, perspectives: {name: spearman, mae (levels), kappa (quadratic weights, of the
-        rounded level), baselines: {question length, median level}}; None where undefined. The
-        median is that of all labels: a little better than any that a fold could know.
+        rows, folds, and for perspectives that have labels {name: spearman, mae (levels), kappa
+        (quadratic weights, of the rounded level), baselines: {question length, median level}}; None
+        where undefined. The median is that of all labels: a little better than any that a fold
+        could know.
     """
     found = {}
     for i, perspective in enumerate(config.PERSPECTIVES):
-        label = levels[:, i]
+        known = np.isfinite(levels[:, i])
+        if not known.any():
+            continue
+        label, level, length = levels[known, i], expected[known, i], lengths[known]
         median = np.full(len(label), np.median(label))
-        found[perspective] = _agreement(label, expected[:, i]) | {
+        found[perspective] = _agreement(label, level) | {
             "baselines": {
-                "question length": {"spearman": metrics.finite(metrics.spearman(lengths, label))},
+                "question length": {"spearman": metrics.finite(metrics.spearman(length, label))},
                 "median level": _agreement(label, median),
             }
         }
@@ -128,7 +132,9 @@ def _agreement(label, level):
     return {
         "spearman": metrics.finite(metrics.spearman(level, label)),
         "mae": float(np.mean(np.abs(level - label))),
-        "kappa": metrics.finite(metrics.quadratic_kappa(label, rounded, labels.LEVELS)),
+        "kappa": metrics.finite(
+            metrics.quadratic_kappa(np.rint(label).astype(int), rounded, labels.LEVELS)
+        ),
     }
 
 
@@ -136,6 +142,12 @@ def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dic
     """(scores of the pool rows, metrics, token counts)."""
     settings = context.config.difficulty
     questions, levels = labels.labelled_rows(settings.source)
+    labelled = np.isfinite(levels).any(axis=0)
+    if not labelled[config.PERSPECTIVES.index(settings.perspective)]:
+        raise errors.UserError(
+            f"difficulty.perspective={settings.perspective}, but {labels.FIELD} labels only "
+            f"{', '.join(np.array(config.PERSPECTIVES)[labelled])}."
+        )
     pretrained = _load(context)
     task = _task(context, pool, questions, levels, pretrained.cfg)
     with artifacts.Journal(context.path(f"{PARTIAL}/scores.jsonl")) as journal:
@@ -144,6 +156,7 @@ def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dic
         for entry in journal.entries:
             probabilities[entry["texts"]] = entry["probabilities"]
     expected = classifier.expected_level(probabilities)
+    expected[:, ~labelled] = np.nan  # nobody has labelled the perspective
     lengths = np.array([len(question) for question in questions])
     measured = measure(levels, expected[task.labelled], lengths, settings.folds)
     scores = expected[task.pool]

@@ -118,6 +118,15 @@ def test_width(length, expected):
     assert classifier.width(length, 90) == expected
 
 
+def test_a_level_between_two_belongs_to_both_and_an_unknown_one_to_none():
+    logits = jnp.asarray([[0.0, 1.0, 2.0, 0.5, -1.0]] * 4)
+    log_p = np.asarray(jax.nn.log_softmax(logits[0]))
+    got = classifier.log_likelihoods(logits, jnp.asarray([2.0, 3.25, 5.0, np.nan]))
+    # 3.25 is three quarters level 3 and one quarter level 4.
+    expected = [log_p[1], 0.75 * log_p[2] + 0.25 * log_p[3], log_p[4], 0.0]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_heads_are_the_optimum_and_blind_to_rows_of_weight_0():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 6)).astype(np.float32)

@@ -243,6 +243,21 @@ def test_bad_settings_are_named(run, change, message):
         run("a", rows, rows, **change)
 
 
+def test_shares_of_right_answers_label_one_perspective(run):
+    """The others are nan, in the scores as in the metrics, and cannot be asked for."""
+    rows = labelled()
+    items = [{"id": r["id"], "question": r["question"], "p_correct": i / 23}
+             for i, r in enumerate(rows)]  # fmt: skip
+    context, found = run("a", items, rows, epochs=0)
+    assert list(found["metrics"]["perspectives"]) == ["overall"]
+    values = scores(context)
+    assert np.isnan(values[:, :2]).all() and np.isfinite(values[:, 2]).all()
+    with pytest.raises(
+        errors.UserError, match=r"=knowledge, but difficulty\.source labels only ov"
+    ):
+        run("b", items, rows, epochs=0, perspective="knowledge")
+
+
 def test_measure_of_a_perfect_and_of_a_constant_classifier():
     levels = np.repeat([[1], [2], [3], [4], [5]], 3, axis=1)
     perfect = stage.measure(levels, levels.astype(float), np.arange(5), 5)["perspectives"]

@@ -29,7 +29,22 @@ def test_labelled_rows_keep_their_order(tmp_path):
     questions, levels = labels.labelled_rows(write(tmp_path / "l.jsonl", rows))
     assert questions == ["Why?", "How?"]
     np.testing.assert_array_equal(levels, [[1, 3, 5], [1, 3, 2]])
-    assert levels.dtype == np.int32
+    assert levels.dtype == np.float32
+
+
+def test_a_share_of_right_answers_is_a_level(tmp_path):
+    """1 + 4 (1 - p): 1, 2.2 and 5; the options are part of the question."""
+    options = {"A": "this", "B": "that"}
+    rows = [{"question": "Why?", "p_correct": p, "options": options} for p in (1, 0.7, 0.0)]
+    questions, levels = labels.labelled_rows(write(tmp_path / "l.jsonl", rows))
+    assert questions == ["Why?\nA. this\nB. that"] * 3
+    np.testing.assert_allclose(levels[:, 2], [1, 2.2, 5], rtol=1e-6)
+    assert np.isnan(levels[:, :2]).all()
+    for bad in (1.1, True, "0.5", None):
+        source = write(tmp_path / "bad.jsonl", [rows[0], rows[1] | {"p_correct": bad}])
+        message = rf"bad.jsonl:2: p_correct must be in \[0, 1\]; got {bad!r}"
+        with pytest.raises(errors.UserError, match=message):
+            labels.labelled_rows(source)
 
 
 def test_sample_is_the_shipped_pool():
