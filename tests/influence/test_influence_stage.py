@@ -134,6 +134,27 @@ def test_adam_agrees_between_engines_after_a_warm_up(made, tmp_path):
     assert (np.abs(exact - projected) < bound).all()
 
 
+def test_gauss_newton_with_much_damping_is_the_mean_direction(made, tmp_path):
+    """(G + lambda)^-1 gbar -> gbar / lambda. With little damping the residuals of the solution fall
+    and stand in stage.json.
+    """
+    expected = influence(pq.read_table(made / "exact" / TABLE))
+    solver = {"influence.direction": "gauss_newton", "influence.gauss_newton.examples": 10}
+
+    def solved(name, damping):
+        changes = solver | {"influence.gauss_newton.damping": damping}
+        got = influence(run(made, tmp_path / name, changes))
+        record = artifacts.read_json(tmp_path / name / "influence/stage.json")
+        return got, record["directions"]["mean"]
+
+    got, about = solved("much", 1e4)
+    close = 1e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(got * about["lambda"], expected, atol=close)
+    got, about = solved("little", 0.1)
+    assert about["residuals"][-1] < 0.5 * about["residuals"][0]
+    assert np.abs(got * about["lambda"] - expected).max() > 10 * close
+
+
 def test_less_ranks_by_the_best_task(made, tmp_path):
     changes = {
         "influence.engine": "projected",
