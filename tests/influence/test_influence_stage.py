@@ -130,7 +130,7 @@ def test_adam_agrees_between_engines_after_a_warm_up(made, tmp_path):
     for k, point in enumerate(record["checkpoints"]):
         opened = store.open_store(tmp_path / f"projected/influence/store-epoch-{k + 1}")
         norms = np.linalg.norm(opened.rows(0, len(opened)), axis=1)
-        bound += point["share"] * norms * point["direction_norms"]["mean"] * 5 / np.sqrt(2048)
+        bound += point["share"] * norms * point["directions"]["mean"]["norm"] * 5 / np.sqrt(2048)
     assert (np.abs(exact - projected) < bound).all()
 
 
