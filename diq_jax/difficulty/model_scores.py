@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from diq_jax.common import artifacts, devices, errors, progress, stages
 from diq_jax.data import batches, chat, encoded, example
-from diq_jax.models import checkpoint, decoder, load, loss, tokenizer
+from diq_jax.models import checkpoint, load, loss, tokenizer
 
 PARTIAL = "difficulty/partial/model-scores"  # what a killed run continues from
 SCORES = "difficulty/model_scores.parquet"
@@ -124,7 +124,7 @@ def embeddings(hidden, batch):
 
 def conditional(params, directions, batch, cfg) -> Conditional:
     """Losses given the prompt, and products of the unit embedding with `directions` (K, D)."""
-    hidden = _hidden(params, batch, cfg)
+    hidden = loss.hidden_states(params, cfg, batch)
     values = loss.answer_losses(params, cfg, hidden, batch)
     weights = loss.token_weights(batch, "mean")
     others = jnp.maximum(jnp.sum(batch.loss_mask[:, 1:], axis=1), 1.0)
@@ -168,10 +168,6 @@ def reasoning_tokens(texts: Sequence[str], tok: chat.Tokenizer, template: str) -
     return np.array([len(ids) for ids in found["input_ids"]], np.int32)
 
 
-def _hidden(params, batch, cfg):
-    return decoder.apply(params, cfg, batch.tokens, batch.positions, batch.segment_ids)
-
-
 def _ifd(pool, alone, with_prompt, direct) -> np.ndarray:
     """(n,) float64; both losses are over the tokens that the completion alone can score."""
     out = np.full(len(pool), np.nan)
@@ -187,7 +183,7 @@ def _embed(context, model, targets) -> np.ndarray:
     """(Q, D) float32."""
 
     def embed(params, batch):
-        return embeddings(_hidden(params, batch, model.cfg), batch)
+        return embeddings(loss.hidden_states(params, model.cfg, batch), batch)
 
     step = context.placement.compile(embed, rows=True)
     out = np.zeros((len(targets), model.cfg.model_dim), np.float32)
