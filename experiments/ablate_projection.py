@@ -23,7 +23,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, cli, config, devices, errors, metrics, stages, trees
+from diq_jax.common import (
+    artifacts,
+    cli,
+    devices,
+    errors,
+    influence_config,
+    metrics,
+    stages,
+    trees,
+)
 from diq_jax.data import encoded
 from diq_jax.influence import direction, engines, per_example, projection, scoring
 from diq_jax.models import load
@@ -51,9 +60,9 @@ class Variant:
         return f"{self.kind}/{self.dim}/{self.seed}"
 
     @property
-    def settings(self) -> config.Projection:
+    def settings(self) -> influence_config.Projection:
         kind = "rademacher" if self.kind == "factored" else self.kind
-        return config.Projection(kind=kind, dim=self.dim, seed=self.seed)
+        return influence_config.Projection(kind=kind, dim=self.dim, seed=self.seed)
 
 
 def read_variants(parameters: str) -> list[Variant]:

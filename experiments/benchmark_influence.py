@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, trees
+from diq_jax.common import artifacts, cli, config, devices, errors, influence_config, trees
 from diq_jax.data import batches, example, sources
 from diq_jax.influence import direction, exact, factored, per_example, projection
 from diq_jax.models import hf, load
@@ -73,21 +73,21 @@ def programs(model: load.Model, batch, placement) -> dict:
     """{name: (compiled function, arguments, numbers kept for an example)}."""
     bound = {"cfg": model.cfg, "reduction": "mean"}
     everything, lora = (
-        direction.make_space(model, config.Influence(parameters=name), placement)
+        direction.make_space(model, influence_config.Influence(parameters=name), placement)
         for name in ("all", "lora")
     )
 
     def training(chosen, rest, batch):
         return jax.grad(lambda c: direction.losses(c, rest, batch, **bound).mean())(chosen)
 
-    settings = config.Influence()
+    settings = influence_config.Influence()
 
     def gradients(kind, dim):
         """vmap(grad) and its projection; without a kind, its norm, so that nothing is left out."""
 
         def apply(found):
             if kind:
-                return projection.project(found, config.Projection(kind=kind, dim=dim))
+                return projection.project(found, influence_config.Projection(kind=kind, dim=dim))
             return jax.vmap(lambda g: trees.vdot(g, g))(found)
 
         def rows(chosen, rest, batch):
@@ -108,7 +108,7 @@ def programs(model: load.Model, batch, placement) -> dict:
     thin = direction.stack([noise], [1.0], RANK.value)
     along_lora = direction.stack([jax.tree.map(jnp.ones_like, lora[0])], [1.0])
     layout = factored.make_layout(
-        direction.shapes(everything, placement), config.Projection(dim=FACTORED_DIM.value)
+        direction.shapes(everything, placement), influence_config.Projection(dim=FACTORED_DIM.value)
     )
 
     def probes(params, maps, batch):

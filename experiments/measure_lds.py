@@ -26,7 +26,17 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, metrics, progress, trees
+from diq_jax.common import (
+    artifacts,
+    cli,
+    config,
+    devices,
+    errors,
+    influence_config,
+    metrics,
+    progress,
+    trees,
+)
 from diq_jax.data import batches, chat, example, sources
 from diq_jax.influence import curvature, datamodel, direction, exact, projection, warmup
 from diq_jax.models import config as model_config
@@ -198,7 +208,7 @@ def gauss_newton(space, goals, parts, cfg) -> list:
         total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), images)
         return jax.tree.map(lambda x: x / rows, total)
 
-    settings = config.GaussNewton()
+    settings = influence_config.GaussNewton()
     limits = settings.damping, settings.iterations, settings.tolerance
     solved = []
     with progress.Progress("gauss_newton", len(goals)) as bar:
@@ -225,7 +235,7 @@ def projected(space, goals, parts, cfg) -> dict[str, np.ndarray]:
     found, dims = {}, sorted(int(d) for d in DIMS.value)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *goals)
     for dim in dims:
-        settings = config.Projection(dim=dim)
+        settings = influence_config.Projection(dim=dim)
 
         @jax.jit
         def sketch(tree, settings=settings):

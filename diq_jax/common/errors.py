@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -23,3 +24,9 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
         raise UserError(
             f"{field} must be one of {', '.join(choices)}; got {value!r}.{nearest(value, choices)}"
         )
+
+
+def check(field: str, ok: bool, expected: str, value: Any) -> None:
+    """Raises UserError unless `ok`."""
+    if not ok:
+        raise UserError(f"{field} must be {expected}; got {value!r}.")

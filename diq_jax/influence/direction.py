@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import config, devices, trees
+from diq_jax.common import devices, influence_config, trees
 from diq_jax.models import load, lora, loss
 
 # Randomised truncated SVD (Halko et al., arXiv 0909.4061): columns beyond the rank, and passes.
@@ -116,7 +116,9 @@ def from_peft(folder: str, cfg, chosen) -> Direction:
     return Direction(nothing, factors, jnp.ones(1))
 
 
-def make_space(model: load.Model, settings: config.Influence, placement: devices.Placement):
+def make_space(
+    model: load.Model, settings: influence_config.Influence, placement: devices.Placement
+):
     """The space that influence.parameters names: `all`, `lora`, or a regex over parameter paths.
 
     Returns:

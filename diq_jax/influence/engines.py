@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax.common import config, devices, trees
+from diq_jax.common import devices, influence_config, trees
 from diq_jax.influence import direction, exact, factored, per_example, projection, warmup
 
 
@@ -55,7 +55,7 @@ def exact_step(space, v: direction.Direction, settings, cfg, placement) -> Calla
 
 def open_rows(
     space,
-    settings: config.Influence,
+    settings: influence_config.Influence,
     cfg,
     placement: devices.Placement,
     checkpoint: warmup.Checkpoint | None,

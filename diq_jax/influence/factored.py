@@ -21,7 +21,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import config, errors, trees
+from diq_jax.common import errors, influence_config, trees
 from diq_jax.influence import direction, projection
 from diq_jax.models import layers, loss
 
@@ -40,7 +40,7 @@ class Layout:
     matrices: dict[str, tuple[int, int, int]]
     vectors: tuple[str, ...]
     rank: int
-    sketch: config.Projection | None
+    sketch: influence_config.Projection | None
     seed: int
 
     @property
@@ -52,7 +52,9 @@ class Layout:
         return self.matrix_dim + (self.sketch.dim if self.sketch else 0)
 
 
-def make_layout(shapes: dict[str, tuple[int, ...]], settings: config.Projection) -> Layout:
+def make_layout(
+    shapes: dict[str, tuple[int, ...]], settings: influence_config.Projection
+) -> Layout:
     """Spreads projection.dim over the chosen parameters, {path: shape}.
 
     With rank 0, P is the largest that leaves the vectors a sixteenth of dim, or their number if

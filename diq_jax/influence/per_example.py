@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import config, trees
+from diq_jax.common import influence_config, trees
 from diq_jax.influence import direction
 
 
@@ -32,7 +32,7 @@ def gradients(chosen, rest, batch, cfg, reduction, remat=False):
 
 
 def map_gradients(
-    apply: Callable, space, batch, cfg, reduction, settings: config.Influence, shards: int
+    apply: Callable, space, batch, cfg, reduction, settings: influence_config.Influence, shards: int
 ):
     """apply(gradients of some rows) for all rows: those gradients in microbatches, then `apply` on
     as many as gradient_bytes hold. (A dense projection costs the same for one gradient as for a
@@ -58,13 +58,13 @@ def map_gradients(
     return _in_parts(step, batch, held, shards)
 
 
-def in_microbatches(fn: Callable, batch, settings: config.Influence, shards: int):
+def in_microbatches(fn: Callable, batch, settings: influence_config.Influence, shards: int):
     """fn(batch), of outputs (B, ...), on as many rows at a time as `microbatch_tokens` hold."""
     rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
     return _in_parts(fn, batch, _divisor(rows, microbatch_tokens(settings) // tokens), shards)
 
 
-def microbatch_tokens(settings: config.Influence) -> int:
+def microbatch_tokens(settings: influence_config.Influence) -> int:
     """Tokens whose activations a device holds at once for a backward pass: the setting's, or by
     backend. A CPU is fastest while they are few (fresh memory costs more than arithmetic), a GPU or
     TPU while its products are large.

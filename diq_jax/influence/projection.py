@@ -20,13 +20,13 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import config, errors, trees
+from diq_jax.common import errors, influence_config, trees
 
 ATOM = 32  # coordinates of a dense block: a uint32 holds their signs for one output
 BUCKETS = 2  # of the sparse kind: more spreads single large coordinates, and costs as much again
 
 
-def check(settings: config.Projection, size: int) -> None:
+def check(settings: influence_config.Projection, size: int) -> None:
     """Raises UserError where `size` parameters cannot be projected as `settings` say."""
     if settings.dim > size:
         raise errors.UserError(
@@ -35,7 +35,7 @@ def check(settings: config.Projection, size: int) -> None:
         )
 
 
-def project(gradients, settings: config.Projection):
+def project(gradients, settings: influence_config.Projection):
     """Projects a batch of gradients.
 
     Args:

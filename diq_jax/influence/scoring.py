@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax.common import artifacts, config, devices, errors, progress, stages, trees
+from diq_jax.common import artifacts, devices, errors, influence_config, progress, stages, trees
 from diq_jax.data import batches, example, packing
 from diq_jax.influence import curvature, direction, engines, per_example, store, warmup
 from diq_jax.models import load
@@ -28,7 +28,7 @@ class Task:
     made_from: dict[str, Any]  # of the gradient store: weights, data, parameters
 
     @property
-    def settings(self) -> config.Influence:
+    def settings(self) -> influence_config.Influence:
         return self.context.config.influence
 
     @property
@@ -63,8 +63,8 @@ class Scored:
 def exact_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -> Scored:
     """By forward mode along the targets' directions; a journal holds what is done."""
     settings = task.settings
-    if settings.direction.startswith(config.PEFT_DIRECTION):
-        folder = settings.direction.removeprefix(config.PEFT_DIRECTION)
+    if settings.direction.startswith(influence_config.PEFT_DIRECTION):
+        folder = settings.direction.removeprefix(influence_config.PEFT_DIRECTION)
         v, record = direction.from_peft(folder, task.model.cfg, space[0]), {}
     else:
         found = list(directions(task, space, point))

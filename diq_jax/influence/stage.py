@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, config, errors, metrics, stages
+from diq_jax.common import artifacts, errors, influence_config, metrics, stages
 from diq_jax.data import encoded
 from diq_jax.influence import direction, scoring, warmup
 from diq_jax.models import checkpoint, load
@@ -20,8 +20,10 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
     settings = context.config.influence
     found = {"model.path": _weights(context)}
     folders = {"influence.lora.path": settings.lora.path if settings.parameters == "lora" else ""}
-    if settings.direction.startswith(config.PEFT_DIRECTION):
-        folders["influence.direction"] = settings.direction.removeprefix(config.PEFT_DIRECTION)
+    if settings.direction.startswith(influence_config.PEFT_DIRECTION):
+        folders["influence.direction"] = settings.direction.removeprefix(
+            influence_config.PEFT_DIRECTION
+        )
     for field, folder in folders.items():
         weights = pathlib.Path(folder) / "adapter_model.safetensors"
         if folder and weights.is_file():

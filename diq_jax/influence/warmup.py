@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from diq_jax.common import artifacts, config, devices, progress, trees
+from diq_jax.common import artifacts, devices, influence_config, progress, trees
 from diq_jax.data import example, steps
 from diq_jax.influence import direction
 
@@ -42,7 +42,7 @@ class Checkpoint:
 def run(
     space,
     pool: Sequence[example.Encoded],
-    settings: config.Influence,
+    settings: influence_config.Influence,
     cfg,
     placement: devices.Placement,
     folder,
@@ -80,7 +80,7 @@ def run(
     return [(state, share / sum(shares)) for state, share in zip(made, shares, strict=True)]
 
 
-def schedule(settings: config.Warmup, total_steps: int) -> optax.Schedule:
+def schedule(settings: influence_config.Warmup, total_steps: int) -> optax.Schedule:
     """Linear warm-up from the peak / (warm-up steps + 1), then linear to 0 after the last step."""
     rising = math.ceil(WARMUP_RATIO * total_steps)
     peak = settings.learning_rate

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diq_jax.common import artifacts, config, errors, metrics, trees
+from diq_jax.common import artifacts, config, errors, influence_config, metrics, trees
 
 
 def changed(**fields):
@@ -26,7 +26,8 @@ def changed(**fields):
 def test_every_field_is_documented_and_resolves():
     cfg = config.resolve(changed())
     assert cfg.influence.lora.rank == 8
-    source = pathlib.Path(config.__file__).read_text(encoding="utf-8").splitlines()
+    files = (pathlib.Path(module.__file__) for module in (config, influence_config))
+    source = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     for name in config.field_names():
         field = name.rsplit(".", 1)[-1]
         found = [i for i, line in enumerate(source) if line.startswith(f"    {field}: ")]

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax import flatten_util
 
-from diq_jax.common import config, trees
+from diq_jax.common import influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import curvature, direction
 from diq_jax.models import decoder, loss
@@ -51,7 +51,7 @@ def dense(space, batch, cfg, reduction):
 def test_a_product_equals_the_dense_matrix(family, parameters, reduction, monkeypatch):
     monkeypatch.setattr(loss, "HEAD_BLOCK", 15)  # several blocks, the last one padded
     model = tiny.model(**family)
-    settings = config.Influence(parameters=parameters)
+    settings = influence_config.Influence(parameters=parameters)
     space = direction.make_space(model, settings, tiny.placement())
     v = oracle.random_like(space[0], 1)
     got = curvature.product(*space, v, BATCH, model.cfg, reduction)
@@ -90,7 +90,7 @@ def test_conjugate_gradients_solve_the_system():
 def test_the_matrix_is_the_mean_over_examples_in_any_batches():
     model = tiny.model()
     place = tiny.placement()
-    space = direction.make_space(model, config.Influence(parameters="mlp"), place)
+    space = direction.make_space(model, influence_config.Influence(parameters="mlp"), place)
     v = oracle.random_like(space[0], 2)
 
     def product(tokens):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import config
+from diq_jax.common import influence_config
 from diq_jax.data import batches, packing
 from diq_jax.influence import direction, engines
 
@@ -22,14 +22,17 @@ from diq_jax.models import decoder, load
 assert len(jax.devices()) == 8
 model, targets, rows = tiny.model(tied_head=False), tiny.rows(5, 20, 7), tiny.rows(11, 24, 1)
 ENGINES = {
-    "exact": config.Influence(),
-    "packed": config.Influence(packing=True),
-    "thin": config.Influence(direction_rank=3),
-    "projected": config.Influence(engine="projected", parameters="lora", gradient_bytes=20_000,
-                                  projection=config.Projection(dim=32)),
-    "sparse": config.Influence(engine="projected", parameters="attn|norm",
-                               projection=config.Projection(kind="sparse", dim=32)),
-    "factored": config.Influence(engine="factored", projection=config.Projection(dim=100)),
+    "exact": influence_config.Influence(),
+    "packed": influence_config.Influence(packing=True),
+    "thin": influence_config.Influence(direction_rank=3),
+    "projected": influence_config.Influence(
+        engine="projected", parameters="lora", gradient_bytes=20_000,
+        projection=influence_config.Projection(dim=32)),
+    "sparse": influence_config.Influence(
+        engine="projected", parameters="attn|norm",
+        projection=influence_config.Projection(kind="sparse", dim=32)),
+    "factored": influence_config.Influence(
+        engine="factored", projection=influence_config.Projection(dim=100)),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 def score(settings, rows=rows, **parallel):
@@ -106,17 +109,23 @@ def test_eight_devices_mesh_and_pmap_equal_one(pytestconfig):
 
 
 STEPS = {
-    "exact": config.Influence(),
-    "thin": config.Influence(direction_rank=3),
-    "packed": config.Influence(packing=True, per_token=True),
-    "rademacher": config.Influence(engine="projected", projection=config.Projection(dim=32)),
-    "gaussian": config.Influence(
-        engine="projected", projection=config.Projection(kind="gaussian", dim=32)
+    "exact": influence_config.Influence(),
+    "thin": influence_config.Influence(direction_rank=3),
+    "packed": influence_config.Influence(packing=True, per_token=True),
+    "rademacher": influence_config.Influence(
+        engine="projected", projection=influence_config.Projection(dim=32)
     ),
-    "sparse": config.Influence(
-        engine="projected", parameters="lora", projection=config.Projection(kind="sparse", dim=32)
+    "gaussian": influence_config.Influence(
+        engine="projected", projection=influence_config.Projection(kind="gaussian", dim=32)
     ),
-    "factored": config.Influence(engine="factored", projection=config.Projection(dim=100)),
+    "sparse": influence_config.Influence(
+        engine="projected",
+        parameters="lora",
+        projection=influence_config.Projection(kind="sparse", dim=32),
+    ),
+    "factored": influence_config.Influence(
+        engine="factored", projection=influence_config.Projection(dim=100)
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 
-from diq_jax.common import config, errors, trees
+from diq_jax.common import errors, influence_config, trees
 from diq_jax.data import batches, packing
 from diq_jax.influence import direction, engines, exact, factored, per_example
 from diq_jax.models import lora
@@ -22,7 +22,7 @@ BATCH = batches.make_batch(ROWS, 8, 24, 24)  # two rows are padding
 
 
 def make_space(model, **settings):
-    settings = config.Influence(**({"lora": config.InfluenceLora(rank=2)} | settings))
+    settings = influence_config.Influence(**({"lora": influence_config.Lora(rank=2)} | settings))
     return direction.make_space(model, settings, tiny.placement())
 
 
@@ -49,7 +49,7 @@ def score(space, v, batch, cfg, per_token=False):
 def test_per_example_gradients_equal_the_oracle(parameters, limits):
     model = tiny.model(qkv_bias=True)
     space = make_space(model, parameters=parameters)
-    settings = config.Influence(gradient_bytes=limits[0], microbatch_tokens=limits[1])
+    settings = influence_config.Influence(gradient_bytes=limits[0], microbatch_tokens=limits[1])
 
     @jax.jit
     def flat(batch):
@@ -75,7 +75,7 @@ def test_factored_equals_the_two_sided_projection_of_the_oracle(family, paramete
     model = tiny.model(**FAMILIES[family])
     space = make_space(model, parameters=parameters)
     layout = factored.make_layout(
-        direction.shapes(space, tiny.placement()), config.Projection(dim=800)
+        direction.shapes(space, tiny.placement()), influence_config.Projection(dim=800)
     )
     maps = factored.make_maps(layout)
     assert layout.rank >= 2 and layout.dim <= 800
@@ -111,7 +111,7 @@ def test_factored_is_unbiased():
     space = make_space(model, parameters="mlp")
     found = oracle.gradients(*space, BATCH, model.cfg)
     layout = factored.make_layout(
-        direction.shapes(space, tiny.placement()), config.Projection(dim=48)
+        direction.shapes(space, tiny.placement()), influence_config.Projection(dim=48)
     )
 
     @jax.jit
@@ -137,7 +137,7 @@ def test_factored_is_unbiased():
 def test_a_factored_projection_without_room_is_refused(dim, rank, message):
     shapes = direction.shapes(make_space(tiny.model()), tiny.placement())
     with pytest.raises(errors.UserError, match=message):
-        factored.make_layout(shapes, config.Projection(dim=dim, rank=rank))
+        factored.make_layout(shapes, influence_config.Projection(dim=dim, rank=rank))
 
 
 @pytest.mark.parametrize("family", ["tied", "untied-biases"])
@@ -232,10 +232,10 @@ def test_packed_rows_score_as_bucketed_ones(rank):
 def test_lora_and_regex_engines_agree_with_exact():
     """projected: <P g, P v> is unbiased for exact's score, with error about |g| |v| / sqrt(dim)."""
     model = tiny.model()
-    settings = config.Influence(
+    settings = influence_config.Influence(
         engine="projected",
-        projection=config.Projection(kind="sparse", dim=512),
-        lora=config.InfluenceLora(rank=8),
+        projection=influence_config.Projection(kind="sparse", dim=512),
+        lora=influence_config.Lora(rank=8),
         parameters="lora",
     )
     space = direction.make_space(model, settings, tiny.placement())

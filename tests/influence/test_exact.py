@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import config, errors, trees
+from diq_jax.common import errors, influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import direction, exact
 
@@ -25,7 +25,7 @@ CASES = {
 
 
 def settings(**changes):
-    return config.Influence(**({"lora": config.InfluenceLora(rank=2)} | changes))
+    return influence_config.Influence(**({"lora": influence_config.Lora(rank=2)} | changes))
 
 
 def batch_of(rows, b=None, t=24, side="right"):
@@ -112,7 +112,7 @@ def test_batch_order_size_and_padding_change_nothing():
 def test_zero_b_blinds_the_gradient_of_a_and_a_fresh_b_does_not():
     model = tiny.model()
     for zero_b in (True, False):
-        lora = config.InfluenceLora(rank=2, zero_b=zero_b)
+        lora = influence_config.Lora(rank=2, zero_b=zero_b)
         space = direction.make_space(
             model, settings(parameters="lora", lora=lora), tiny.placement()
         )

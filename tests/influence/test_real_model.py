@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from diq_jax import pipeline
-from diq_jax.common import config, metrics, stages
+from diq_jax.common import config, influence_config, metrics, stages
 from diq_jax.data import batches, encoded
 from diq_jax.influence import direction, exact
 from diq_jax.models import decoder, hf, load
@@ -67,7 +67,7 @@ def test_logits_and_losses_equal_torch(real):
 @pytest.mark.slow
 def test_influence_ranks_real_rows_as_torch_autograd_does(real):
     model, theirs, pool, targets = real
-    space = direction.make_space(model, config.Influence(), tiny.placement())
+    space = direction.make_space(model, influence_config.Influence(), tiny.placement())
 
     def batch(rows):
         return batches.make_batch(rows, len(rows), 160, 128)

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 
-from diq_jax.common import config, errors, trees
+from diq_jax.common import errors, influence_config, trees
 from diq_jax.data import batches, steps
 from diq_jax.influence import direction, engines, warmup
 
@@ -21,11 +21,11 @@ def settings(**changes):
         "parameters": "lora",
         "normalize": "cosine",
         "direction": "less",
-        "lora": config.InfluenceLora(rank=2),
-        "projection": config.Projection(dim=64),
-        "warmup": config.Warmup(epochs=2, fraction=0.5, batch_size=3, learning_rate=1e-2),
+        "lora": influence_config.Lora(rank=2),
+        "projection": influence_config.Projection(dim=64),
+        "warmup": influence_config.Warmup(epochs=2, fraction=0.5, batch_size=3, learning_rate=1e-2),
     }
-    return config.Influence(**(values | changes))
+    return influence_config.Influence(**(values | changes))
 
 
 @pytest.fixture(scope="module", name="warm")
@@ -136,7 +136,7 @@ def test_less_equals_float64(warm):
     [
         ({"engine": "exact", "normalize": "dot"}, "needs engine=projected and normalize=cosine"),
         ({"normalize": "dot"}, "needs engine=projected and normalize=cosine"),
-        ({"warmup": config.Warmup()}, r"direction=less needs Adam's moments"),
+        ({"warmup": influence_config.Warmup()}, r"direction=less needs Adam's moments"),
         ({"direction": "adma"}, "Did you mean 'adam'"),
         ({"direction": "mean", "per_token": True}, r"per_token belongs to engine=exact"),
         ({"engine": "factored", "direction": "mean"}, "with parameters=lora use projected"),
