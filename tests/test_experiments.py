@@ -31,9 +31,10 @@ def script(name, *flags):
     )
 
 
-def ablation(made, workdir, *flags):
+def on_data(name, made, workdir, *flags):
+    """A script that takes a config, on the tiny model and data."""
     return script(
-        "ablate_projection", f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}",
+        name, f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}",
         f"--config.model.path={made / 'decoder'}", f"--config.data.pool={made / 'pool.jsonl'}",
         f"--config.data.targets={made / 'targets.jsonl'}",
         f"--config.data.tests={made / 'tests.jsonl'}", *flags,
@@ -43,7 +44,8 @@ def ablation(made, workdir, *flags):
 @pytest.mark.slow
 def test_ablation_compares_kinds_and_dimensions(made, tmp_path):
     flags = ("--kinds=sparse,factored", "--dims=64,1024", "--seeds=1")
-    ended = ablation(made, tmp_path, *flags, "--config.influence.parameters=attn|mlp")
+    flags += ("--config.influence.parameters=attn|mlp",)
+    ended = on_data("ablate_projection", made, tmp_path, *flags)
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
     found = {(row["kind"], row["dim"]): row for row in rows}
@@ -94,6 +96,39 @@ def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
 
 
 @pytest.mark.slow
+def test_length_is_measured_from_a_store(made, tmp_path):
+    flags = ("--stages=prepare,difficulty,influence", "--config.difficulty.source=columns")
+    flags += ("--config.influence.engine=projected", "--config.influence.parameters=attn")
+    flags += ("--config.influence.projection.dim=32",)
+    ran = on_data("run_diq", made, tmp_path, *flags)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    ended = script("measure_length", f"--workdir={tmp_path}", "--retention_ratio=0.25")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = json.loads((tmp_path / "length/length.json").read_text())["rows"]
+    assert rows[0]["name"] == "dot, mean loss" and len(rows) == 4
+    assert rows[0]["kept_of_plain"] == 1 and {row["selected"] for row in rows} == {6}
+    assert (tmp_path / "length/length.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
+    flags = ("--rows=8", "--subsets=4", "--targets=2", "--width=16", "--layers=1", "--dims=64",
+             "--epochs=2", "--base_epochs=1", "--tokens=250")  # fmt: skip
+    first = on_data("measure_lds", made, tmp_path, *flags)
+    assert first.returncode == 0, first.stderr[-2000:]
+    found = json.loads((tmp_path / "lds.json").read_text())
+    assert {"exact, mean", "exact, gauss_newton", "random"} <= {r["name"] for r in found["rows"]}
+    assert all(-1 <= r["low"] <= r["lds"] <= r["high"] <= 1 for r in found["rows"])
+    [journal] = tmp_path.glob("trainings-*.jsonl")
+    before = journal.read_bytes()
+    assert len(before.splitlines()) == 4 * 2
+    (tmp_path / "lds.json").unlink()
+    assert on_data("measure_lds", made, tmp_path, *flags).returncode == 0
+    assert journal.read_bytes() == before
+    assert json.loads((tmp_path / "lds.json").read_text()) == found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, flags, message",
     [
@@ -101,12 +136,16 @@ def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
         ("ablate_projection", ["--dims=many"], "--dims must be whole numbers above 0"),
         ("run_diq", ["--config=configs/huatuo_qwen3_8b.py:exct"], "Did you mean 'exact'"),
         ("score_targets", ["--targets=x", "--output=y"], "holds no finished influence stage"),
+        ("measure_length", [], "has not finished stage 'prepare'"),
+        ("measure_lds", ["--dims=0"], "--dims must be whole numbers above 0"),
         ("check_pool", ["--pool=none.jsonl"], "--pool: there is no file none.jsonl"),
         ("check_pool", ["--pool=sample", "--near_similarity=2"], "near_similarity must be in"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
-    if name in ("ablate_projection", "run_diq") and not flags[0].startswith("--config="):
+    if name in ("ablate_projection", "run_diq", "measure_lds") and not flags[0].startswith(
+        "--config="
+    ):
         flags = ["--config=configs/quickstart.py", *flags]
     if name != "check_pool":
         flags = [f"--workdir={tmp_path}", *flags]
