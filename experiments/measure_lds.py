@@ -1,7 +1,8 @@
 """Do scores predict what training does? The linear datamodeling score of each way of scoring.
 
     python experiments/measure_lds.py --config=configs/quickstart.py --workdir=runs/lds \\
-        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--dims=256,1024,4096]
+        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--vocab=2048] \
+        [--dims=256,1024,4096]
 
 A tiny model with the config's tokenizer is trained on rows of data.pool that are left aside (the
 base), then from there on many random halves of --rows other rows. LDS is the Spearman correlation,
@@ -13,6 +14,7 @@ Intervals are over targets and halves. `reliability` is the LDS of one training 
 another's, carried over to their mean: no score can be expected above its root.
 """
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -50,6 +52,9 @@ SEEDS = flags.DEFINE_integer("seeds", 2, "Trainings on each half, averaged.", lo
 TARGETS = flags.DEFINE_integer("targets", 32, "Drawn from data.targets.", lower_bound=2)
 TOKENS = flags.DEFINE_integer("tokens", 128, "Longer rows are cut.", lower_bound=16)
 WIDTH = flags.DEFINE_integer("width", 64, "Of the tiny model; heads of 16.", lower_bound=16)
+VOCAB = flags.DEFINE_integer(
+    "vocab", 2048, "Most frequent tokens; the rest are one.", lower_bound=2
+)
 LAYERS = flags.DEFINE_integer("layers", 2, "Of the tiny model.", lower_bound=1)
 BASE_EPOCHS = flags.DEFINE_integer("base_epochs", 4, "Over the rows left aside.", lower_bound=1)
 EPOCHS = flags.DEFINE_integer("epochs", 3, "Over each half.", lower_bound=1)
@@ -72,7 +77,9 @@ class Setting:
 
 
 def encode(cfg: config.Config) -> tuple[list, list, list]:
-    """(base rows, pool rows, targets), with the tokens that occur numbered anew from 0."""
+    """(base rows, pool rows, targets), with the --vocab most frequent tokens numbered from 1 and all
+    others 0: of a tiny model's cost, nearly all is its vocabulary.
+    """
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     found = sources.load_pool(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
     goals = sources.load_targets(cfg.data.targets, 0, cfg.data.seed, cfg.data.columns)
@@ -91,10 +98,11 @@ def encode(cfg: config.Config) -> tuple[list, list, list]:
         [rows[i] for i in sorted(drawn)],
         [goals[i] for i in example.draw(goals, TARGETS.value, cfg.data.seed)],
     )
-    used = np.unique(np.concatenate([row.input_ids for part in parts for row in part]))
+    used = collections.Counter(i for part in parts for row in part for i in row.input_ids.tolist())
+    number = {token: n for n, (token, _) in enumerate(used.most_common(VOCAB.value - 1), start=1)}
 
     def renumber(row):
-        ids = np.searchsorted(used, row.input_ids).astype(np.int32)
+        ids = np.array([number.get(i, 0) for i in row.input_ids.tolist()], np.int32)
         labels = np.where(row.labels == example.IGNORED, example.IGNORED, ids).astype(np.int32)
         return dataclasses.replace(row, input_ids=ids, labels=labels)
 
@@ -111,11 +119,10 @@ def lay_out(rows) -> batches.Batch:
 def make_setting(cfg: config.Config) -> Setting:
     """Trains the base."""
     base, pool, goals = encode(cfg)
-    vocab = 1 + max(int(row.input_ids.max()) for row in (*base, *pool, *goals))
     heads = max(1, WIDTH.value // 16)
     shape = model_config.DecoderConfig(
         family="llama", num_layers=LAYERS.value, model_dim=WIDTH.value, ffn_dim=3 * WIDTH.value,
-        num_heads=heads, num_kv_heads=heads, head_dim=16, vocab_size=vocab, norm_eps=1e-5,
+        num_heads=heads, num_kv_heads=heads, head_dim=16, vocab_size=VOCAB.value, norm_eps=1e-5,
         rope=model_config.Rope(1e4, "default", ()), max_positions=TOKENS.value, tied_head=True,
         qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False, sliding_window=None,
     )  # fmt: skip
@@ -259,7 +266,7 @@ def projected(space, goals, parts, cfg) -> dict[str, np.ndarray]:
 
 
 def settings_of() -> dict:
-    names = ("rows", "targets", "tokens", "width", "layers", "base_epochs", "epochs")
+    names = ("rows", "targets", "tokens", "width", "vocab", "layers", "base_epochs", "epochs")
     return {name: flags.FLAGS[name].value for name in names} | {"learning_rate": RATE.value}
 
 
