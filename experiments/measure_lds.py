@@ -1,7 +1,7 @@
 """Do scores predict what training does? The linear datamodeling score of each way of scoring.
 
     python experiments/measure_lds.py --config=configs/quickstart.py --workdir=runs/lds \\
-        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--vocab=2048] \
+        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--vocab=2048] \\
         [--dims=256,1024,4096]
 
 A tiny model with the config's tokenizer is trained on rows of data.pool that are left aside (the
@@ -98,7 +98,8 @@ def encode(cfg: config.Config) -> tuple[list, list, list]:
         [rows[i] for i in sorted(drawn)],
         [goals[i] for i in example.draw(goals, TARGETS.value, cfg.data.seed)],
     )
-    used = collections.Counter(i for part in parts for row in part for i in row.input_ids.tolist())
+    rows = [row for part in parts for row in part]
+    used = collections.Counter(token for row in rows for token in row.input_ids.tolist())
     number = {token: n for n, (token, _) in enumerate(used.most_common(VOCAB.value - 1), start=1)}
 
     def renumber(row):
