@@ -77,8 +77,8 @@ class Setting:
 
 
 def encode(cfg: config.Config) -> tuple[list, list, list]:
-    """(base rows, pool rows, targets), with the --vocab most frequent tokens numbered from 1 and all
-    others 0: of a tiny model's cost, nearly all is its vocabulary.
+    """(base rows, pool rows, targets). The most frequent tokens are numbered from 1, all others 0:
+    nearly all of a tiny model's cost is its vocabulary.
     """
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     found = sources.load_pool(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
