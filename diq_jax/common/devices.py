@@ -4,6 +4,7 @@ pmap.
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -104,6 +105,53 @@ class Placement:
             lambda *args: jax.lax.psum(fn(*args), "data"), "data", devices=self.mesh.devices.flat
         )
         return lambda *args: jax.tree.map(lambda x: x[0], summed(*args))
+
+
+    def state(self, shapes, specs):
+        """Zeros for `compile_state`.
+
+        Args:
+            shapes: a tree of jax.ShapeDtypeStruct, with rows where `specs` has "data".
+        """
+        if self.strategy == "pmap":
+            return self.replicate(jax.tree.map(lambda s, p: self._local_zeros(s, p), shapes, specs))
+        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+        def zeros():
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        return jax.jit(zeros, out_shardings=shardings)()
+
+    def _local_zeros(self, shape, spec):
+        n = self.rows_multiple
+        own = [size // n if axis == "data" else size for size, axis in itertools.zip_longest(shape.shape, spec)]
+        return np.zeros(own, shape.dtype)
+
+    def compile_state(self, fn: Callable, specs) -> Callable:
+        """Compiles fn(params, adapter, state, batch) -> (state, an output a row (B, ...)).
+
+        The state stays on the devices: each call takes over its memory and gives the next one.
+
+        Args:
+            specs: a tree like the state, with the PartitionSpec of each leaf.
+        """
+        if self.strategy == "mesh":
+            out = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+            rows = NamedSharding(self.mesh, PartitionSpec("data"))
+            return jax.jit(fn, donate_argnums=2, out_shardings=(out, rows))
+        mapped = jax.pmap(fn, "data", devices=self.mesh.devices.flat, donate_argnums=2)
+
+        def call(*args):
+            state, output = mapped(*args)
+            return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+
+        return call
+
+    def row_index(self, rows, count: int):
+        """What a compiled function knows row i of `count` by: under pmap each device counts its own
+        rows from 0.
+        """
+        return rows if self.strategy == "mesh" else rows % (count // self.rows_multiple)
 
 
 def one_behind(started: Iterable) -> Iterator:

@@ -252,3 +252,27 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
         )
     out = jnp.concatenate(outputs, axis=3)  # (B, K, G, T, C)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)
+
+
+def attention_to_past(q, k, v, past_k, past_v, seen):
+    """Softmax attention of one new token in each row, to the tokens before it and to itself.
+
+    Args:
+        q: (B, 1, H, C); k, v: (B, 1, K, C), of the new token.
+        past_k, past_v: (B, K, S, C), of the tokens before it.
+        seen: (B, S) bool, which of those it sees.
+
+    Returns:
+        (B, 1, H * C).
+    """
+    B, _, H, C = q.shape
+    K = k.shape[2]
+    q = (q * C**-0.5).reshape(B, K, H // K, C)
+    scores = jnp.einsum("bkgc,bksc->bkgs", q, past_k, preferred_element_type=jnp.float32)
+    scores = scores + jnp.where(seen, 0.0, UNSEEN)[:, None, None]
+    own = jnp.einsum("bkgc,bkc->bkg", q, k[:, 0], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.concatenate([scores, own[..., None]], axis=-1), axis=-1)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("bkgs,bksc->bkgc", weights[..., :-1], past_v)
+    out = out + weights[..., -1:] * v[:, 0, :, None]
+    return out.reshape(B, 1, H * C)
