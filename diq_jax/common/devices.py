@@ -113,19 +113,20 @@ class Placement:
         Args:
             shapes: a tree of jax.ShapeDtypeStruct, with rows where `specs` has "data".
         """
+        n = self.rows_multiple
         if self.strategy == "pmap":
-            return self.replicate(jax.tree.map(lambda s, p: self._local_zeros(s, p), shapes, specs))
-        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+            def own(shape, spec):
+                split = itertools.zip_longest(shape.shape, spec)
+                return np.zeros([x // n if axis == "data" else x for x, axis in split], shape.dtype)
+
+            return self.replicate(jax.tree.map(own, shapes, specs))
 
         def zeros():
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
+        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         return jax.jit(zeros, out_shardings=shardings)()
-
-    def _local_zeros(self, shape, spec):
-        n = self.rows_multiple
-        own = [size // n if axis == "data" else size for size, axis in itertools.zip_longest(shape.shape, spec)]
-        return np.zeros(own, shape.dtype)
 
     def compile_state(self, fn: Callable, specs) -> Callable:
         """Compiles fn(params, adapter, state, batch) -> (state, an output a row (B, ...)).
@@ -147,11 +148,12 @@ class Placement:
 
         return call
 
-    def row_index(self, rows, count: int):
-        """What a compiled function knows row i of `count` by: under pmap each device counts its own
-        rows from 0.
+    def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
+        """What a compiled function knows each of a state's `count` rows by, (R,) int32: under pmap
+        a device counts its own from 0. None becomes an index beyond the last.
         """
-        return rows if self.strategy == "mesh" else rows % (count // self.rows_multiple)
+        own = count if self.strategy == "mesh" else count // self.rows_multiple
+        return np.array([own if row is None else row % own for row in rows], np.int32)
 
 
 def one_behind(started: Iterable) -> Iterator:

@@ -107,65 +107,87 @@ def begin(params, adapter, state, batch, cfg, settings, ends):
 def decode(params, adapter, state, cfg, settings, ends):
     """Continues all rows by up to CHUNK tokens; fewer where every row has ended.
 
+    What the chunk adds is kept apart until its end, in columns that all rows share: rows stand at
+    different columns of the cache, and writing there costs a pass over the whole of it.
+
     Returns:
         The state, and the tokens (B, CHUNK) int32, NOTHING after a row's end.
     """
+    start = state.k.shape[3] - _room(settings) + state.generated - 1
+    recent = jnp.zeros((*state.k.shape[:3], CHUNK, state.k.shape[4]), state.k.dtype)
 
     def unfinished(carry):
-        i, state, _ = carry
+        i, state, *_ = carry
         return (i < CHUNK) & jnp.any(state.live)
 
     def step(carry):
-        i, state, tokens = carry
-        state, token = _step(params, adapter, state, cfg, settings, ends)
-        return i + 1, state, jax.lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
+        i, state, recent, tokens = carry
+        logits, new = next_logits(params, adapter, state, recent, i, start, cfg, settings)
+        recent = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis=3), recent, new
+        )
+        token = sampling.pick(logits, state.prompt, state.sample, state.generated, settings)
+        tokens = jax.lax.dynamic_update_index_in_dim(
+            tokens, jnp.where(state.live, token, NOTHING), i, axis=1
+        )
+        generated = state.generated + state.live
+        live = state.live & _goes_on(token, generated, settings, ends)
+        return i + 1, state.replace(token=token, generated=generated, live=live), recent, tokens
 
     tokens = jnp.full((len(state.token), CHUNK), NOTHING, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(unfinished, step, (0, state, tokens))
-    return state, tokens
+    carry = (0, state, (recent, recent), tokens)
+    _, state, recent, tokens = jax.lax.while_loop(unfinished, step, carry)
+
+    # Mapped over rows, so that rows split over devices stay where they are; over layers outside of
+    # that, so that nothing is turned.
+    def merge(old, new, column):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
+
+    merge = jax.vmap(jax.vmap(merge), in_axes=(0, 0, None))
+    k, v = (merge(old, new, start) for old, new in zip((state.k, state.v), recent, strict=True))
+    return state.replace(k=k, v=v), tokens
 
 
-def next_logits(params, adapter, state, cfg, prompt_columns: int):
-    """Runs the last token of every row: its logits (B, V), and the keys and values (N, B, K, 1, C)
-    that belong in column prompt_columns + generated - 1.
+def next_logits(params, adapter, state, recent, i, start, cfg, settings):
+    """Runs the last token of every row, step i of a chunk.
+
+    Args:
+        recent: keys and values (N, B, K, CHUNK, C) of this chunk, of which the first i stand.
+        start: (B,), the column where this chunk begins in each row.
+
+    Returns:
+        Logits (B, V), and the token's keys and values (N, B, K, 1, C).
     """
-    first = (prompt_columns - state.length)[:, None]
-    columns = jnp.arange(state.k.shape[3])[None, :]
-    column = (prompt_columns + state.generated - 1)[:, None]
-    seen = (columns >= first) & (columns < column)
+    first = state.k.shape[3] - _room(settings) - state.length
+    columns, steps = jnp.arange(state.k.shape[3])[None, :], jnp.arange(CHUNK)[None, :]
+    seen = (columns >= first[:, None]) & (columns < start[:, None])
+    seen_recent = jnp.broadcast_to(steps < i, (len(first), CHUNK))
     if cfg.sliding_window is not None:
-        seen = seen & (column - columns < cfg.sliding_window)
+        seen = seen & (start[:, None] + i - columns < cfg.sliding_window)
+        seen_recent = seen_recent & (i - steps < cfg.sliding_window)
+    itself = jnp.ones((len(first), 1), bool)
 
     def attend(q, k, v, past):
-        out = layers.attention_to_past(q, k, v, *past, seen)
-        return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+        (past_k, past_v), (recent_k, recent_v) = past
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        parts = (past_k, past_v, seen), (recent_k, recent_v, seen_recent), (k, v, itself)
+        return layers.attention_to_parts(q, parts), (k, v)
 
-    hidden, kept = decoder.through(
-        params, cfg, state.token[:, None], column - first, attend, adapter, past=(state.k, state.v)
+    past = (state.k, state.v), recent
+    positions = (start + i - first)[:, None]
+    hidden, new = decoder.through(
+        params, cfg, state.token[:, None], positions, attend, adapter, past=past
     )
-    return decoder.logits(params, cfg, hidden)[:, 0], kept
+    return decoder.logits(params, cfg, hidden)[:, 0], new
 
 
-def _step(params, adapter, state, cfg, settings, ends):
-    prompt_columns = state.k.shape[3] - settings.max_new_tokens
-    logits, (k, v) = next_logits(params, adapter, state, cfg, prompt_columns)
-    column = prompt_columns + state.generated - 1
+def columns(prompt_columns: int, settings: sampling.Sampling) -> int:
+    """S: a row that ends early still goes through the rest of its chunk."""
+    return prompt_columns + _room(settings)
 
-    # Mapped over rows, so that rows split over devices stay where they are.
-    def write(old, new, column):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column, axis=2)
 
-    write = jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
-    token = sampling.pick(logits, state.prompt, state.sample, state.generated, settings)
-    generated = state.generated + state.live
-    new = state.replace(
-        k=write(state.k, k, column),
-        v=write(state.v, v, column),
-        token=token,
-        generated=generated,
-        live=state.live & _goes_on(token, generated, settings, ends),
-    )
-    return new, jnp.where(state.live, token, NOTHING)
+def _room(settings):
+    return settings.max_new_tokens + CHUNK
 
 
 def _goes_on(token, generated, settings, ends):

@@ -103,9 +103,9 @@ def plan(
         by_edge[next(edge for edge in edges if len(prompts[i].ids) <= edge)].append(i)
     streams = []
     for edge, indices in by_edge.items():
-        rows = min(tokens // (edge + max_new_tokens), len(indices))
-        rows = -(-rows // multiple) * multiple if rows < multiple else rows // multiple * multiple
-        streams.append(Stream(tuple(indices), max(rows, multiple), edge))
+        most = max(tokens // (edge + max_new_tokens) // multiple, 1)
+        rows = min(most, -(-len(indices) // multiple)) * multiple
+        streams.append(Stream(tuple(indices), rows, edge))
     return streams
 
 
@@ -117,13 +117,7 @@ def run(
     Raises:
         UserError: logits that are not finite, naming the prompt.
     """
-    columns = stream.columns + generator.settings.max_new_tokens
-    placement, cfg = generator.placement, generator.cfg
-    dtype = params["embed"]["embedding"].dtype
-    state = placement.state(
-        cache.shapes(cfg, stream.rows, columns, dtype),
-        cache.specs(cfg, placement.mesh.shape["model"]),
-    )
+    state = empty_state(generator, params, stream)
     waiting = collections.deque(stream.indices)
     at: list[int | None] = [None] * stream.rows  # the prompt in each row
     tokens: list[list[int]] = [[] for _ in at]
@@ -131,8 +125,9 @@ def run(
         begun = []
         while waiting and None in at:
             places = _places(at, waiting, generator.placement.rows_multiple)
-            batch = _batch(prompts, at, places, stream, placement)
-            state, first = generator.begin(params, adapter, state, placement.batch(batch))
+            found = [None if row is None else prompts[at[row]] for row in places]
+            batch = make_batch(generator, found, places, stream)
+            state, first = generator.begin(params, adapter, state, batch)
             begun.append((places, first))
         state, chunk = generator.decode(params, adapter, state, None)
         for places, first in begun:
@@ -147,6 +142,37 @@ def run(
             if answer is not None:
                 yield at[row], answer
                 at[row] = None
+
+
+def empty_state(generator: Generator, params, stream: Stream) -> cache.State:
+    """A placed state in which no row is under way."""
+    placement, cfg = generator.placement, generator.cfg
+    columns = cache.columns(stream.columns, generator.settings)
+    dtype = params["embed"]["embedding"].dtype
+    return placement.state(
+        cache.shapes(cfg, stream.rows, columns, dtype),
+        cache.specs(cfg, placement.mesh.shape["model"]),
+    )
+
+
+def make_batch(
+    generator: Generator,
+    prompts: Sequence[Prompt | None],
+    places: Sequence[int | None],
+    stream: Stream,
+) -> cache.Prompts:
+    """A placed batch of prompts for the rows `places`; None where there is none."""
+    count = len(prompts)
+    tokens = np.zeros((count, stream.columns), np.int32)
+    length, sample = np.ones(count, np.int32), np.zeros(count, np.int32)
+    number = np.zeros(count, np.uint32)
+    for i, prompt in enumerate(prompts):
+        if prompt is not None:
+            length[i], sample[i] = len(prompt.ids), prompt.sample
+            tokens[i, stream.columns - len(prompt.ids) :] = prompt.ids
+            number[i] = sampling.prompt_number(prompt.prompt_id)
+    slot = generator.placement.slots(places, stream.rows)
+    return generator.placement.batch(cache.Prompts(tokens, length, slot, number, sample))
 
 
 def _places(at, waiting, multiple) -> list[int | None]:
@@ -168,25 +194,6 @@ def _places(at, waiting, multiple) -> list[int | None]:
             at[row] = waiting.popleft()
         places += taken + [None] * (share - len(taken))
     return places
-
-
-def _batch(prompts, at, places, stream, placement) -> cache.Prompts:
-    count = len(places)
-    rows = np.array([len(at) if row is None else row for row in places])
-    local = placement.row_index(rows, len(at))
-    own = len(at) // placement.rows_multiple if placement.strategy == "pmap" else len(at)
-    tokens = np.zeros((count, stream.columns), np.int32)
-    length, sample = np.ones(count, np.int32), np.zeros(count, np.int32)
-    number = np.zeros(count, np.uint32)
-    for i, row in enumerate(places):
-        if row is None:
-            continue
-        prompt = prompts[at[row]]
-        length[i] = len(prompt.ids)
-        tokens[i, stream.columns - len(prompt.ids) :] = prompt.ids
-        number[i], sample[i] = sampling.prompt_number(prompt.prompt_id), prompt.sample
-    slot = np.where(rows == len(at), own, local).astype(np.int32)
-    return cache.Prompts(tokens, length, slot, number, sample)
 
 
 def _finished(tokens: list[int], generator: Generator, prompt: Prompt) -> Answer | None:

@@ -15,6 +15,7 @@ Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head,
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diq_jax.models import config
 
@@ -254,25 +255,25 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)
 
 
-def attention_to_past(q, k, v, past_k, past_v, seen):
-    """Softmax attention of one new token in each row, to the tokens before it and to itself.
+def attention_to_parts(q, parts):
+    """Softmax attention of one query a row, to keys that lie in several arrays.
 
     Args:
-        q: (B, 1, H, C); k, v: (B, 1, K, C), of the new token.
-        past_k, past_v: (B, K, S, C), of the tokens before it.
-        seen: (B, S) bool, which of those it sees.
+        q: (B, 1, H, C).
+        parts: (k (B, K, S, C), v (B, K, S, C), seen (B, S) bool) of each, S its own.
 
     Returns:
         (B, 1, H * C).
     """
     B, _, H, C = q.shape
-    K = k.shape[2]
+    K = parts[0][0].shape[1]
     q = (q * C**-0.5).reshape(B, K, H // K, C)
-    scores = jnp.einsum("bkgc,bksc->bkgs", q, past_k, preferred_element_type=jnp.float32)
-    scores = scores + jnp.where(seen, 0.0, UNSEEN)[:, None, None]
-    own = jnp.einsum("bkgc,bkc->bkg", q, k[:, 0], preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.concatenate([scores, own[..., None]], axis=-1), axis=-1)
-    weights = weights.astype(v.dtype)
-    out = jnp.einsum("bkgs,bksc->bkgc", weights[..., :-1], past_v)
-    out = out + weights[..., -1:] * v[:, 0, :, None]
-    return out.reshape(B, 1, H * C)
+    scores = []
+    for k, _, seen in parts:
+        score = jnp.einsum("bkgc,bksc->bkgs", q, k, preferred_element_type=jnp.float32)
+        scores.append(score + jnp.where(seen, 0.0, UNSEEN)[:, None, None])
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    ends = np.cumsum([k.shape[2] for k, _, _ in parts])[:-1]
+    weights = jnp.split(weights, ends, axis=-1)
+    read = (jnp.einsum("bkgs,bksc->bkgc", w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
+    return sum(read).reshape(B, 1, H * C)
