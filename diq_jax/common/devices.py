@@ -106,7 +106,6 @@ class Placement:
         )
         return lambda *args: jax.tree.map(lambda x: x[0], summed(*args))
 
-
     def state(self, shapes, specs):
         """Zeros for `compile_state`.
 

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 
 THOUGHTS = re.compile(r".*</think(?:ing)?>", re.DOTALL)
-MARKUP = re.compile(r"\*\*|__|`|\$|^[#>*•\-]+\s+|\\(?:text|mathrm|textbf|mathbf)(?=\{)", re.MULTILINE)
+MARKUP = re.compile(
+    r"\*\*|__|`|\$|^[#>*•\-]+\s+|\\(?:text|mathrm|textbf|mathbf)(?=\{)", re.MULTILINE
+)
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 STATED = re.compile(
     r"\b(?:answer|choice|option|diagnosis)\b(?P<between>[^.:=\n]{0,80}?)(?:\bis\b|\bbe\b|:|=|→)",
@@ -29,7 +31,8 @@ NEGATED = re.compile(
     re.IGNORECASE,
 )
 DOUBTED = re.compile(
-    r"\b(?:could|might|may|maybe|perhaps|possibly|unsure|unclear|either|between)\b|\?", re.IGNORECASE
+    r"\b(?:could|might|may|maybe|perhaps|possibly|unsure|unclear|either|between)\b|\?",
+    re.IGNORECASE,
 )
 LETTER = re.compile(r"\s*[(\[{\"']?\s*(?P<letter>[A-Za-z])(?![\w'’])\s*(?P<close>[)\]}.:,;\"'!]*)")
 ANOTHER = re.compile(
@@ -179,7 +182,9 @@ def _leading_text(span, options) -> set[str]:
     """The option whose text a span begins with, the longest if one is the beginning of another."""
     span = _normal(span) + " "
     found = [
-        letter for letter, text in options.items() if _normal(text) and span.startswith(_normal(text) + " ")
+        letter
+        for letter, text in options.items()
+        if _normal(text) and span.startswith(_normal(text) + " ")
     ]
     longest = max(found, key=lambda letter: len(_normal(options[letter])), default=None)
     if longest is None:

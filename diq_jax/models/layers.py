@@ -275,5 +275,7 @@ def attention_to_parts(q, parts):
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     ends = np.cumsum([k.shape[2] for k, _, _ in parts])[:-1]
     weights = jnp.split(weights, ends, axis=-1)
-    read = (jnp.einsum("bkgs,bksc->bkgc", w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
+    read = (
+        jnp.einsum("bkgs,bksc->bkgc", w, v) for w, (_, v, _) in zip(weights, parts, strict=True)
+    )
     return sum(read).reshape(B, 1, H * C)

@@ -14,7 +14,7 @@ import transformers
 def main(folder: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    # torch zeroes nothing at inference, but an end token would stop a row.
+    # Without the library's own settings, by which an end token would stop a row.
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     prompts = json.loads(pathlib.Path(folder, "prompts.json").read_text())
     longest = max(map(len, prompts))

