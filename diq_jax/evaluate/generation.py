@@ -92,9 +92,7 @@ def make_part(
         drawn,
         end_tokens(model, tok),
         settings.stop_texts,
-        lambda ids: tok.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ).strip(),
+        lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         placement,
     )
     options = [test.options for test in tests]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-METRICS = ("test_loss", "accuracy", "accuracy_norm")  # of the options protocol
+METRICS = ("test_loss", "accuracy", "accuracy_norm")  # where options are compared
+GENERATED_METRICS = ("test_loss", "accuracy")  # where answers are generated: accuracy is of those
 
 
 def estimates(values, samples: int, seed: int) -> np.ndarray:

@@ -216,10 +216,8 @@ def _table(part, names, done) -> dict[str, list[list[float]]]:
     return {name: [done[name, part.name, i] for i in range(len(part.rows))] for name in names}
 
 
-def _write(context, names, questions, tables) -> None:
-    """Args: tables: (part, {model: the values of every row}), of targets, questions, answers."""
-    settings = context.config.evaluate
-    (_, target_values), (_, option_values), *written = tables
+def _predictions(names, questions, option_values, written) -> list[list[dict]]:
+    """The rows of predictions.jsonl for each model; `written`: the answers' part and values."""
     predictions = [
         [
             options.prediction(name, q, np.array(v[:-1]), v[-1])
@@ -227,13 +225,21 @@ def _write(context, names, questions, tables) -> None:
         ]
         for name in names
     ]
-    metrics = list(intervals.METRICS)
-    counts: dict[str, dict] = {name: {} for name in names}
     for part, answers in written:
-        metrics.remove("accuracy_norm")  # of likelihoods, which do not decide here
         for name, rows in zip(names, predictions, strict=True):
             generation.add_answers(part, rows, answers[name])
-            counts[name] = generation.unparsable(rows)
+    return predictions
+
+
+def _write(context, names, questions, tables) -> None:
+    """Args: tables: (part, {model: the values of every row}) of targets, questions and answers."""
+    settings = context.config.evaluate
+    (_, target_values), (_, option_values), *written = tables
+    predictions = _predictions(names, questions, option_values, written)
+    metrics, counts = intervals.METRICS, [{} for _ in names]
+    if written:
+        metrics = intervals.GENERATED_METRICS
+        counts = [generation.unparsable(rows) for rows in predictions]
     chosen = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}
     measured = [
         [
@@ -259,7 +265,7 @@ def _write(context, names, questions, tables) -> None:
     artifacts.write_jsonl(
         context.path("evaluate/predictions.jsonl"), [row for of in predictions for row in of]
     )
-    models = {name: counts[name] | results[name] for name in names}
+    models = {name: count | results[name] for name, count in zip(names, counts, strict=True)}
     artifacts.write_json(
         context.path("evaluate/results.json"),
         {"tests": len(questions), "targets": len(losses[0]), "models": models},

@@ -117,6 +117,8 @@ def run(
     Raises:
         UserError: logits that are not finite, naming the prompt.
     """
+    if not stream.indices:
+        return
     state = empty_state(generator, params, stream)
     waiting = collections.deque(stream.indices)
     at: list[int | None] = [None] * stream.rows  # the prompt in each row
