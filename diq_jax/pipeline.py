@@ -184,6 +184,14 @@ SCORING = tuple(
     )
 )  # fmt: skip
 
+EVALUATION = tuple(
+    f"evaluate.{field}"
+    for field in (
+        "bootstrap_samples", "seed", "protocol", "max_new_tokens", "temperature", "top_p",
+        "samples", "stop",
+    )
+)  # fmt: skip
+
 # Fields that only change speed or memory (batch_tokens, remat, parallel) are in no settings.
 STAGES = {
     stage.name: stage
@@ -211,7 +219,7 @@ STAGES = {
             lambda context: (POOL, *SELECTION), finetune.fingerprints, finetune.run,
         ),
         stages.Stage(
-            "evaluate", ("model.dtype", "evaluate.bootstrap_samples", "evaluate.seed"),
+            "evaluate", ("model.dtype", *EVALUATION),
             lambda context: (TARGETS, TESTS), evaluate.fingerprints, evaluate.run,
         ),
         stages.Stage(

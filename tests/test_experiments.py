@@ -9,6 +9,9 @@ import sys
 import folders
 import pytest
 
+from diq_jax.common import artifacts
+from diq_jax.difficulty import labels
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -72,6 +75,46 @@ def test_benchmark_prints_the_contract_as_json(made):
         assert row["tokens_per_s"] == pytest.approx(32 * row["examples_per_s"])
     assert rows["forward"]["ratio_to_forward"] == 1
     assert rows["projected/lora sparse 64"]["floats_per_example"] == 64
+
+
+def pass_rate(made, out, *flags):
+    return script(
+        "measure_pass_rate", f"--config={ROOT / 'configs/quickstart.py'}", f"--out={out}",
+        f"--config.model.path={made / 'decoder'}", f"--rows={made / 'tests.jsonl'}",
+        "--config.evaluate.max_new_tokens=8", *flags,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
+    out, flags = tmp_path / "rates.jsonl", ("--samples=2", "--config.evaluate.temperature=1.0")
+    ended = pass_rate(made, out, *flags)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = artifacts.read_jsonl(out)
+    assert [row["id"] for row in rows] == [f"test-{i}" for i in range(4)]
+    assert all(row["p_correct"] in (0, 0.5, 1) for row in rows)
+    assert labels.labelled_rows(str(out))[1].shape == (4, 3)
+    unparsable = tmp_path / "rates.unparsable.jsonl"
+    assert all(row["letter"] is None for row in artifacts.read_jsonl(unparsable))
+    assert not (tmp_path / "rates.partial.jsonl").exists()
+
+    other = tmp_path / "other.jsonl"
+    partial = tmp_path / "other.partial.jsonl"
+    partial.write_text('{"made_from": "something else"}\n')
+    refused = pass_rate(made, other, *flags)
+    assert refused.returncode == 2 and "was begun with another model" in refused.stderr
+
+
+@pytest.mark.slow
+def test_generation_benchmark_prints_json(made):
+    ended = script(
+        "benchmark_generation", f"--model={made / 'decoder'}", f"--tests={made / 'tests.jsonl'}",
+        "--batch=2", "--new_tokens=20", "--repeats=1", "--json",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    assert found["same_tokens"] and found["ratio"] > 0
+    assert [row["name"] for row in found["rows"]] == ["prefill", "decode"]
 
 
 def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
@@ -138,16 +181,20 @@ def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
         ("score_targets", ["--targets=x", "--output=y"], "holds no finished influence stage"),
         ("measure_length", [], "has not finished stage 'prepare'"),
         ("measure_lds", ["--dims=0"], "--dims must be whole numbers above 0"),
+        (
+            "measure_pass_rate",
+            ["--config=configs/quickstart.py", "--rows=sample", "--out=x.jsonl"],
+            "--samples=8 draws different answers",
+        ),
         ("check_pool", ["--pool=none.jsonl"], "--pool: there is no file none.jsonl"),
         ("check_pool", ["--pool=sample", "--near_similarity=2"], "near_similarity must be in"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
-    if name in ("ablate_projection", "run_diq", "measure_lds") and not flags[0].startswith(
-        "--config="
-    ):
+    takes_config = name in ("ablate_projection", "run_diq", "measure_lds")
+    if takes_config and not flags[0].startswith("--config="):
         flags = ["--config=configs/quickstart.py", *flags]
-    if name != "check_pool":
+    if name not in ("check_pool", "measure_pass_rate"):
         flags = [f"--workdir={tmp_path}", *flags]
     ended = script(name, *flags)
     assert ended.returncode == 2, ended.stderr[-2000:]

@@ -212,16 +212,37 @@ class Finetune:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    batch_tokens: int = 4096  # tokens of one evaluation batch on all devices
+    batch_tokens: int = 4096  # tokens of one evaluation batch on all devices, answers included
     bootstrap_samples: int = 2000  # of every 95 % interval
-    seed: int = 0  # of the bootstrap
+    seed: int = 0  # of the bootstrap, and of drawn answers
+    # what accuracy is of: options (the likeliest option) or generate (the model thinks step by step
+    # and its answer is read off the text)
+    protocol: str = "options"
+    max_new_tokens: int = 512  # of a generated answer
+    temperature: float = 0.0  # of generated answers; 0 = the likeliest token
+    top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
+    samples: int = 1  # answers to each question, of which the majority counts
+    stop: str = ""  # texts that end an answer, separated by |, beside the end of the turn
 
     def __post_init__(self):
-        errors.check(
-            "evaluate.batch_tokens", self.batch_tokens >= 1, "at least 1", self.batch_tokens
-        )
+        for name in ("batch_tokens", "max_new_tokens", "samples"):
+            value = getattr(self, name)
+            errors.check(f"evaluate.{name}", value >= 1, "at least 1", value)
         ok = self.bootstrap_samples >= 100
         errors.check("evaluate.bootstrap_samples", ok, "at least 100", self.bootstrap_samples)
+        errors.check_choice("evaluate.protocol", self.protocol, ("options", "generate"))
+        ok = self.temperature >= 0
+        errors.check("evaluate.temperature", ok, "at least 0", self.temperature)
+        errors.check("evaluate.top_p", 0 < self.top_p <= 1, "in (0, 1]", self.top_p)
+        if self.samples > 1 and self.temperature == 0:
+            raise errors.UserError(
+                f"evaluate.samples={self.samples} draws different answers: evaluate.temperature "
+                "must be above 0."
+            )
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.stop.split("|")))
 
 
 @dataclasses.dataclass(frozen=True)

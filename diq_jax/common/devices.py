@@ -4,6 +4,7 @@ pmap.
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -104,6 +105,54 @@ class Placement:
             lambda *args: jax.lax.psum(fn(*args), "data"), "data", devices=self.mesh.devices.flat
         )
         return lambda *args: jax.tree.map(lambda x: x[0], summed(*args))
+
+    def state(self, shapes, specs):
+        """Zeros for `compile_state`.
+
+        Args:
+            shapes: a tree of jax.ShapeDtypeStruct, with rows where `specs` has "data".
+        """
+        n = self.rows_multiple
+        if self.strategy == "pmap":
+
+            def own(shape, spec):
+                split = itertools.zip_longest(shape.shape, spec)
+                return np.zeros([x // n if axis == "data" else x for x, axis in split], shape.dtype)
+
+            return self.replicate(jax.tree.map(own, shapes, specs))
+
+        def zeros():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+        return jax.jit(zeros, out_shardings=shardings)()
+
+    def compile_state(self, fn: Callable, specs) -> Callable:
+        """Compiles fn(params, adapter, state, batch) -> (state, an output a row (B, ...)).
+
+        The state stays on the devices: each call takes over its memory and gives the next one.
+
+        Args:
+            specs: a tree like the state, with the PartitionSpec of each leaf.
+        """
+        if self.strategy == "mesh":
+            out = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+            rows = NamedSharding(self.mesh, PartitionSpec("data"))
+            return jax.jit(fn, donate_argnums=2, out_shardings=(out, rows))
+        mapped = jax.pmap(fn, "data", devices=self.mesh.devices.flat, donate_argnums=2)
+
+        def call(*args):
+            state, output = mapped(*args)
+            return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+
+        return call
+
+    def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
+        """What a compiled function knows each of a state's `count` rows by, (R,) int32: under pmap
+        a device counts its own from 0. None becomes an index beyond the last.
+        """
+        own = count if self.strategy == "mesh" else count // self.rows_multiple
+        return np.array([own if row is None else row % own for row in rows], np.int32)
 
 
 def one_behind(started: Iterable) -> Iterator:

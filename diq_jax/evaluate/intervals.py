@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-METRICS = ("test_loss", "accuracy", "accuracy_norm")  # the last axis of `questions` below
+METRICS = ("test_loss", "accuracy", "accuracy_norm")  # where options are compared
+GENERATED_METRICS = ("test_loss", "accuracy")  # where answers are generated: accuracy is of those
 
 
 def estimates(values, samples: int, seed: int) -> np.ndarray:
@@ -43,22 +44,23 @@ def results(
     versus: Mapping[str, Sequence[str]],
     samples: int,
     seed: int,
+    metrics: Sequence[str] = METRICS,
 ) -> dict:
     """The `models` part of evaluate/results.json.
 
     Args:
         names: M models.
         targets: (targets, M) mean answer-token losses, nats per token.
-        questions: (Q, M, 3), for each question and model METRICS: the loss of the right option in
-            nats per token, then 1 for a right choice by raw and by length-normalised likelihood,
-            else 0.
+        questions: (Q, M, len(metrics)), for each question and model; of METRICS the loss of the
+            right option in nats per token, then 1 for a right choice by raw and by
+            length-normalised likelihood, else 0.
         tasks: the task of each question.
         versus: for each model, those that it is compared with: its own value minus theirs.
     """
 
     def by_metric(questions):
         drawn = estimates(questions, samples, seed)
-        return {metric: drawn[..., k] for k, metric in enumerate(METRICS)}
+        return {metric: drawn[..., k] for k, metric in enumerate(metrics)}
 
     whole = {"target_loss": estimates(targets, samples, seed), **by_metric(questions)}
     labels = np.asarray(tasks)

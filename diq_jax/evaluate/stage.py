@@ -11,7 +11,7 @@ import numpy as np
 
 from diq_jax.common import artifacts, devices, errors, progress, stages
 from diq_jax.data import batches, encoded, example
-from diq_jax.evaluate import intervals, options
+from diq_jax.evaluate import generation, intervals, options
 from diq_jax.models import checkpoint, load, lora, loss
 
 MAX_SHAPES = 4  # batch shapes of the targets, and of the tests: each is a compilation
@@ -35,6 +35,9 @@ class Part:
     score: Callable[..., jax.Array]
     pack: Callable[..., batches.Batch]
     values: Callable[[int, np.ndarray], list[float]]
+
+    def tokens(self, row: int, _) -> int:
+        return len(self.rows[row].input_ids)
 
 
 def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
@@ -83,7 +86,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     config = context.config
     tests_path = context.path("prepare/tests.parquet")
     targets = encoded.from_table(artifacts.read_table(context.path("prepare/targets.parquet")))
-    questions = options.from_table(artifacts.read_table(tests_path), str(tests_path))
+    table = artifacts.read_table(tests_path)
+    questions = options.from_table(table, str(tests_path))
     if not targets or not questions:
         raise errors.UserError(
             f"Stage 'evaluate' needs at least one target and one test question; got {len(targets)} "
@@ -91,23 +95,33 @@ def run(context: stages.Context) -> dict[str, Any]:
         )
     model = load.load(config.model.path, config.model.dtype, context.placement)
     parts = _parts(targets, questions, model.cfg, context.placement)
+    scored = [(part, _score) for part in parts]
+    if config.evaluate.protocol == "generate":
+        tests = generation.from_table(table)
+        answers = generation.make_part(tests, model, config.evaluate, context.placement)
+        scored.append((answers, generation.answers))
     models = arms(context)
     names = [name for name, _ in models]
-    total = len(models) * (len(targets) + len(questions))
+    total = len(models) * sum(len(part.rows) for part, _ in scored)
     with artifacts.Journal(context.path(PARTIAL)) as journal:
         done = _done(journal)
         with progress.Progress("evaluate", total, len(done)) as bar:
             for name, adapter in _adapters(models, model, context.placement):
-                for part in parts:
-                    for rows, values in _score(part, name, adapter, model, done, context):
+                for part, score in scored:
+                    for rows, values in score(part, name, adapter, model, done, context):
                         entry = {"model": name, "part": part.name, "rows": rows, "values": values}
                         journal.append(entry)
-                        new = sum(len(part.rows[i].input_ids) for i in rows)
+                        new = sum(map(part.tokens, rows, values))
                         bar.update(len(rows), new, model=name)
         done = _done(journal)
-    _write(context, names, questions, *(_table(part, names, done) for part in parts))
+    _write(context, names, questions, [(part, _table(part, names, done)) for part, _ in scored])
     context.path(PARTIAL).unlink()
-    tokens = len(names) * sum(len(row.input_ids) for part in parts for row in part.rows)
+    tokens = sum(
+        part.tokens(i, done[name, part.name, i])
+        for part, _ in scored
+        for name in names
+        for i in range(len(part.rows))
+    )
     return {
         "rows": len(questions) * len(names),
         "tokens": tokens,
@@ -202,8 +216,8 @@ def _table(part, names, done) -> dict[str, list[list[float]]]:
     return {name: [done[name, part.name, i] for i in range(len(part.rows))] for name in names}
 
 
-def _write(context, names, questions, target_values, option_values) -> None:
-    settings = context.config.evaluate
+def _predictions(names, questions, option_values, written) -> list[list[dict]]:
+    """The rows of predictions.jsonl for each model; `written`: the answers' part and values."""
     predictions = [
         [
             options.prediction(name, q, np.array(v[:-1]), v[-1])
@@ -211,9 +225,25 @@ def _write(context, names, questions, target_values, option_values) -> None:
         ]
         for name in names
     ]
+    for part, answers in written:
+        for name, rows in zip(names, predictions, strict=True):
+            generation.add_answers(part, rows, answers[name])
+    return predictions
+
+
+def _write(context, names, questions, tables) -> None:
+    """Args: tables: (part, {model: the values of every row}) of targets, questions and answers."""
+    settings = context.config.evaluate
+    (_, target_values), (_, option_values), *written = tables
+    predictions = _predictions(names, questions, option_values, written)
+    metrics, counts = intervals.METRICS, [{} for _ in names]
+    if written:
+        metrics = intervals.GENERATED_METRICS
+        counts = [generation.unparsable(rows) for rows in predictions]
+    chosen = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}
     measured = [
         [
-            [p["loss"], p["prediction"] == p["answer"], p["prediction_norm"] == p["answer"]]
+            [p["loss"] if m == "test_loss" else p[chosen[m]] == p["answer"] for m in metrics]
             for p in of
         ]
         for of in predictions
@@ -230,11 +260,13 @@ def _write(context, names, questions, target_values, option_values) -> None:
         versus,
         settings.bootstrap_samples,
         settings.seed,
+        metrics,
     )
     artifacts.write_jsonl(
         context.path("evaluate/predictions.jsonl"), [row for of in predictions for row in of]
     )
+    models = {name: count | results[name] for name, count in zip(names, counts, strict=True)}
     artifacts.write_json(
         context.path("evaluate/results.json"),
-        {"tests": len(questions), "targets": len(losses[0]), "models": results},
+        {"tests": len(questions), "targets": len(losses[0]), "models": models},
     )

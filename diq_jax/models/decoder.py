@@ -95,11 +95,30 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         (B, T, D) in the parameters' dtype. The residual stream between layers is float32: sums over
         layers in bfloat16 lose what a score is made of (docs/results.md).
     """
+
+    def attend(q, k, v, _):
+        window = cfg.sliding_window
+        return layers.attention(q, k, v, segment_ids, True, window, positions, parent_ids), None
+
+    return through(params, cfg, tokens, positions, attend, adapter, remat)[0]
+
+
+def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, past=None):
+    """The decoder around any way to attend: `apply`, and generation with a cache (models/cache.py).
+
+    Args:
+        attend: (q (B, T, H, C), k and v (B, T, K, C), the layer's part of `past`) -> what the
+            queries read (B, T, H * C), and what to keep of the layer.
+        past: a tree of arrays stacked over the layers (N, ...), or None.
+
+    Returns:
+        Hidden states after the final norm (B, T, D), and what was kept, stacked over the layers.
+    """
     frequencies = layers.rope_frequencies(cfg.rope, cfg.head_dim)
     B, T = tokens.shape
 
     def layer(x, stacked):
-        p, a = stacked
+        p, a, before = stacked
         attn, mlp = a.get("attn", {}), a.get("mlp", {})
 
         h = layers.rms_norm(p["attn_norm"], x, cfg.norm_eps)
@@ -112,7 +131,7 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
             k = layers.rms_norm(p["attn"]["k_norm"], k, cfg.norm_eps)
         q = layers.rotate(q, positions, frequencies)
         k = layers.rotate(k, positions, frequencies)
-        h = layers.attention(q, k, v, segment_ids, True, cfg.sliding_window, positions, parent_ids)
+        h, kept = attend(q, k, v, before)
         x = x + layers.linear(p["attn"]["o_proj"], h, attn.get("o_proj"))
 
         h = layers.rms_norm(p["mlp_norm"], x, cfg.norm_eps)
@@ -120,14 +139,14 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         up = layers.linear(p["mlp"]["up_proj"], h, mlp.get("up_proj"))
         h = jax.nn.silu(gate) * up
         x = x + layers.linear(p["mlp"]["down_proj"], h, mlp.get("down_proj"))
-        return x, None
+        return x, kept
 
     x = embed(params["embed"], tokens)
     adapter_layers = {} if adapter is None else adapter["layers"]
-    x, _ = jax.lax.scan(
-        jax.checkpoint(layer) if remat else layer, x, (params["layers"], adapter_layers)
+    x, kept = jax.lax.scan(
+        jax.checkpoint(layer) if remat else layer, x, (params["layers"], adapter_layers, past)
     )
-    return layers.rms_norm(params["final_norm"], x, cfg.norm_eps)
+    return layers.rms_norm(params["final_norm"], x, cfg.norm_eps), kept
 
 
 def embed(params, tokens):

@@ -15,6 +15,7 @@ Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head,
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diq_jax.models import config
 
@@ -252,3 +253,29 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
         )
     out = jnp.concatenate(outputs, axis=3)  # (B, K, G, T, C)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)
+
+
+def attention_to_parts(q, parts):
+    """Softmax attention of one query a row, to keys that lie in several arrays.
+
+    Args:
+        q: (B, 1, H, C).
+        parts: (k (B, K, S, C), v (B, K, S, C), seen (B, S) bool) of each, S its own.
+
+    Returns:
+        (B, 1, H * C).
+    """
+    B, _, H, C = q.shape
+    K = parts[0][0].shape[1]
+    q = (q * C**-0.5).reshape(B, K, H // K, C)
+    scores = []
+    for k, _, seen in parts:
+        score = jnp.einsum("bkgc,bksc->bkgs", q, k, preferred_element_type=jnp.float32)
+        scores.append(score + jnp.where(seen, 0.0, UNSEEN)[:, None, None])
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    ends = np.cumsum([k.shape[2] for k, _, _ in parts])[:-1]
+    weights = jnp.split(weights, ends, axis=-1)
+    read = (
+        jnp.einsum("bkgs,bksc->bkgc", w, v) for w, (_, v, _) in zip(weights, parts, strict=True)
+    )
+    return sum(read).reshape(B, 1, H * C)

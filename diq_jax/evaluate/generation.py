@@ -1,0 +1,181 @@
+"""Multiple-choice questions answered by thinking: the model writes, and its answer is read off.
+
+Each question is asked as the model's chat template has it, once or, with evaluate.samples, several
+times; then the option with the most votes is the answer.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from diq_jax.common import config as config_lib
+from diq_jax.common import devices, errors
+from diq_jax.data import batches, chat, example
+from diq_jax.evaluate import extract
+from diq_jax.models import generate, load, sampling, tokenizer
+
+INSTRUCTION = (
+    'Think step by step, and end with "The answer is X", where X is the letter of the right option.'
+)
+MAX_SHAPES = 4  # prompt lengths to pad to: each is two compilations
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """What every model writes: `samples` answers to each question, in the questions' order.
+
+    Attributes:
+        name: as messages and the journal have it.
+        options: letter -> text, of each question.
+    """
+
+    name: str
+    rows: Sequence[generate.Prompt]
+    options: Sequence[Mapping[str, str]]
+    samples: int
+    streams: Sequence[generate.Stream]
+    generator: generate.Generator
+
+    def tokens(self, row: int, values: Sequence) -> int:
+        """Tokens read and written for a row."""
+        return len(self.rows[row].ids) + values[1]
+
+
+def make_part(
+    tests: Sequence[example.Example],
+    model: load.Model,
+    settings: config_lib.Evaluate,
+    placement: devices.Placement,
+) -> Part:
+    """The prompts and how they are answered; nothing runs yet.
+
+    Raises:
+        UserError: a prompt leaves too few of the model's positions for an answer.
+    """
+    tok = tokenizer.load_tokenizer(model.path, "model.path")
+    asked = [
+        dataclasses.replace(
+            test, question=f"{chat.question_text(test)}\n\n{INSTRUCTION}", options=None
+        )
+        for test in tests
+    ]
+    prompts = [
+        generate.Prompt(test.example_id, sample, np.asarray(ids, np.int32))
+        for test, ids in zip(tests, chat.prompt_ids(asked, tok), strict=True)
+        for sample in range(settings.samples)
+    ]
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    if len(longest.ids) + settings.max_new_tokens > model.cfg.max_positions:
+        raise errors.UserError(
+            f"evaluate.max_new_tokens={settings.max_new_tokens} does not fit after the "
+            f"{len(longest.ids)} tokens of question {longest.prompt_id!r}: the model has "
+            f"{model.cfg.max_positions} positions."
+        )
+    edges = batches.bucket_edges([len(prompt.ids) for prompt in prompts], MAX_SHAPES)
+    edges = [min(edge, model.cfg.max_positions - settings.max_new_tokens) for edge in edges]
+    streams = generate.plan(
+        prompts,
+        edges,
+        settings.max_new_tokens,
+        settings.batch_tokens,
+        placement.rows_multiple,
+    )
+    drawn = sampling.Sampling(
+        settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed
+    )
+    generator = generate.make_generator(
+        model.cfg,
+        drawn,
+        end_tokens(model, tok),
+        settings.stop_texts,
+        lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        placement,
+    )
+    options = [test.options for test in tests]
+    return Part("answer", prompts, options, settings.samples, streams, generator)
+
+
+def from_table(table: pa.Table) -> list[example.Example]:
+    """The questions of prepare/tests.parquet as they were read."""
+    return [
+        example.Example(
+            row["example_id"],
+            row["question"],
+            reasoning="",
+            answer=row["choices"][row["answer"]],
+            row={},
+            task=row["task"],
+            options=dict(zip(row["options"], row["choices"], strict=True)),
+            answer_idx=row["options"][row["answer"]],
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def end_tokens(model: load.Model, tok: chat.Tokenizer) -> tuple[int, ...]:
+    """What ends an answer: the model's and the tokenizer's end tokens, and that of a turn."""
+    eos = model.hf_config.get("eos_token_id")
+    found = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    return tuple(sorted((found | set(chat.end_ids(tok)[-1:])) - {None}))
+
+
+def answers(part: Part, name, adapter, model, done, _) -> Iterator[tuple[list[int], list]]:
+    """Writes what is not done yet; yields an index and its (text, tokens, finish) as it ends."""
+    for stream in part.streams:
+        # The shape stays that of the whole: a continued run computes what a whole one does.
+        left = tuple(i for i in stream.indices if (name, part.name, i) not in done)
+        stream = dataclasses.replace(stream, indices=left)
+        try:
+            for i, answer in generate.run(part.generator, model.params, adapter, part.rows, stream):
+                yield [i], [[answer.text, answer.tokens, answer.finish]]
+        except errors.UserError as e:
+            raise errors.UserError(f"evaluate: model {name!r}: {e}") from None
+
+
+def prediction(part: Part, question: int, written: Sequence[Sequence]) -> dict[str, Any]:
+    """What a row of evaluate/predictions.jsonl has of a question's answers.
+
+    The prediction is the letter with the most votes, of equals the one that was drawn first; None
+    where no answer can be read.
+
+    Args:
+        written: (text, tokens, finish) of each of its samples.
+    """
+    read = [
+        {
+            "text": text,
+            "letter": extract.extract(text, part.options[question], finish == generate.LENGTH),
+            "tokens": tokens,
+            "finish": finish,
+        }
+        for text, tokens, finish in written
+    ]
+    # most_common sorts stably, so that equals stay in the order in which they came.
+    votes = collections.Counter(a["letter"] for a in read if a["letter"] is not None)
+    first = votes.most_common(1)
+    return {
+        "prediction": first[0][0] if first else None,
+        "votes": dict(votes),
+        "answers": read,
+    }
+
+
+def add_answers(part: Part, rows: Sequence[dict], values: Sequence[Sequence]) -> None:
+    """Puts what a model wrote into its rows of predictions.jsonl, in the place of the option that
+    likelihood chose.
+    """
+    for i, row in enumerate(rows):
+        del row["prediction_norm"]
+        row |= prediction(part, i, values[i * part.samples : (i + 1) * part.samples])
+
+
+def unparsable(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Questions without a readable answer, and answers that cannot be read: both count as wrong."""
+    return {
+        "unparsable": sum(p["prediction"] is None for p in predictions),
+        "unparsable_answers": sum(a["letter"] is None for p in predictions for a in p["answers"]),
+    }

@@ -1,0 +1,195 @@
+"""Generation on the devices: rows of prompts that are read at once and continued token by token.
+
+A state has B rows of S columns: the prompt, left-padded, up to column P, then what is generated.
+Every row stands at its own place, so that a finished one can be given another prompt while the
+others go on; what a row computes depends on P, S and its own tokens only.
+
+Dims: N layers, B rows, K kv heads, S columns, C head, P columns of the prompt.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from diq_jax.models import config, decoder, layers, sampling
+
+CHUNK = 16  # decode steps between two looks of the host
+NOTHING = -1  # emitted by a row that has ended
+
+
+@flax.struct.dataclass
+class State:
+    """Rows under way. The last token of a row is known, but not in the cache yet."""
+
+    k: jax.Array  # (N, B, K, S, C)
+    v: jax.Array  # (N, B, K, S, C)
+    token: jax.Array  # (B,) int32: the last one
+    length: jax.Array  # (B,) int32: tokens of the prompt
+    generated: jax.Array  # (B,) int32: tokens so far, `token` included
+    live: jax.Array  # (B,) bool: goes on
+    prompt: jax.Array  # (B,) uint32, sampling.prompt_number
+    sample: jax.Array  # (B,) int32
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Prompts to begin, R rows; one that is no prompt has a slot beyond the state's rows."""
+
+    tokens: jax.Array  # (R, P) int32, left-padded
+    length: jax.Array  # (R,) int32, at least 1
+    slot: jax.Array  # (R,) int32: the row of the state to put it in
+    prompt: jax.Array  # (R,) uint32
+    sample: jax.Array  # (R,) int32
+
+
+def shapes(cfg: config.DecoderConfig, rows: int, columns: int, dtype) -> State:
+    """The state's leaves as jax.ShapeDtypeStruct."""
+    cache = jax.ShapeDtypeStruct(
+        (cfg.num_layers, rows, cfg.num_kv_heads, columns, cfg.head_dim), dtype
+    )
+    number = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    live = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    prompt = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+    return State(cache, cache, number, number, number, live, prompt, number)
+
+
+def specs(cfg: config.DecoderConfig, model_devices: int) -> State:
+    """Rows over the data axis, and kv heads over the model axis where it divides them."""
+    heads = "model" if cfg.num_kv_heads % model_devices == 0 else None
+    cache, row = PartitionSpec(None, "data", heads, None, None), PartitionSpec("data")
+    return State(cache, cache, row, row, row, row, row, row)
+
+
+def begin(params, adapter, state, batch, cfg, settings, ends):
+    """Reads prompts into rows of the state.
+
+    Args:
+        batch: Prompts.
+        ends: the tokens that end an answer.
+
+    Returns:
+        The state, and the first token of each prompt (R,).
+    """
+    R, P = batch.tokens.shape
+    columns = jnp.arange(P)[None, :] - (P - batch.length)[:, None]
+    positions, segments = jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
+
+    def attend(q, k, v, _):
+        window = cfg.sliding_window
+        out = layers.attention(q, k, v, segments, True, window, positions)
+        return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+
+    hidden, (k, v) = decoder.through(params, cfg, batch.tokens, positions, attend, adapter)
+    zeros = jnp.zeros(R, jnp.int32)
+    logits = decoder.logits(params, cfg, hidden[:, -1:])[:, 0]
+    first = sampling.pick(logits, batch.prompt, batch.sample, zeros, settings)
+
+    def put(old, new):
+        return old.at[batch.slot].set(new, mode="drop")
+
+    def put_cache(old, new):
+        return old.at[:, batch.slot, :, :P].set(new.astype(old.dtype), mode="drop")
+
+    state = State(
+        k=put_cache(state.k, k),
+        v=put_cache(state.v, v),
+        token=put(state.token, first),
+        length=put(state.length, batch.length),
+        generated=put(state.generated, zeros + 1),
+        live=put(state.live, _goes_on(first, 1, settings, ends)),
+        prompt=put(state.prompt, batch.prompt),
+        sample=put(state.sample, batch.sample),
+    )
+    return state, first
+
+
+def decode(params, adapter, state, cfg, settings, ends):
+    """Continues all rows by up to CHUNK tokens; fewer where every row has ended.
+
+    What the chunk adds is kept apart until its end, in columns that all rows share: rows stand at
+    different columns of the cache, and writing there costs a pass over the whole of it.
+
+    Returns:
+        The state, and the tokens (B, CHUNK) int32, NOTHING after a row's end.
+    """
+    start = state.k.shape[3] - _room(settings) + state.generated - 1
+    recent = jnp.zeros((*state.k.shape[:3], CHUNK, state.k.shape[4]), state.k.dtype)
+
+    def unfinished(carry):
+        i, state, *_ = carry
+        return (i < CHUNK) & jnp.any(state.live)
+
+    def step(carry):
+        i, state, recent, tokens = carry
+        logits, new = next_logits(params, adapter, state, recent, i, start, cfg, settings)
+        recent = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis=3), recent, new
+        )
+        token = sampling.pick(logits, state.prompt, state.sample, state.generated, settings)
+        tokens = jax.lax.dynamic_update_index_in_dim(
+            tokens, jnp.where(state.live, token, NOTHING), i, axis=1
+        )
+        generated = state.generated + state.live
+        live = state.live & _goes_on(token, generated, settings, ends)
+        return i + 1, state.replace(token=token, generated=generated, live=live), recent, tokens
+
+    tokens = jnp.full((len(state.token), CHUNK), NOTHING, jnp.int32)
+    carry = (0, state, (recent, recent), tokens)
+    _, state, recent, tokens = jax.lax.while_loop(unfinished, step, carry)
+
+    # Mapped over rows, so that rows split over devices stay where they are; over layers outside of
+    # that, so that nothing is turned.
+    def merge(old, new, column):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
+
+    merge = jax.vmap(jax.vmap(merge), in_axes=(0, 0, None))
+    k, v = (merge(old, new, start) for old, new in zip((state.k, state.v), recent, strict=True))
+    return state.replace(k=k, v=v), tokens
+
+
+def next_logits(params, adapter, state, recent, i, start, cfg, settings):
+    """Runs the last token of every row, step i of a chunk.
+
+    Args:
+        recent: keys and values (N, B, K, CHUNK, C) of this chunk, of which the first i stand.
+        start: (B,), the column where this chunk begins in each row.
+
+    Returns:
+        Logits (B, V), and the token's keys and values (N, B, K, 1, C).
+    """
+    first = state.k.shape[3] - _room(settings) - state.length
+    columns, steps = jnp.arange(state.k.shape[3])[None, :], jnp.arange(CHUNK)[None, :]
+    seen = (columns >= first[:, None]) & (columns < start[:, None])
+    seen_recent = jnp.broadcast_to(steps < i, (len(first), CHUNK))
+    if cfg.sliding_window is not None:
+        seen = seen & (start[:, None] + i - columns < cfg.sliding_window)
+        seen_recent = seen_recent & (i - steps < cfg.sliding_window)
+    itself = jnp.ones((len(first), 1), bool)
+
+    def attend(q, k, v, past):
+        (past_k, past_v), (recent_k, recent_v) = past
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        parts = (past_k, past_v, seen), (recent_k, recent_v, seen_recent), (k, v, itself)
+        return layers.attention_to_parts(q, parts), (k, v)
+
+    past = (state.k, state.v), recent
+    positions = (start + i - first)[:, None]
+    hidden, new = decoder.through(
+        params, cfg, state.token[:, None], positions, attend, adapter, past=past
+    )
+    return decoder.logits(params, cfg, hidden)[:, 0], new
+
+
+def columns(prompt_columns: int, settings: sampling.Sampling) -> int:
+    """S: a row that ends early still goes through the rest of its chunk."""
+    return prompt_columns + _room(settings)
+
+
+def _room(settings):
+    return settings.max_new_tokens + CHUNK
+
+
+def _goes_on(token, generated, settings, ends):
+    ended = jnp.isin(token, jnp.array([sampling.BROKEN, *ends], jnp.int32))
+    return ~ended & (generated < settings.max_new_tokens)

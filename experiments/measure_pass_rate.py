@@ -1,0 +1,123 @@
+"""How often the model itself answers each labelled question right: labels for difficulty.source.
+
+    python experiments/measure_pass_rate.py --config=configs/quickstart.py --rows=labelled.jsonl \\
+        --out=rates.jsonl [--samples=8] [--config.evaluate.temperature=0.7]
+
+A row holds question, options {A: ...} and answer_idx. Each is answered --samples times, as
+evaluate.protocol=generate does it, with the config's model and evaluate.{max_new_tokens,
+temperature, top_p, seed, stop, batch_tokens}. Written: the rows as they came, with p_correct, the
+share of right answers, in the place of any difficulty_* columns. An answer that cannot be read is
+wrong, and rates.unparsable.jsonl lists it. A killed run continues (rates.partial.jsonl).
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from diq_jax.common import artifacts, cli, config, devices, errors, progress
+from diq_jax.data import sources
+from diq_jax.difficulty import labels
+from diq_jax.evaluate import generation
+from diq_jax.models import checkpoint, load
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")
+OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.")
+SAMPLES = flags.DEFINE_integer("samples", 8, "Answers to each question.", lower_bound=1)
+NAME = "base"  # of the one model, in the journal
+
+
+def read_settings(cfg: config.Config) -> config.Evaluate:
+    """The config's, with --samples.
+
+    Raises:
+        UserError: --out is no .jsonl, or several answers at temperature 0.
+    """
+    if not OUT.value.endswith(".jsonl"):
+        raise errors.UserError(f"--out must end in .jsonl; got {OUT.value!r}.")
+    if SAMPLES.value > 1 and cfg.evaluate.temperature == 0:
+        raise errors.UserError(
+            f"--samples={SAMPLES.value} draws different answers: set --config.evaluate.temperature "
+            "above 0."
+        )
+    return dataclasses.replace(cfg.evaluate, samples=SAMPLES.value)
+
+
+def made_from(cfg: config.Config, settings: config.Evaluate) -> str:
+    """A hash of all that decides the answers: what a run that continues must share."""
+    source = checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint
+    rows = sources.fingerprint(ROWS.value, "--rows", "tests")
+    decisive = [source, rows, cfg.model.dtype, dataclasses.asdict(settings)]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def write_answers(part, model, made: str, partial: pathlib.Path) -> dict:
+    """{(model, part, index): values} of all answers; those in the journal are not written again.
+
+    Raises:
+        UserError: the journal is of another model, of other rows or settings.
+    """
+    with artifacts.Journal(partial) as journal:
+        if not journal.entries:
+            journal.append({"made_from": made})
+        if journal.entries[0] != {"made_from": made}:
+            raise errors.UserError(
+                f"{partial} was begun with another model, other rows or settings: remove it to "
+                "start anew, or name another --out."
+            )
+        done = {(NAME, part.name, entry["row"]): entry["values"] for entry in journal.entries[1:]}
+        with progress.Progress("answers", len(part.rows), len(done)) as bar:
+            for (i,), (values,) in generation.answers(part, NAME, None, model, done, None):
+                journal.append({"row": i, "values": values})
+                done[NAME, part.name, i] = values
+                bar.update(1, part.tokens(i, values))
+    return done
+
+
+def main() -> None:
+    cfg = cli.read_config(CONFIG)
+    settings = read_settings(cfg)
+    tests = sources.load_tests(ROWS.value, 0, 0, "--rows")
+    placement = devices.make_placement(cfg.parallel)
+    model = load.load(cfg.model.path, cfg.model.dtype, placement)
+    part = generation.make_part(tests, model, settings, placement)
+    out = pathlib.Path(OUT.value)
+    partial = out.with_suffix(".partial.jsonl")
+    # As in the pipeline: accelerators round float32 products unless told otherwise.
+    precision = "highest" if cfg.model.dtype == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        done = write_answers(part, model, made_from(cfg, settings), partial)
+
+    rates, unparsable = [], []
+    for q, test in enumerate(tests):
+        rows = range(q * settings.samples, (q + 1) * settings.samples)
+        found = generation.prediction(part, q, [done[NAME, part.name, i] for i in rows])
+        right = found["votes"].get(test.answer_idx, 0) / settings.samples
+        # Levels that a row came with would stand before its rate in difficulty.source.
+        kept = {k: v for k, v in test.row.items() if k not in labels.COLUMNS.values()}
+        rates.append(kept | {labels.P_CORRECT: right})
+        unparsable += [
+            {"id": test.example_id, "sample": sample} | answer
+            for sample, answer in enumerate(found["answers"])
+            if answer["letter"] is None
+        ]
+    listed = out.with_suffix(".unparsable.jsonl")
+    artifacts.write_jsonl(listed, unparsable)
+    artifacts.write_jsonl(out, rates)
+    partial.unlink()
+    share = np.mean([row[labels.P_CORRECT] for row in rates])
+    print(
+        f"{len(tests):,} questions x {settings.samples} answers: {share:.1%} right, "
+        f"{len(unparsable) / len(part.rows):.1%} unparsable (listed in {listed}); wrote {out}"
+    )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "rows", "out"])
+    cli.run(main)
