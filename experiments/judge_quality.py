@@ -60,6 +60,9 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
         ids = both
         if not ids:
             raise errors.UserError("--answers: the two have no example_id in common.")
+        for name in ids:
+            if len({rows[name]["question"] for rows in found.values()}) > 1:
+                raise errors.UserError(f"--answers: {name!r} is not the same question in both.")
     if SAMPLE.value:
         order = np.random.Generator(np.random.PCG64(asking.SEED.value)).permutation(len(ids))
         ids = [ids[i] for i in sorted(order[: SAMPLE.value])]

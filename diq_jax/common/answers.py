@@ -112,7 +112,7 @@ class Cache:
         self._journal.close()
 
 
-def schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
+def choices_schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
     """Of an answer with one choice for each name, whole numbers or texts.
 
     The reason, `NAME_reason`, stands before its choice, so that the choice follows from it.

@@ -10,8 +10,8 @@ could not be checked: compare averages with its tables only after you have.
 
 Targets steer the selection, so they are never test rows: they come from a training or validation
 split with answers where there is one, else from the tenth of the rows that is held out of the
-tests, by a hash of the question. MMLU-Pro repeats some questions of MMLU: a target of the one may
-be a test of the other.
+tests, by a hash of the question; so one FILE may serve as both there, and nowhere else. MMLU-Pro
+repeats some questions of MMLU: a target of the one may be a test of the other.
 """
 
 import ast

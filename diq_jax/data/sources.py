@@ -99,7 +99,12 @@ def load_pool(
 
 
 def load_targets(
-    spec: str, per_task: int, seed: int, columns: str, field: str = "data.targets"
+    spec: str,
+    per_task: int,
+    seed: int,
+    columns: str,
+    field: str = "data.targets",
+    sample: str = "targets",
 ) -> list[example_lib.Example]:
     """Loads the target examples: multiple choice, or like the pool's, pre-tokenised ones included.
 
@@ -107,7 +112,8 @@ def load_targets(
     the file. The draw depends on the seed, the task's name and its ids, not on the order of rows or
     on other tasks, and a larger draw contains a smaller one. A row without a task belongs to the
     task that its file is named after, or its folder where the file is called target, test or the
-    like. `columns` is the pool's mapping: it applies to the rows that have its columns.
+    like. `columns` is the pool's mapping: it applies to the rows that have its columns. `sample`:
+    targets, or tests for those of the shipped sample and of benchmarks.
     """
     mapping = _mapping(columns)
 
@@ -117,7 +123,7 @@ def load_targets(
         fits = set(mapping["question"].split("+")) <= row.keys()
         return _from_pool_row(row, where, position, task, mapping if fits else CONTRACT)
 
-    return _load_tasks(spec, per_task, seed, field, "targets", parse)
+    return _load_tasks(spec, per_task, seed, field, sample, parse)
 
 
 def load_tests(

@@ -48,7 +48,7 @@ For each perspective give first the reason, in at most fifteen words, then the l
 a JSON object of the fields {fields}; each level is a whole number."""
 
 LEVELS = range(1, labels.LEVELS + 1)
-SCHEMA = answers_lib.schema(dict.fromkeys(config.PERSPECTIVES, LEVELS))
+SCHEMA = answers_lib.choices_schema(dict.fromkeys(config.PERSPECTIVES, LEVELS))
 SYSTEM = {"role": "system", "content": RUBRIC.format(fields=", ".join(SCHEMA["required"]))}
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import devices, errors
+from diq_jax.common import devices, errors, progress
 from diq_jax.data import batches
 from diq_jax.evaluate import options
 from diq_jax.models import decoder, load, loss
@@ -96,6 +96,10 @@ class HarnessModel(lm_model.TemplateLM):
         generate: Generate | None = None,
     ):
         super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise errors.UserError(
+                f"{model.path} has no end-of-sequence token; the harness needs one."
+            )
         self.model, self.tokenizer, self.placement = model, tokenizer, placement
         self.max_length, self.batch_tokens = max_tokens, batch_tokens
         self.adapter, self._generate = adapter, generate
@@ -222,10 +226,12 @@ class HarnessModel(lm_model.TemplateLM):
                 placed = self.placement.batch(batch)
                 yield group, self._score(self.model.params, self.adapter, placed)
 
-        for group, outputs in devices.one_behind(dispatched()):
-            losses, greedy = (np.asarray(x) for x in outputs)
-            for row, i in enumerate(group.indices):
-                yield i, losses[row], greedy[row]
+        with progress.Progress("harness", len(rows)) as bar:
+            for group, outputs in devices.one_behind(dispatched()):
+                losses, greedy = (np.asarray(x) for x in outputs)
+                bar.update(len(group.indices), sum(len(rows[i].input_ids) for i in group.indices))
+                for row, i in enumerate(group.indices):
+                    yield i, losses[row], greedy[row]
 
 
 def token_scores(params, cfg, batch, adapter=None) -> tuple[jax.Array, jax.Array]:

@@ -108,6 +108,8 @@ def test_nine_names_in_two_groups_from_the_hub(monkeypatch):
     for name in ("medxpertqa", "hle_biomed"):
         sides = [{e.question for e in of if e.task == name} for of in (tests, every)]
         assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
+    against = sources.load_targets(spec, 0, 0, "", "--against", "tests")  # as check_pool asks
+    assert [e.example_id for e in against] == [e.example_id for e in tests]
     expanded = benchmarks.expand("benchmark:all", "data.tests")
     groups = [benchmarks.expand(f"benchmark:{g}", "x") for g in ("standard", "challenging")]
     assert len(expanded) == 9 and [*groups[0], *groups[1]] == expanded and len(groups[0]) == 4

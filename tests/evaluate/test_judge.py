@@ -182,12 +182,14 @@ def test_a_dry_run_needs_no_key_and_shows_the_cost(folder):
         (["--answers=none.jsonl"], "none.jsonl is no file"),
         (["--answers=bare.jsonl"], "must have a question and a text; got columns example_id"),
         (["--answers=good.jsonl:x"], "the model of"),
+        (["--answers=good.jsonl,other.jsonl", "--pairwise"], "'q0' is not the same question"),
         (["--models=a,a"], "--models names a judge twice"),
         (["--out=judge.csv"], "--out must end in .json"),
     ],
 )
 def test_a_mistake_is_one_sentence(flags, message, folder, monkeypatch):
     artifacts.write_jsonl(folder / "bare.jsonl", [{"example_id": "q0"}])
+    artifacts.write_jsonl(folder / "other.jsonl", [rows("x", 1)[0] | {"question": "How?"}])
     monkeypatch.chdir(folder)
     ended = run(None, folder, *flags, url="http://127.0.0.1:9/v1")
     assert ended.returncode == 2 and message in ended.stderr, ended.stderr[-2000:]
