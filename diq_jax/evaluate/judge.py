@@ -151,7 +151,7 @@ def pair_summary(
 ) -> dict[str, Any]:
     """Wins, ties and losses of model A against B, over all judges and by each.
 
-    Over all judges, a question's verdict is that of most judges that gave one. `net` is the share
+    Over all judges, a question goes to the model with more of their verdicts. `net` is the share
     of wins less that of losses, with its interval; p is the exact sign test of wins against losses.
     `position_bias` is the net preference for the first place, -1 to 1, 0 where there is none;
     `disagree` the share of judgements of which the two orders differ.
