@@ -161,7 +161,6 @@ def _draw(ids: list[str], task: str, count: int, seed: int) -> list[str]:
 
 
 def _task_name(source: str) -> str:
-    source = _split(source)[1]
     if source.startswith("hub:"):
         return source.split(":")[1].rpartition("/")[2]
     path = pathlib.Path(source).resolve()
