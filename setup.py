@@ -47,6 +47,8 @@ setuptools.setup(
             "torch==2.13.0",
         ],
         "judge": ["openai>=3.0"],
+        # Brings python-dateutil below 3; its tests are skipped without it.
+        "harness": ["lm-eval>=0.4.10"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

@@ -1,8 +1,7 @@
 """DIQ with Qwen3-8B on the Huatuo pool, retention 10 %.
 
 Run:     python experiments/run_diq.py --config=configs/huatuo_qwen3_8b.py --workdir=runs/qwen3 \
-             --config.difficulty.source=LABELS.jsonl --config.data.targets='tasks/*/target.jsonl' \
-             --config.data.tests='tasks/*/test.jsonl'
+             --config.difficulty.source=LABELS.jsonl
 Cost:    not measured
 Result:  not measured
 
@@ -22,6 +21,7 @@ def get_config(engine="projected"):
     c.data.pool = "hub:FreedomIntelligence/medical-o1-reasoning-SFT:en"
     c.data.columns = "huatuo"
     c.data.template = "think"
+    c.data.targets = c.data.tests = "benchmark:all"
     c.data.targets_per_task = 20
     # The hub's BiomedBERT comes as a pickle only: name a folder with safetensors (README).
     c.difficulty.encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"

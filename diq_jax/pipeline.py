@@ -132,6 +132,7 @@ def _write_tests(context, tests, options, end_ids):
         {
             "example_id": [test.example_id for test in tests],
             "task": [test.task for test in tests],
+            "subject": [str(test.row.get("subject") or "") for test in tests],
             "question": [test.question for test in tests],
             "choices": [_choices(test) for test in tests],
             "prompt_ids": pa.array(prompts, pa.list_(pa.int32())),

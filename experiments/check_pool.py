@@ -21,7 +21,9 @@ from diq_jax.selection import hygiene
 
 POOL = flags.DEFINE_string("pool", None, "As data.pool.")
 COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
-AGAINST = flags.DEFINE_string("against", "", "As data.targets, every row; empty = the pool alone.")
+AGAINST = flags.DEFINE_string(
+    "against", "", "As data.tests, or like the pool; empty = the pool alone."
+)
 OUTPUT = flags.DEFINE_string("output", "", "The JSONL file to write; empty = none.")
 SHOW = flags.DEFINE_integer("show", 3, "Pairs of each kind to print.", lower_bound=0)
 THRESHOLDS = [
@@ -43,7 +45,7 @@ def read_rows() -> tuple[list[hygiene.Row], list[hygiene.Row]]:
         return pool, []
     against = [
         hygiene.Row(e.example_id, e.task, hygiene.ask(e.question, (e.options or {}).values()), "")
-        for e in sources.load_targets(AGAINST.value, 0, 0, COLUMNS.value, "--against")
+        for e in sources.load_targets(AGAINST.value, 0, 0, COLUMNS.value, "--against", "tests")
     ]
     return pool, against
 

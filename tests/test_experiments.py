@@ -199,3 +199,14 @@ def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
     ended = script(name, *flags)
     assert ended.returncode == 2, ended.stderr[-2000:]
     assert message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_the_harness_script_without_the_harness_is_one_sentence():
+    path = ROOT / "experiments/run_harness.py"
+    code = "import runpy, sys; sys.modules['lm_eval'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(path), "--model=x", "--tasks=y"],
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert ended.returncode == 2 and "pip install 'diq_jax[harness]'" in ended.stderr

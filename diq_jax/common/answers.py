@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diq_jax.common import artifacts
@@ -110,6 +110,24 @@ class Cache:
 
     def __exit__(self, *_: object) -> None:
         self._journal.close()
+
+
+def choices_schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
+    """Of an answer with one choice for each name, whole numbers or texts.
+
+    The reason, `NAME_reason`, stands before its choice, so that the choice follows from it.
+    """
+    properties = {}
+    for name, values in choices.items():
+        kind = "integer" if isinstance(values[0], int) else "string"
+        properties[f"{name}_reason"] = {"type": "string"}
+        properties[name] = {"type": kind, "enum": list(values)}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def body(request: Request, structured: bool) -> dict:

@@ -4,7 +4,7 @@ import errno
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -14,18 +14,21 @@ from diq_jax.common import config, errors
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """Parses the flags, calls main() and exits: 0 done, 2 a mistake of the user, 130 Ctrl-C.
 
+    main gets what stands beside the flags: one text for each name in `arguments`, all required.
     Whatever was finished before stays; the same command continues from there.
     """
     logging.set_verbosity(logging.WARNING)
     try:
         _check_config_flags(sys.argv)
         left = flags.FLAGS(sys.argv)[1:]
-        if left:
-            raise errors.UserError(f"{left[0]!r} is not a flag; flags look like --name=value.")
-        main()
+        if extra := left[len(arguments) :]:
+            raise errors.UserError(f"{extra[0]!r} is not a flag; flags look like --name=value.")
+        if len(left) < len(arguments):
+            raise errors.UserError(f"expected {' '.join(arguments)}; got {' '.join(left) or '-'}.")
+        main(*left)
     except flags.Error as e:
         # A config file's own complaint comes wrapped in its traceback.
         _fail(" ".join(str(e).rsplit("UserError: ", 1)[-1].split()))

@@ -49,9 +49,11 @@ class Model:
 class Data:
     pool: str = "sample"  # path, glob, several by commas, hub:NAME[:CONFIG[:SPLIT]], or sample
     pool_limit: int = 0  # the first so many rows; 0 = all
-    targets: str = "sample"  # rows of the tasks that matter: their mean gradient is the direction
+    # rows of the tasks that matter: their mean gradient is the direction; also benchmark:NAME, or
+    # benchmark:standard, challenging or all (data/benchmarks.py)
+    targets: str = "sample"
     targets_per_task: int = 20  # drawn with the seed; 0 = all
-    tests: str = "sample"  # held-out rows of the same tasks
+    tests: str = "sample"  # held-out rows of the same tasks; benchmarks as for targets
     tests_per_task: int = 0  # drawn with the seed; 0 = all
     # huatuo, m23k, medreason, finemed, or question=A,reasoning=B,answer=C; "" = our names
     columns: str = ""

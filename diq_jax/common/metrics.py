@@ -28,6 +28,33 @@ def quadratic_kappa(labels, predictions, levels: int) -> float:
     return float(1 - np.sum(weights * observed) / chance) if chance > 0 else float("nan")
 
 
+def krippendorff_alpha(ratings, scale: str) -> float:
+    """Agreement of any number of raters, 1 - observed / expected disagreement (Krippendorff,
+    "Computing Krippendorff's Alpha-Reliability", 2011).
+
+    Args:
+        ratings: (raters, units), nan where a rater gave none. Units with fewer than two ratings do
+            not count.
+        scale: ordinal, or interval (squared differences).
+
+    Returns:
+        At most 1; nan where fewer than two values are left, or all are the same.
+    """
+    ratings = np.asarray(ratings, np.float64)
+    values, codes = np.unique(ratings, return_inverse=True)
+    finite = np.isfinite(values)
+    # (units, values): how often a unit got a value.
+    counts = (codes.reshape(ratings.shape).T[..., None] == np.flatnonzero(finite)).sum(1)
+    counts, values = counts[counts.sum(1) > 1], values[finite]
+    totals = counts.sum(0)
+    places = values if scale == "interval" else np.cumsum(totals) - totals / 2
+    distances = np.subtract.outer(places, places) ** 2
+    # Pairs of ratings inside a unit, each unit weighing as many ratings as it has.
+    inside = np.einsum("uc,uk,ck->u", counts, counts, distances) / (counts.sum(1) - 1)
+    chance = totals @ distances @ totals
+    return float(1 - (totals.sum() - 1) * inside.sum() / chance) if chance > 0 else float("nan")
+
+
 def bootstrap_interval(values, statistic, samples: int, seed: int) -> tuple[float, float]:
     """95 % percentile interval of `statistic` over rows drawn with replacement.
 

@@ -1,7 +1,8 @@
 """Rows from files and the hub, checked one by one: every mistake is named with its file and line.
 
 A source is a path, a glob, `hub:NAME[:CONFIG[:SPLIT]]` (split `train` unless given) or `sample`;
-several are separated by commas. The extension gives the format: .jsonl, .jsonl.gz, .json (a list),
+several are separated by commas. Targets and tests may also be `benchmark:NAME[:FILE]`
+(benchmarks.py). The extension gives the format: .jsonl, .jsonl.gz, .json (a list),
 .parquet, .csv; text is UTF-8. Lines are counted from 1, as editors do; rows of .json, .parquet and
 the hub from 0, as `dataset[17]` does.
 """
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diq_jax.common import artifacts, errors
+from diq_jax.data import benchmarks
 from diq_jax.data import example as example_lib
 
 Rows = Iterator[tuple[dict, str]]  # a row and where it stands
@@ -60,15 +62,16 @@ def read_rows(spec: str, field: str, sample: str = "") -> list[tuple[dict, str]]
 
 
 def fingerprint(spec: str, field: str, sample: str = "") -> str:
-    """A hash of the files that `spec` names; of a hub data set, its name.
+    """A hash of the files that `spec` names; of a hub data set or a benchmark, its name.
 
     Args:
         sample: the shipped file that the word `sample` stands for: pool, targets or tests.
     """
     digest = hashlib.sha256()
     for source in _resolve(spec, field, sample):
-        is_hub = source.startswith("hub:")
-        digest.update((source if is_hub else artifacts.sha256(source)).encode())
+        head, file = _split(source)
+        is_hub = file.startswith("hub:")
+        digest.update((head + (file if is_hub else artifacts.sha256(file))).encode())
     return digest.hexdigest()
 
 
@@ -96,7 +99,12 @@ def load_pool(
 
 
 def load_targets(
-    spec: str, per_task: int, seed: int, columns: str, field: str = "data.targets"
+    spec: str,
+    per_task: int,
+    seed: int,
+    columns: str,
+    field: str = "data.targets",
+    sample: str = "targets",
 ) -> list[example_lib.Example]:
     """Loads the target examples: multiple choice, or like the pool's, pre-tokenised ones included.
 
@@ -104,7 +112,8 @@ def load_targets(
     the file. The draw depends on the seed, the task's name and its ids, not on the order of rows or
     on other tasks, and a larger draw contains a smaller one. A row without a task belongs to the
     task that its file is named after, or its folder where the file is called target, test or the
-    like. `columns` is the pool's mapping: it applies to the rows that have its columns.
+    like. `columns` is the pool's mapping: it applies to the rows that have its columns. `sample`:
+    targets, or tests for those of the shipped sample and of benchmarks.
     """
     mapping = _mapping(columns)
 
@@ -114,7 +123,7 @@ def load_targets(
         fits = set(mapping["question"].split("+")) <= row.keys()
         return _from_pool_row(row, where, position, task, mapping if fits else CONTRACT)
 
-    return _load_tasks(spec, per_task, seed, field, "targets", parse)
+    return _load_tasks(spec, per_task, seed, field, sample, parse)
 
 
 def load_tests(
@@ -219,7 +228,14 @@ def _from_choices(row: dict, where: str, position: int, task: str) -> example_li
 
 
 def _resolve(spec: str, field: str, sample: str = "") -> list[str]:
-    """Paths and `hub:` names in order, a glob's sorted; `sample` is the shipped file to use."""
+    """Paths, `hub:` names and benchmarks in order, a glob's sorted.
+
+    A benchmark is "benchmark:ROLE:NAME:" before the path or `hub:` name of its rows, where ROLE is
+    targets or tests.
+
+    Args:
+        sample: the shipped file that `sample` stands for.
+    """
     sources: list[str] = []
     for part in filter(None, map(str.strip, spec.split(","))):
         path = os.path.expanduser(part)
@@ -228,6 +244,8 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[str]:
             sources.append(str(shipped))
         elif part.startswith("hub:"):
             sources.append(part)
+        elif part.startswith(benchmarks.PREFIX):
+            sources += _benchmark(part, field, sample)
         elif os.path.isfile(path):
             sources.append(path)
         elif os.path.isdir(path):
@@ -247,7 +265,37 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[str]:
     return sources
 
 
+def _benchmark(spec: str, field: str, sample: str) -> list[str]:
+    role = "targets" if sample == "targets" else "tests"
+    found = []
+    for name, file in benchmarks.expand(spec, field):
+        known = getattr(benchmarks.BENCHMARKS[name], role)
+        inner = _resolve(file, field) if file else [known]
+        found += [f"{benchmarks.PREFIX}{role}:{name}:{source}" for source in inner]
+    return found
+
+
+def _split(source: str) -> tuple[str, str]:
+    """("benchmark:ROLE:NAME:" or "", the path or `hub:` name) of an entry of `_resolve`."""
+    if not source.startswith(benchmarks.PREFIX):
+        return "", source
+    head = source.split(":", 3)
+    return ":".join([*head[:3], ""]), head[3]
+
+
 def _rows(source: str, field: str) -> Rows:
+    head, file = _split(source)
+    if not head:
+        yield from _plain_rows(source, field)
+        return
+    _, role, name, _ = head.split(":")
+    for index, (row, where) in enumerate(_plain_rows(file, field)):
+        made = benchmarks.convert(name, row, f"{field}: {where}", index, role == "targets")
+        if made is not None:
+            yield made, where
+
+
+def _plain_rows(source: str, field: str) -> Rows:
     is_hub = source.startswith("hub:")
     read = _read_hub if is_hub else next((READERS[e] for e in READERS if source.endswith(e)), None)
     if read is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from diq_jax.common import answers as answers_lib
 from diq_jax.common import config, metrics
 from diq_jax.difficulty import labels
 
@@ -46,22 +47,9 @@ the two. The length of a question is no measure. Use the whole scale.
 For each perspective give first the reason, in at most fifteen words, then the level. Answer with \
 a JSON object of the fields {fields}; each level is a whole number."""
 
-# The reason stands before its level, so that the level follows from it.
-PROPERTIES = {
-    name: schema
-    for perspective in config.PERSPECTIVES
-    for name, schema in (
-        (f"{perspective}_reason", {"type": "string"}),
-        (perspective, {"type": "integer", "enum": list(range(1, labels.LEVELS + 1))}),
-    )
-}
-SCHEMA = {
-    "type": "object",
-    "properties": PROPERTIES,
-    "required": list(PROPERTIES),
-    "additionalProperties": False,
-}
-SYSTEM = {"role": "system", "content": RUBRIC.format(fields=", ".join(PROPERTIES))}
+LEVELS = range(1, labels.LEVELS + 1)
+SCHEMA = answers_lib.choices_schema(dict.fromkeys(config.PERSPECTIVES, LEVELS))
+SYSTEM = {"role": "system", "content": RUBRIC.format(fields=", ".join(SCHEMA["required"]))}
 
 
 def messages(question: str) -> tuple[dict[str, str], ...]:
@@ -105,7 +93,6 @@ def agreement(found: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, float]:
 
 def histogram(found: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
     """{perspective: how many questions have level 1, 2, ..., 5}."""
-    steps = range(1, labels.LEVELS + 1)
     return {
-        p: [sum(row[p] == level for row in found) for level in steps] for p in config.PERSPECTIVES
+        p: [sum(row[p] == level for row in found) for level in LEVELS] for p in config.PERSPECTIVES
     }

@@ -11,7 +11,7 @@ METRICS = ("test_loss", "accuracy", "accuracy_norm")  # where options are compar
 GENERATED_METRICS = ("test_loss", "accuracy")  # where answers are generated: accuracy is of those
 
 
-def estimates(values, samples: int, seed: int) -> np.ndarray:
+def estimates(values, samples: int, seed: int | Sequence[int]) -> np.ndarray:
     """The mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...) float64.
 
     Questions are drawn with replacement, the same for every column and those that
@@ -45,6 +45,7 @@ def results(
     samples: int,
     seed: int,
     metrics: Sequence[str] = METRICS,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict:
     """The `models` part of evaluate/results.json.
 
@@ -56,6 +57,7 @@ def results(
             length-normalised likelihood, else 0.
         tasks: the task of each question.
         versus: for each model, those that it is compared with: its own value minus theirs.
+        groups: {name: tasks} to average accuracies over, each task weighing the same.
     """
 
     def by_metric(questions):
@@ -65,6 +67,14 @@ def results(
     whole = {"target_loss": estimates(targets, samples, seed), **by_metric(questions)}
     labels = np.asarray(tasks)
     by_task = {task: by_metric(questions[labels == task]) for task in sorted(set(tasks))}
+    means = averages(questions, tasks, groups or {}, samples, seed, metrics)
+
+    def averaged(column):
+        return {
+            group: {"tasks": len(groups[group])} | {m: summary(column(x)) for m, x in found.items()}
+            for group, found in means.items()
+        }
+
     out = {}
     for i, name in enumerate(names):
         out[name] = {metric: summary(x[:, i]) for metric, x in whole.items()}
@@ -78,4 +88,35 @@ def results(
             other: {metric: summary(x[:, i] - x[:, j]) for metric, x in whole.items()}
             for other, j in others.items()
         }
+        if means:
+            out[name]["averages"] = averaged(lambda x, i=i: x[:, i])
+            for other, j in others.items():
+                gaps = averaged(lambda x, i=i, j=j: x[:, i] - x[:, j])
+                out[name]["versus"][other]["averages"] = gaps
     return out
+
+
+def averages(
+    questions: np.ndarray,
+    tasks: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    samples: int,
+    seed: int,
+    metrics: Sequence[str] = METRICS,
+) -> dict[str, dict[str, np.ndarray]]:
+    """{group: {metric: (1 + S, M)}} of every accuracy: the mean over tasks, drawn as `estimates`.
+
+    Each task's questions are drawn apart from every other task's, as they were collected.
+    """
+    labels = np.asarray(tasks)
+    drawn = {
+        task: estimates(questions[labels == task], samples, [seed, k])
+        for k, task in enumerate(sorted({task for of in groups.values() for task in of}))
+    }
+    return {
+        name: {
+            metric: np.mean([drawn[task][..., metrics.index(metric)] for task in of], axis=0)
+            for metric in metrics[1:]
+        }
+        for name, of in groups.items()
+    }

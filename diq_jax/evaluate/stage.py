@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax.common import artifacts, devices, errors, progress, stages
-from diq_jax.data import batches, encoded, example
+from diq_jax.data import batches, benchmarks, encoded, example
 from diq_jax.evaluate import generation, intervals, options
 from diq_jax.models import checkpoint, load, lora, loss
 
@@ -261,6 +261,7 @@ def _write(context, names, questions, tables) -> None:
         settings.bootstrap_samples,
         settings.seed,
         metrics,
+        benchmarks.averages(sorted({question.task for question in questions})),
     )
     artifacts.write_jsonl(
         context.path("evaluate/predictions.jsonl"), [row for of in predictions for row in of]

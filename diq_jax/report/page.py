@@ -125,6 +125,7 @@ def render(run: Run, drawn: Mapping[str, figures.Picture]) -> str:
         outliers=int(np.sum(run.influence != e["influence"])),
         levels=tables.levels(run.results) if run.results else None,
         differences=tables.differences(run.results) if run.results else None,
+        averages=tables.averages(run.results) if run.results else None,
         tests=run.results.get("tests"),
         tasks={
             f"{task} ({n} questions)": tables.levels(run.results, task)

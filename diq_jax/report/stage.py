@@ -32,7 +32,8 @@ def summary(context: stages.Context) -> str:
     results = _optional(context, "evaluate/results.json")
     parts = [tables.headline(results)]
     if results:
-        parts += [tables.levels(results).plain(), tables.differences(results).plain()]
+        shown = tables.levels(results), tables.differences(results), tables.averages(results)
+        parts += [table.plain() for table in shown if table is not None]
     paths = {
         "report": "report/report.html",
         "subset": "selection/selected.jsonl",

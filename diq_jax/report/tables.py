@@ -129,6 +129,29 @@ def differences(results: Mapping[str, Any]) -> Table:
     return Table(["Difference", *headers], rows)
 
 
+def averages(results: Mapping[str, Any]) -> Table | None:
+    """Accuracies averaged over groups of benchmarks, and their paired differences; None without."""
+    models = {arm: results["models"][arm] for arm in arms(results)}
+    found = models[arms(results)[0]].get("averages")
+    if not found:
+        return None
+    columns = [(group, metric) for metric in ("accuracy", "accuracy_norm") for group in found]
+
+    def row(name, values, sign=False):
+        cells = (_measure(values[group].get(metric), metric, sign) for group, metric in columns)
+        return [Cell(name), *cells]
+
+    rows = [row(arm, values["averages"]) for arm, values in models.items()]
+    for reference in REFERENCES:
+        for arm, values in models.items():
+            gaps = values.get("versus", {}).get(reference, {}).get("averages")
+            if gaps and arm != reference:
+                rows.append(row(f"{arm} − {reference}", gaps, sign=True))
+    marks = {"accuracy": "%", "accuracy_norm": "%, length-normalised"}
+    headers = [f"{group}, {found[group]['tasks']} tasks ({marks[m]})" for group, m in columns]
+    return Table(["Mean over tasks", *headers], rows)
+
+
 def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]], bool]]:
     """For figures.comparison: two levels, and the paired difference to random, or else to base."""
     models = {arm: results["models"][arm] for arm in arms(results)}

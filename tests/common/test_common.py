@@ -107,6 +107,26 @@ def test_metrics_against_scipy_and_by_hand():
     assert high == pytest.approx(x.mean() + half, abs=0.08)
 
 
+def test_krippendorff_alpha_by_hand_and_as_published():
+    nan = np.nan
+    # Units 1 1, 1 2, 2 2: one of three pairs disagrees, observed 2/6 (both directions, 6 ratings);
+    # of 6 * 5 ordered pairs of the ratings 1 1 1 2 2 2, 18 differ: alpha = 1 - (2/6) / (18/30).
+    by_hand = [[1, 1, 2], [1, 2, 2]]
+    for scale in ("ordinal", "interval"):
+        assert metrics.krippendorff_alpha(by_hand, scale) == pytest.approx(1 - (2 / 6) / (18 / 30))
+    # The reliability data of section C of the 2011 note, and what it gives for both scales.
+    ratings = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+        [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+    ]
+    assert metrics.krippendorff_alpha(ratings, "ordinal") == pytest.approx(0.815, abs=5e-4)
+    assert metrics.krippendorff_alpha(ratings, "interval") == pytest.approx(0.849, abs=5e-4)
+    assert metrics.krippendorff_alpha([[1, 5], [1, 5]], "ordinal") == 1
+    assert np.isnan(metrics.krippendorff_alpha([[1, 1], [1, nan]], "ordinal"))
+
+
 def test_partition_and_combine_are_inverse():
     tree = {"a": {"x": jnp.ones(2), "y": jnp.zeros(3)}, "b": None}
     chosen, rest = trees.partition(tree, {"a/x"}.__contains__)

@@ -67,3 +67,18 @@ def test_the_difference_is_paired():
     )
     gap = out["b"]["versus"]["base"]["target_loss"]
     np.testing.assert_allclose([gap["mean"], gap["low"], gap["high"]], [0, -0.1, 0.1], atol=1e-9)
+
+
+def test_averages_weigh_tasks_alike_and_pair_models():
+    # Task x: 3 of 3 and 0 of 3 right; task y: 0 of 1 and 1 of 1. By question 3/4, by task 1/2.
+    questions = np.zeros((4, 2, 3))
+    questions[:3, 0, 1:] = questions[3, 1, 1:] = 1
+    out = intervals.results(
+        ["base", "b"], np.zeros((2, 2)), questions, ["x", "x", "x", "y"],
+        {"base": [], "b": ["base"]}, 100, 0, {"AvgS": ["x"], "AvgA": ["x", "y"]},
+    )  # fmt: skip
+    means = out["base"]["averages"]
+    assert means["AvgA"]["accuracy"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert means["AvgS"]["accuracy_norm"]["mean"] == 1 and means["AvgA"]["tasks"] == 2
+    gaps = out["b"]["versus"]["base"]["averages"]
+    assert gaps["AvgS"]["accuracy"]["mean"] == -1 and gaps["AvgA"]["accuracy"]["mean"] == 0

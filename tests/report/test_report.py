@@ -356,6 +356,23 @@ def test_differences_mark_only_what_excludes_zero():
     assert (row[3].text, row[3].interval) == ("+2.0", "−4.0 to 8.0")  # 0.02 is 2 points
 
 
+def test_averages_stand_where_there_are_any():
+    found = results((-0.09, -0.2, 0.01))
+    assert tables.averages(found) is None
+    value = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    group = {"AvgS": {"tasks": 4, "accuracy": value, "accuracy_norm": value}}
+    for model in found["models"].values():
+        model["averages"] = group
+        for gaps in model["versus"].values():
+            gaps["averages"] = group
+    table = tables.averages(found)
+    assert table.headers[1:] == ["AvgS, 4 tasks (%)", "AvgS, 4 tasks (%, length-normalised)"]
+    names = [row[0].text for row in table.rows]
+    assert names[:3] == ["base", "selected", "random"] and names[-1] == "selected − random"
+    assert (table.rows[0][1].text, table.rows[0][1].interval) == ("50.0", "40.0 to 60.0")
+    assert (table.rows[-1][1].text, table.rows[-1][1].strong) == ("+50.0", True)
+
+
 def test_group_shares_and_ratio_by_hand():
     selected = np.array([True, False, False, True])
     shares = tables.group_shares(["a", "a", "a", ""], selected)

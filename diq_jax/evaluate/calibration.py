@@ -1,0 +1,46 @@
+"""Whether a model is right as often as it is sure: expected calibration error and its table.
+
+Dims: Q questions.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+BINS = 10  # of equal width
+
+
+def confidence(log_likelihoods: Sequence[float]) -> float:
+    """The likeliest option's share of the softmax over the options' log-likelihoods, in nats."""
+    values = np.asarray(log_likelihoods, np.float64)
+    return float(1 / np.exp(values - values.max()).sum())
+
+
+def reliability(confidences, correct) -> list[dict[str, float]]:
+    """For each bin that is not empty: low, high, questions, confidence and accuracy (means).
+
+    Args:
+        confidences: (Q,) in [0, 1]; a bin holds its lower end, the last one its upper end too.
+        correct: (Q,) of 0 and 1.
+    """
+    confidences, correct = (np.asarray(x, np.float64) for x in (confidences, correct))
+    places = np.minimum((confidences * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "low": k / BINS,
+            "high": (k + 1) / BINS,
+            "questions": int(np.sum(places == k)),
+            "confidence": float(confidences[places == k].mean()),
+            "accuracy": float(correct[places == k].mean()),
+        }
+        for k in np.unique(places).tolist()
+    ]
+
+
+def error(table: Sequence[dict[str, float]]) -> float:
+    """The mean of |accuracy - confidence| over the questions of a `reliability` table (Guo et al.,
+    arXiv 1706.04599, equation 3).
+    """
+    total = sum(row["questions"] for row in table)
+    gaps = (row["questions"] * abs(row["accuracy"] - row["confidence"]) for row in table)
+    return sum(gaps) / total

@@ -1,0 +1,110 @@
+"""Two models on the same questions: accuracies, the paired difference, and whether it is chance.
+
+Dims: Q questions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diq_jax.common import errors
+from diq_jax.evaluate import calibration, intervals, predictions, significance
+
+LEVEL = 0.05  # a p-value below it is called a difference
+CHOICES = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}  # metric: column
+
+
+def common(first: predictions.Rows, second: predictions.Rows) -> list[str]:
+    """The ids that both have, in the order of the first.
+
+    Raises:
+        UserError: none, or a question whose task or right answer is not the same in both.
+    """
+    ids = [name for name in first if name in second]
+    if not ids:
+        raise errors.UserError("the two models have no example_id in common.")
+    for name in ids:
+        for column in ("task", "answer"):
+            a, b = first[name].get(column), second[name].get(column)
+            if a != b:
+                raise errors.UserError(
+                    f"question {name!r} is not the same in both: its {column} is {a!r} and {b!r}."
+                )
+    return ids
+
+
+def correct(rows: predictions.Rows, ids: Sequence[str], metric: str) -> np.ndarray:
+    """(Q,) float64: 1 where the model's choice is the right answer; no choice is a wrong one.
+
+    Raises:
+        UserError: a row without the columns.
+    """
+    column = CHOICES[metric]
+    for name in ids:
+        if rows[name].get("answer") is None or column not in rows[name]:
+            raise errors.UserError(
+                f"question {name!r} must have answer and {column}; got {', '.join(rows[name])}."
+            )
+    return np.array([rows[name][column] == rows[name]["answer"] for name in ids], np.float64)
+
+
+def paired(hits: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
+    """Of (Q, 2) right answers: both accuracies and first - second with intervals; the questions
+    that only one of the two gets right, and McNemar's exact p.
+    """
+    drawn = intervals.estimates(hits, samples, seed)
+    first, second = (int(np.sum(hits[:, i] > hits[:, 1 - i])) for i in (0, 1))
+    return {
+        "questions": len(hits),
+        "accuracy": [intervals.summary(drawn[:, i]) for i in (0, 1)],
+        "difference": intervals.summary(drawn[:, 0] - drawn[:, 1]),
+        "only_first": first,
+        "only_second": second,
+        "p": significance.sign_test(first, second),
+    }
+
+
+def by_group(
+    hits: np.ndarray, labels: Sequence[str], samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """{label: `paired` of its questions, with `p_holm`, adjusted over the labels}."""
+    names = np.asarray(labels)
+    found = {x: paired(hits[names == x], samples, seed) for x in sorted(set(labels))}
+    adjusted = significance.holm({name: value["p"] for name, value in found.items()})
+    return {name: value | {"p_holm": adjusted[name]} for name, value in found.items()}
+
+
+def winner(value: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The better model where the p-value, Holm's where there is one, is below LEVEL; else ""."""
+    if value.get("p_holm", value["p"]) >= LEVEL:
+        return ""
+    return names[0 if value["difference"]["mean"] > 0 else 1]
+
+
+def sentence(value: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What the overall comparison says."""
+    gap = value["difference"]
+    better = names[0 if gap["mean"] >= 0 else 1]
+    ends = sorted(100 * abs(gap[end]) for end in ("low", "high"))
+    points = f"{abs(100 * gap['mean']):.1f} points"
+    if winner(value, names):
+        inside = gap["low"] <= 0 <= gap["high"]
+        spread = "" if inside else f" (95 % interval {ends[0]:.1f} to {ends[1]:.1f})"
+        return f"{better} is better by {points}{spread}: chance alone would rarely show so much."
+    if gap["mean"] == 0:
+        return f"No difference: both are right on as many of {value['questions']:,} questions."
+    return (
+        f"No difference is shown: {better} is ahead by {points} on {value['questions']:,} "
+        "questions, which chance alone may well show."
+    )
+
+
+def calibrated(rows: predictions.Rows, ids: Sequence[str]) -> dict[str, Any] | None:
+    """`ece` and its table, of the choice by summed log-likelihood; None where a row has none."""
+    given = [rows[name].get("log_likelihoods") for name in ids]
+    if not all(given):
+        return None
+    sure = [calibration.confidence(list(values.values())) for values in given]
+    table = calibration.reliability(sure, correct(rows, ids, "accuracy"))
+    return {"ece": calibration.error(table), "reliability": table}

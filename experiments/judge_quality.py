@@ -1,0 +1,217 @@
+"""Judges answers by language models behind any OpenAI-compatible endpoint.
+
+    python experiments/judge_quality.py --answers=runs/a:selected,runs/a:random --out=judge.json \\
+        --base_url=http://localhost:8000/v1 --models=NAME[,NAME] [--pairwise] [--dry_run]
+
+Differential diagnosis, safety check and evidence citation, each from 1 to 5 with its reason, of
+every answer alone; with --pairwise, of two models' answers side by side, in both orders, where a
+verdict counts only if the orders agree. Several --models judge apart, and their agreement is shown.
+--answers names a run, or a JSONL file of rows {example_id, question, text[, reference]}
+(diq_jax/evaluate/predictions.py).
+
+Writes judge.json, and beside it judge.verdicts.jsonl (every judgement with its reasons),
+judge.failed.jsonl (what got none) and judge.cache.jsonl: a killed run continues, and pays for
+nothing twice. The API key comes from the environment (--api_key_env).
+"""
+
+import itertools
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from diq_jax.common import answers, artifacts, asking, cli, errors
+from diq_jax.evaluate import judge, predictions
+from diq_jax.report import tables
+
+ANSWERS = flags.DEFINE_list("answers", None, "RUN:MODEL or FILE.jsonl[:MODEL], comma-separated.")
+MODELS = flags.DEFINE_list("models", None, "The judges' names at the endpoint.")
+OUT = flags.DEFINE_string("out", None, "The .json file to write.")
+PAIRWISE = flags.DEFINE_bool("pairwise", False, "Compare two models' answers side by side.")
+SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many questions; 0 = all.", lower_bound=0)
+BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each interval.", 100)
+
+REPLY_TOKENS = 200  # a guess for the reasons and levels
+
+
+def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
+    """The rows by model, and the questions to judge: those of any, or with --pairwise of both.
+
+    Raises:
+        UserError: a row without question or text, or not two models for --pairwise.
+    """
+    found = predictions.read_all(ANSWERS.value, "--answers")
+    if PAIRWISE.value and len(found) != 2:
+        raise errors.UserError(f"--pairwise compares two models; --answers names {len(found)}.")
+    for model, rows in found.items():
+        for name, row in rows.items():
+            asked, text = row.get("question"), row.get("text")
+            if not isinstance(asked, str) or not asked.strip() or not isinstance(text, str):
+                raise errors.UserError(
+                    f"--answers: {model}: {name!r} must have a question and a text; got columns "
+                    f"{', '.join(row)}."
+                )
+    ids = list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
+    if PAIRWISE.value:
+        both = [name for name in ids if all(name in rows for rows in found.values())]
+        if len(both) < len(ids):
+            print(f"{len(both):,} of {len(ids):,} questions are in both; the others are left out")
+        ids = both
+        if not ids:
+            raise errors.UserError("--answers: the two have no example_id in common.")
+        for name in ids:
+            if len({rows[name]["question"] for rows in found.values()}) > 1:
+                raise errors.UserError(f"--answers: {name!r} is not the same question in both.")
+    if SAMPLE.value:
+        order = np.random.Generator(np.random.PCG64(asking.SEED.value)).permutation(len(ids))
+        ids = [ids[i] for i in sorted(order[: SAMPLE.value])]
+    return found, ids
+
+
+def make_requests(found, ids) -> list[tuple[dict[str, str], tuple[answers.Request, ...]]]:
+    """(what is judged, by whom; its requests: one, or with --pairwise one for each order)."""
+
+    def single(name, model, row):
+        asked = judge.single_messages(row["question"], row["text"], str(row.get("reference", "")))
+        return {"example_id": name, "model": model}, [asked], judge.SINGLE_SCHEMA
+
+    def pair(name, first, second):
+        question, reference = first["question"], str(first.get("reference", ""))
+        texts = first["text"], second["text"]
+        orders = [judge.pair_messages(question, *t, reference) for t in (texts, texts[::-1])]
+        return {"example_id": name}, orders, judge.PAIR_SCHEMA
+
+    if PAIRWISE.value:
+        asked = [pair(name, *(rows[name] for rows in found.values())) for name in ids]
+    else:
+        by_model = itertools.product(ids, found.items())
+        asked = [single(n, model, rows[n]) for n, (model, rows) in by_model if n in rows]
+    return [
+        ({"judge": j} | what, tuple(asking.request(j, messages, schema) for messages in orders))
+        for j in MODELS.value
+        for what, orders, schema in asked
+    ]
+
+
+def summarise(judged, models, ids) -> dict[str, Any]:
+    """The part of judge.json that says what was found, of (what, checked answers)."""
+    judges, place = MODELS.value, {name: i for i, name in enumerate(ids)}
+    chosen = BOOTSTRAP_SAMPLES.value, asking.SEED.value
+    criteria = len(judge.CRITERIA)
+    if PAIRWISE.value:
+        found = np.full((len(judges), len(ids), criteria, 2), np.nan)
+        for what, given in judged:
+            found[judges.index(what["judge"]), place[what["example_id"]]] = judge.verdicts(*given)
+        return judge.pair_summary(found, judges, *chosen)
+    found = np.full((len(judges), len(models), len(ids), criteria), np.nan)
+    for what, [given] in judged:
+        at = judges.index(what["judge"]), models.index(what["model"]), place[what["example_id"]]
+        found[at] = judge.levels(given)
+    return judge.single_summary(found, judges, models, *chosen)
+
+
+def cell(value: dict[str, Any], sign: bool = False) -> tables.Cell:
+    """Mean and interval."""
+    if value["mean"] is None:
+        return tables.Cell("-")
+    mean, low, high = (tables.number(value[end], 2, sign) for end in ("mean", "low", "high"))
+    return tables.Cell(mean, f"{low} to {high}")
+
+
+def print_single(found: dict[str, Any]) -> None:
+    """Levels of each model, by all judges and by each, then the paired differences."""
+
+    def row(name, means, sign=False):
+        return [tables.Cell(name), *(cell(means[c], sign) for c in judge.CRITERIA)]
+
+    rows = []
+    for model, means in found["models"].items():
+        own = means["judges"] if len(means["judges"]) > 1 else {}
+        rows += [row(model, means), *(row(f"  by {name}", own[name]) for name in own)]
+    rows += [row(gap, means, sign=True) for gap, means in found["differences"].items()]
+    print(tables.Table(["level, 1 to 5", *judge.CRITERIA], rows).plain())
+
+
+def print_pair(found: dict[str, Any], models: list[str]) -> None:
+    print(f"{models[0]} against {models[1]}; a verdict counts where both orders agree")
+    headers = ["", "wins", "ties", "losses", "net", "p", "position bias", "orders differ (%)"]
+    by_judge = found["judges"] if len(found["judges"]) > 1 else {}
+    rows = []
+    for name, values in [("", found["all"]), *by_judge.items()]:
+        for criterion, value in values.items():
+            differ = value["disagree"]
+            plain = [f"  by {name}: {criterion}" if name else criterion]
+            plain += [f"{value[count]:,}" for count in ("wins", "ties", "losses")]
+            net, bias = (cell(value[k], sign=True) for k in ("net", "position_bias"))
+            p, share = f"{value['p']:.3g}", tables.number(differ and 100 * differ, 0)
+            rows.append([*map(tables.Cell, plain), net, tables.Cell(p), bias, tables.Cell(share)])
+    print(tables.Table(headers, rows).plain())
+
+
+def print_agreement(agreement: dict[str, Any]) -> None:
+    """Krippendorff's alpha of all judges, and Cohen's kappa of each pair."""
+    if not agreement:
+        return
+    rows = []
+    for criterion, value in agreement.items():
+        numbers = (tables.number(n, 3) for n in (value["alpha"], *value["kappa"].values()))
+        rows.append([*map(tables.Cell, (criterion, f"{value['units']:,}", *numbers))])
+    pairs = [f"kappa {pair}" for pair in next(iter(agreement.values()))["kappa"]]
+    headers = ["agreement of judges", "judged by two", "alpha (ordinal)", *pairs]
+    print("\n" + tables.Table(headers, rows).plain())
+
+
+def write(out: pathlib.Path, results, outcomes) -> tuple[list, list[dict]]:
+    """Writes what was judged and what was not.
+
+    Returns:
+        ((what, checked answers) of what was judged, the failed rows)
+    """
+    judged, verdicts, failed = [], [], []
+    for (what, _), mine in zip(results, outcomes, strict=True):
+        wrong = asking.failure(mine)
+        if wrong is not None:
+            failed.append(what | wrong)
+            continue
+        given = [outcome.value for outcome in mine]
+        judged.append((what, given))
+        swapped = {"swapped": given[1]} if PAIRWISE.value else {}
+        verdicts.append(what | {"verdict": given[0]} | swapped)
+    listed = out.with_suffix(".failed.jsonl")
+    artifacts.write_jsonl(listed, failed)
+    if not judged:
+        raise errors.UserError(f"nothing was judged; {listed} says why.")
+    artifacts.write_jsonl(out.with_suffix(".verdicts.jsonl"), verdicts)
+    return judged, failed
+
+
+def main() -> None:
+    settings, out = asking.settings(), asking.output(OUT.value, ".json")
+    if len(set(MODELS.value)) < len(MODELS.value):
+        raise errors.UserError(f"--models names a judge twice: {', '.join(MODELS.value)}.")
+    found, ids = read_answers()
+    models = list(found)
+    requests = make_requests(found, ids)
+    every = (request for _, mine in requests for request in mine)
+    answered = asking.answer_all("judge", every, len(requests), REPLY_TOKENS, out, settings)
+    if answered is None:
+        return
+    outcomes = [[answered.outcomes[r.key] for r in mine] for _, mine in requests]
+    judged, failed = write(out, requests, outcomes)
+    cached = sum(all(r.key in answered.known for r in mine) for _, mine in requests)
+    results = summarise(judged, models, ids)
+    asking.print_failures(f"judged {len(judged):,} of {len(requests):,}", failed, cached)
+    asking.print_usage(answered)
+    print_pair(results, models) if PAIRWISE.value else print_single(results)
+    print_agreement(results["agreement"])
+    head = {"mode": "pairwise" if PAIRWISE.value else "single", "answers": models}
+    head |= {"judges": MODELS.value, "questions": len(ids), "failed": len(failed)}
+    artifacts.write_json(out, head | results)
+    listed = f"; failures are listed in {out.with_suffix('.failed.jsonl')}" if failed else ""
+    print(f"wrote {out} and {out.with_suffix('.verdicts.jsonl')}{listed}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["answers", "models", "out", "base_url"])
+    cli.run(main)

@@ -1,0 +1,68 @@
+"""Runs tasks of the lm-eval harness on a model of ours, with or without a LoRA adapter.
+
+    pip install -e '.[harness]'
+    python experiments/run_harness.py --model=PATH --tasks=medmcqa,pubmedqa \\
+        [--adapter=RUN/finetune/adapter]
+
+Tasks are the harness's names; --include_path adds a folder of your own task files. Prints its table
+and, with --out, writes its numbers as JSON.
+"""
+
+import jax
+from absl import flags
+
+from diq_jax.common import artifacts, cli, config, devices, errors
+from diq_jax.models import load, lora, tokenizer
+
+MODEL = flags.DEFINE_string("model", None, "As model.path.")
+TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.")
+ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT folder; empty = the base model.")
+INCLUDE_PATH = flags.DEFINE_string("include_path", "", "A folder with task files of your own.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "As model.dtype.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "0 = the model's positions.", lower_bound=0)
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of one batch.", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", 0, "The first so many rows of a task; 0 = all.", 0)
+FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Unset = the task's own.", lower_bound=0)
+CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask as the chat template writes it.")
+OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.")
+
+
+def open_model(harness):
+    """Raises UserError for a model or an adapter that cannot be read."""
+    placement = devices.make_placement(config.Parallel())
+    model = load.load(MODEL.value, DTYPE.value, placement, "--model")
+    adapter = None
+    if ADAPTER.value:
+        adapter = placement.replicate(lora.load_peft(ADAPTER.value, model.cfg, "--adapter"))
+    longest = model.cfg.max_positions
+    if MAX_TOKENS.value > longest:
+        raise errors.UserError(
+            f"--max_tokens must be at most {longest}, the model's positions; got "
+            f"{MAX_TOKENS.value}."
+        )
+    tok = tokenizer.load_tokenizer(MODEL.value, "--model")
+    tokens = MAX_TOKENS.value or longest
+    return harness.HarnessModel(model, tok, placement, tokens, BATCH_TOKENS.value, adapter)
+
+
+def main() -> None:
+    if OUT.value and not OUT.value.endswith(".json"):
+        raise errors.UserError(f"--out must end in .json; got {OUT.value!r}.")
+    from diq_jax.evaluate import harness  # an extra: without it this is a UserError
+
+    manager = harness.find_tasks(TASKS.value, INCLUDE_PATH.value)
+    precision = "highest" if DTYPE.value == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        model = open_model(harness)
+        found, table = harness.run(
+            model, TASKS.value, manager, LIMIT.value, FEWSHOT.value, CHAT.value
+        )
+    print(table)
+    if OUT.value:
+        kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples")}
+        artifacts.write_json(OUT.value, kept)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["model", "tasks"])
+    cli.run(main)
