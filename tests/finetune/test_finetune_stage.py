@@ -122,7 +122,7 @@ def test_writes_adapters_and_losses(whole):
 
 def test_a_finished_stage_trains_nothing(whole, monkeypatch):
     workdir, result = whole
-    monkeypatch.setattr(stage, "_train", None)
+    monkeypatch.setattr(stage, "_train_arms", None)
     again = stage.run(make_context(workdir, data=1))
     assert again == {**result, "resumed_tokens": result["tokens"]}
 
@@ -184,7 +184,7 @@ def test_eight_devices_equal_one(whole, prepared, tmp_path, strategy):
 def test_a_loss_that_is_not_finite_is_explained(prepared, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(prepared, workdir)
-    message = r"arm 'selected' has loss .* at step \d+ \(examples row-.*learning_rate"
+    message = r"finetune selected has loss .* at step \d+ \(examples row-.*learning_rate"
     with pytest.raises(errors.UserError, match=message):
         stage.run(make_context(workdir, data=1, learning_rate=1e30, clip_norm=0.0))
 

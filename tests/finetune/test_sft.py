@@ -12,7 +12,7 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import config, devices, trees
+from diq_jax.common import config, devices, finetune_config, trees
 from diq_jax.data import batches, example
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import sft
@@ -23,7 +23,7 @@ from diq_jax.models import decoder, hf, lora
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 CFG = model_config.decoder_config(tiny.HF_CONFIG, "test")
-SETTINGS = config.Finetune(
+SETTINGS = finetune_config.Finetune(
     rank=3, alpha=6.0, targets="(q|k|v|down)_proj", learning_rate=1e-2, warmup_ratio=0.2,
     weight_decay=0.1, clip_norm=0.05, epochs=2, batch_size=8,
 )  # fmt: skip
