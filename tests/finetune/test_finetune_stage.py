@@ -131,8 +131,8 @@ def start(workdir, strategy="mesh", count=1):
     # conftest's flags are inherited: what is compiled otherwise differs in its last bits.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment["PYTHONPATH"] = str(pathlib.Path(tiny.__file__).parent)
     root = pathlib.Path(__file__).parents[2]
+    environment["PYTHONPATH"] = f"{root}:{pathlib.Path(tiny.__file__).parent}"
     return subprocess.Popen(
         [sys.executable, __file__, str(workdir), strategy],
         cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
