@@ -57,16 +57,7 @@ def prepared(tmp_path_factory):
     folders.decoder(workdir / "model")
     adapter = lora.init(jax.random.key(0), shape(workdir), "(q|v)_proj", 2, 4.0, False, "test")
     lora.save_peft(workdir / "finetune/adapter", adapter, 4.0, 0.0, "tiny")
-    rows = [
-        {
-            "id": f"pair-{i:02d}",
-            "question": f"what is {i} plus {i % 3}",
-            "chosen": {"reasoning": "we add " * (1 + i % 3), "answer": f"it is {i + i % 3}"},
-            "rejected": f"it is {7 * i + 1}",
-        }
-        for i in range(PAIRS)
-    ]
-    folders.write(workdir / "pairs.jsonl", rows)
+    folders.write(workdir / "pairs.jsonl", folders.preference_rows(PAIRS))
     return workdir
 
 
