@@ -21,8 +21,6 @@ from diq_jax.data import steps
 from diq_jax.models import config as model_config
 from diq_jax.models import lora, loss
 
-FIELD = "finetune.parameters"
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -93,7 +91,9 @@ def init_weights(params, pattern: str, optimizer: optax.GradientTransformation) 
             matches none.
     """
     names = trees.named_leaves(params)
-    found = set(names) if pattern == "all" else trees.matching(names, pattern, FIELD)
+    found = (
+        set(names) if pattern == "all" else trees.matching(names, pattern, "finetune.parameters")
+    )
     chosen, _ = trees.partition(params, found.__contains__)
     factors = jax.tree.map(lambda x: jnp.array(x, jnp.float32), chosen)
     return TrainState(jnp.zeros((), jnp.int32), factors, optimizer.init(factors))

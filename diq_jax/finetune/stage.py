@@ -179,7 +179,7 @@ def _rows(arm, steps, records, encoded, settings):
             "loss": record["loss"],
             "learning_rate": float(f"{rate:.6g}"),
             "tokens": _tokens(encoded, step.indices),
-            **{name: record[name] for name in ("target_loss",) if name in record},
+            **({"target_loss": record["target_loss"]} if "target_loss" in record else {}),
         }
 
 

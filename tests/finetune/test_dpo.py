@@ -137,9 +137,9 @@ def test_loss_and_gradient_equal_the_formula_in_float64(params, tmp_path):
             np.testing.assert_allclose(ours, grad, atol=1e-5 * largest)
 
 
-def train(params, pairs, settings=SETTINGS, finetune=FINETUNE, data=1):
+def train(params, pairs, settings=SETTINGS, finetune=FINETUNE):
     """All steps. Returns (factors, metrics of each step)."""
-    placement = devices.make_placement(config.Parallel(data=data))
+    placement = devices.make_placement(config.Parallel(data=1))
     steps = plan(pairs, finetune, placement.rows_multiple)
     optimizer = sft.make_optimizer(finetune, len(steps))
     state, frozen = sft.init_state(init_adapter(zero_b=True), optimizer)

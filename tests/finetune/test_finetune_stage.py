@@ -253,10 +253,11 @@ def test_full_fine_tuning_killed_and_resumed_is_identical(full, prepared, tmp_pa
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_over_eight_devices_equals_one(full, prepared, tmp_path):
+@pytest.mark.parametrize("parallel", [{"data": 4, "model": 2}, {"strategy": "pmap"}])
+def test_full_fine_tuning_over_eight_devices_equals_one(full, prepared, tmp_path, parallel):
     workdir = tmp_path / "run"
     shutil.copytree(prepared, workdir)
-    finish(start(workdir, count=8, data=4, model=2, **FULL))
+    finish(start(workdir, count=8, **parallel, **FULL))
     ones, eights = (
         artifacts.read_jsonl(folder / "finetune/losses.jsonl") for folder in (full, workdir)
     )
