@@ -44,11 +44,13 @@ setuptools.setup(
             "peft>=0.17",
             "pytest>=8",
             "ruff>=0.9",
+            "tensorboardX>=2.6",
             "torch==2.13.0",
         ],
         "judge": ["openai>=3.0"],
         # Brings python-dateutil below 3; its tests are skipped without it.
         "harness": ["lm-eval>=0.4.10"],
+        "tensorboard": ["tensorboardX>=2.6"],
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

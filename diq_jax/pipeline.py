@@ -1,4 +1,6 @@
-"""The stages in order: prepare, difficulty, influence, selection, finetune, evaluate, report."""
+"""The stages in order: prepare, difficulty, influence, selection, finetune, dpo, evaluate and
+report.
+"""
 
 import collections
 import contextlib
@@ -13,9 +15,10 @@ import pyarrow as pa
 from absl import logging
 
 from diq_jax.common import artifacts, config, devices, errors, stages
-from diq_jax.data import chat, encoded, example, sources
+from diq_jax.data import chat, encoded, example, preferences, sources
 from diq_jax.difficulty import stage as difficulty
 from diq_jax.evaluate import stage as evaluate
+from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
 from diq_jax.models import checkpoint, tokenizer
@@ -49,6 +52,8 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     pool = sources.load_pool(data.pool, data.columns, data.pool_limit)
     targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
     tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
+    if cfg.finetune.dpo.data:  # read again by the stage dpo: a wrong row shows now, not hours later
+        preferences.load_preferences(cfg.finetune.dpo.data, cfg.finetune.dpo.limit, dpo.DATA)
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     if chat.uses_plain_template(tok):
         logging.warning(
@@ -165,10 +170,15 @@ MORE_SCORES = ("difficulty/model_scores.parquet", "influence/store/manifest.json
 TRAINING = tuple(
     f"finetune.{field}"
     for field in (
-        "baselines", "rank", "alpha", "dropout", "targets", "learning_rate", "warmup_ratio",
-        "weight_decay", "clip_norm", "epochs", "batch_size", "accumulation_steps", "seed",
+        "baselines", "parameters", "rank", "alpha", "dropout", "targets", "learning_rate",
+        "warmup_ratio", "weight_decay", "clip_norm", "epochs", "max_steps", "batch_size",
+        "accumulation_steps", "packing", "eval_every_steps", "seed",
     )
 )  # fmt: skip
+PREFERRING = tuple(
+    f"finetune.{field}"
+    for field in ("dpo", "rank", "alpha", "targets", "weight_decay", "clip_norm")
+)
 LABELLING = tuple(
     f"difficulty.{field}"
     for field in (
@@ -217,7 +227,14 @@ STAGES = {
         ),
         stages.Stage(
             "finetune", ("model.dtype", *TRAINING),
-            lambda context: (POOL, *SELECTION), finetune.fingerprints, finetune.run,
+            lambda context: (
+                POOL, *SELECTION, *((TARGETS,) if context.config.finetune.eval_every_steps else ()),
+            ), finetune.fingerprints, finetune.run,
+        ),
+        stages.Stage(
+            "dpo", ("model.dtype", "model.max_tokens", "model.truncation", "data.template",
+                    *PREFERRING),
+            dpo.reads, dpo.fingerprints, dpo.run,
         ),
         stages.Stage(
             "evaluate", ("model.dtype", *EVALUATION),
@@ -255,6 +272,8 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
     Raises:
         UserError: bad input, or another run holds the workdir.
     """
+    if not cfg.finetune.dpo.data and list(names) == list(STAGES):
+        names = [name for name in names if name != "dpo"]
     context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
     # TPUs and GPUs round float32 products to bfloat16 or TF32 unless told otherwise.
     precision = "highest" if cfg.model.dtype == "float32" else "default"

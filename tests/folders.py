@@ -84,6 +84,18 @@ def pool_rows(count: int) -> list[dict]:
     ]
 
 
+def preference_rows(count: int) -> list[dict]:
+    return [
+        {
+            "id": f"pair-{i:02d}",
+            "question": f"what is {i} plus {i % 3}",
+            "chosen": {"reasoning": "we add " * (1 + i % 3), "answer": f"it is {i + i % 3}"},
+            "rejected": f"it is {7 * i + 1}",
+        }
+        for i in range(count)
+    ]
+
+
 def choice_rows(count: int, prefix: str) -> list[dict]:
     return [
         {

@@ -117,6 +117,17 @@ def test_generation_benchmark_prints_json(made):
     assert [row["name"] for row in found["rows"]] == ["prefill", "decode"]
 
 
+@pytest.mark.slow
+def test_a_training_step_is_measured_beside_torch(made):
+    flags = ("--json", "--batch=2", "--tokens=32", "--answers=8", "--repeats=1", "--rank=2")
+    ended = script("benchmark_training", f"--model={made / 'decoder'}", *flags)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    # The script itself has compared both losses of the first step.
+    for row, name in zip(json.loads(ended.stdout)["rows"], ("lora", "full"), strict=True):
+        assert row["name"] == name and row["ours_seconds"] > 0 and row["torch_seconds"] > 0
+        assert row["lowest_ratio"] <= row["ratio"] <= row["highest_ratio"]
+
+
 def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
     rows = folders.pool_rows(2)
     question = "which hormone falls when the lamp is lit late at night in the far north"

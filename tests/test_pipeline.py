@@ -25,6 +25,7 @@ def _made(tmp_path_factory):
     folders.decoder(base / "decoder")
     folders.encoder(base / "encoder")
     folders.write(base / "pool.jsonl", folders.pool_rows(24))
+    folders.write(base / "preferences.jsonl", folders.preference_rows(6))
     folders.write(base / "targets.jsonl", folders.choice_rows(6, "target"))
     folders.write(base / "tests.jsonl", folders.choice_rows(8, "test"))
     return base
@@ -59,7 +60,7 @@ def run(made, workdir, stages="prepare", overwrite=False, **changes):
 def test_all_stages_and_the_contract(made, tmp_path, capsys):
     labels = {"difficulty__source": str(made / "pool.jsonl")}
     changes = labels | {"difficulty__encoder": str(made / "encoder"), "difficulty__epochs": 1}
-    changes |= {"difficulty__folds": 2}
+    changes |= {"difficulty__folds": 2, "finetune__dpo__data": str(made / "preferences.jsonl")}
     run(made, tmp_path, "", **changes)
 
     columns = {
@@ -74,10 +75,10 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
     originals = {row["id"]: row for row in folders.pool_rows(24)}
     assert len(rows) == 6 and all(row == originals[row["id"]] for row in rows)
     results = json.loads((tmp_path / "evaluate/results.json").read_text())
-    assert set(results["models"]) == {"base", "selected", "random"}
+    assert set(results["models"]) == {"base", "selected", "random", "dpo"}
     for name in (
-        "finetune/adapter/adapter_model.safetensors", "evaluate/predictions.jsonl",
-        "report/report.html", "report/quadrants.png",
+        "finetune/adapter/adapter_model.safetensors", "dpo/losses.jsonl",
+        "evaluate/predictions.jsonl", "report/report.html", "report/quadrants.png",
     ):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 0
     for name in pipeline.STAGES:
@@ -125,6 +126,14 @@ def test_a_stage_without_its_input_names_the_stage_to_run(made, tmp_path):
         run(made, tmp_path, "influence")
 
 
+def test_dpo_is_left_out_unless_asked_for(made, tmp_path):
+    assert "dpo" in pipeline.parse_stages("")
+    with pytest.raises(errors.UserError, match=r"Stage 'dpo' needs preference rows"):
+        run(made, tmp_path, "dpo", finetune__dpo__start="base")
+    with pytest.raises(errors.UserError, match="run with --stages=finetune,dpo"):
+        run(made, tmp_path, "dpo", finetune__dpo__data=str(made / "preferences.jsonl"))
+
+
 def test_changed_data_are_named(made, tmp_path):
     pool = tmp_path / "pool.jsonl"
     folders.write(pool, folders.pool_rows(5))
@@ -154,6 +163,10 @@ TOKENS = '{"id": "t", "input_ids": [1, 9999], "labels": [-100, 9999]}\n'
         (lambda d: bad_pool(d, ROW + ROW), r"bad\.jsonl:1.*bad\.jsonl:2|bad\.jsonl:2.*:1"),
         (lambda d: bad_pool(d, TOKENS), r"token 9999; the model's vocabulary ends at"),
         (lambda d: {"data__columns": "huatou"}, "Did you mean 'huatuo'"),
+        (
+            lambda d: {"finetune__dpo__data": bad_pool(d, ROW)["data__pool"]},
+            r"finetune\.dpo\.data: .*bad\.jsonl:1: chosen is missing",
+        ),
         (lambda d: {"data__targets": str(d / "none.jsonl")}, r"data\.targets"),
         (lambda d: {"model__path": str(d / "nowhere")}, r"model\.path"),
         (lambda d: {"model__max_tokens": 1024}, r"model\.max_tokens must be at most 512"),

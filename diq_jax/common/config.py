@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from diq_jax.common import errors, influence_config
+from diq_jax.common import errors, finetune_config, influence_config
 
 HYGIENE = ("off", "report", "remove")
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
@@ -158,61 +158,6 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune:
-    # also train on as many rows by these selection methods, comma-separated; "" = none
-    baselines: str = "random"
-    rank: int = 8  # LoRA rank
-    alpha: float = 16.0  # LoRA scale is alpha / rank
-    dropout: float = 0.0  # on the adapter's input
-    targets: str = "(q|k|v)_proj"  # regex over the model's linear layers
-    learning_rate: float = 1e-4  # AdamW's peak, after warm-up, before the cosine
-    warmup_ratio: float = 0.1  # of all steps
-    weight_decay: float = 0.0  # AdamW
-    clip_norm: float = 1.0  # of the global gradient; 0 = no clipping
-    epochs: int = 3  # over the subset
-    batch_size: int = 8  # examples an optimiser step
-    accumulation_steps: int = 1  # microbatches an optimiser step; must divide batch_size
-    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more time
-    checkpoint_every_steps: int = 10  # train state on disk; a killed run continues from it
-    seed: int = 0  # of order, A and dropout
-
-    def __post_init__(self):
-        for method in self.baseline_methods:
-            errors.check_choice("finetune.baselines", method, METHODS)
-        for name in (
-            "rank",
-            "epochs",
-            "batch_size",
-            "accumulation_steps",
-            "checkpoint_every_steps",
-        ):
-            errors.check(
-                f"finetune.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name)
-            )
-        for name in ("learning_rate", "alpha"):
-            errors.check(
-                f"finetune.{name}", getattr(self, name) > 0, "above 0", getattr(self, name)
-            )
-        for name in ("weight_decay", "clip_norm"):
-            errors.check(
-                f"finetune.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
-            )
-        errors.check("finetune.dropout", 0 <= self.dropout < 1, "in [0, 1)", self.dropout)
-        errors.check(
-            "finetune.warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1)", self.warmup_ratio
-        )
-        if self.batch_size % self.accumulation_steps:
-            raise errors.UserError(
-                f"finetune.accumulation_steps must divide batch_size {self.batch_size}, "
-                f"got {self.accumulation_steps}."
-            )
-
-    @property
-    def baseline_methods(self) -> tuple[str, ...]:
-        return tuple(m.strip() for m in self.baselines.split(",") if m.strip())
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluate:
     batch_tokens: int = 4096  # tokens of one evaluation batch on all devices, answers included
     bootstrap_samples: int = 2000  # of every 95 % interval
@@ -269,7 +214,7 @@ class Config:
     difficulty: Difficulty
     influence: influence_config.Influence
     selection: Selection
-    finetune: Finetune
+    finetune: finetune_config.Finetune
     evaluate: Evaluate
     parallel: Parallel
 
@@ -278,6 +223,8 @@ class Config:
             raise errors.UserError(
                 "selection.paraphrase_similarity needs an encoder: set difficulty.encoder, or 0."
             )
+        for method in self.finetune.baseline_methods:
+            errors.check_choice("finetune.baselines", method, METHODS)
         asked = {"selection.method": (self.selection.method,)}
         asked["finetune.baselines"] = self.finetune.baseline_methods
         for field, methods in asked.items():

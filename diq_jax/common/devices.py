@@ -47,6 +47,10 @@ class Placement:
             tree,
         )
 
+    def single(self, placed):
+        """A placed tree without the device axis that pmap adds."""
+        return jax.tree.map(lambda x: x[0], placed) if self.strategy == "pmap" else placed
+
     def like(self, placed, tree):
         """Puts a tree where `placed`, a tree of the same shapes made by this placement, lies."""
         if self.strategy == "mesh":

@@ -94,7 +94,7 @@ def load_pool(
         _from_pool_row(row, f"{field}: {where}", position, "", mapping)
         for position, (row, where) in enumerate(rows)
     ]
-    _check_ids(examples, [where for _, where in rows], spec, field)
+    check_ids(examples, [where for _, where in rows], spec, field)
     return examples
 
 
@@ -144,7 +144,7 @@ def _load_tasks(
                 raise errors.UserError(f"{field}: {where}: task must be a text, got {task!r}.")
             examples.append(parse(row, f"{field}: {where}", len(examples), task))
             places.append(where)
-    _check_ids(examples, places, spec, field)
+    check_ids(examples, places, spec, field)
     ids: dict[str, list[str]] = {}
     for example in examples:
         ids.setdefault(example.task, []).append(example.example_id)
@@ -168,7 +168,7 @@ def _task_name(source: str) -> str:
     return path.parent.name if stem in SPLIT_NAMES else stem
 
 
-def _check_ids(
+def check_ids(
     examples: list[example_lib.Example], places: list[str], spec: str, field: str
 ) -> None:
     if not examples:

@@ -8,7 +8,7 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from diq_jax.data import batches, example
+from diq_jax.data import batches, example, packing
 
 # A compile costs about as much as this many microbatches gain from a tighter shape.
 MICROBATCHES_PER_SHAPE, FEWEST_SHAPES, MOST_SHAPES = 50, 2, 8
@@ -16,8 +16,8 @@ MICROBATCHES_PER_SHAPE, FEWEST_SHAPES, MOST_SHAPES = 50, 2, 8
 
 @flax.struct.dataclass
 class Rows:
-    """A microbatch, and each row's place (B,) int32 in the step's examples, which its dropout is
-    drawn from.
+    """A microbatch, and each row's place (B,) int32 in the step's rows, which its dropout is drawn
+    from.
     """
 
     batch: batches.Batch
@@ -29,7 +29,7 @@ class Step:
     """One optimiser step: its epoch, from 0, and its microbatches as indices and shapes."""
 
     epoch: int
-    groups: tuple[batches.Group, ...]
+    groups: tuple[batches.Group | packing.PackedGroup, ...]
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -62,8 +62,7 @@ def plan(
     cut = {
         arm: [
             (epoch, _split(sorted(batch, key=lambda i: lengths[i]), microbatch_size))
-            for epoch in range(epochs)
-            for batch in _split(_order(encoded, chosen, seed, epoch), batch_size)
+            for epoch, batch in _batches(encoded, chosen, epochs, batch_size, seed)
         ]
         for arm, chosen in arms.items()
     }
@@ -85,15 +84,61 @@ def plan(
     }
 
 
+def plan_packed(
+    encoded: Sequence[example.Encoded],
+    arms: Mapping[str, Sequence[int]],
+    epochs: int,
+    batch_size: int,
+    accumulation_steps: int,
+    seed: int,
+    rows_multiple: int,
+) -> dict[str, list[Step]]:
+    """The steps of `plan`, the same examples in each, with several examples in a row and one shape.
+
+    A step's examples are packed into rows as long as the longest example of all, and the rows are
+    cut into `accumulation_steps` microbatches at most.
+    """
+    T = batches.bucket_edges([len(e.input_ids) for e in encoded], 1)[-1]
+    packed = {
+        arm: [
+            (epoch, packing.fill(encoded, batch, T))
+            for epoch, batch in _batches(encoded, chosen, epochs, batch_size, seed)
+        ]
+        for arm, chosen in arms.items()
+    }
+    filled = [rows for steps in packed.values() for _, rows in steps]
+    A, S = packing.room(encoded, [row for rows in filled for row in rows], T)
+    B = -(-max(map(len, filled)) // accumulation_steps)
+    B = -(-B // rows_multiple) * rows_multiple
+
+    def group(rows):
+        return packing.PackedGroup(tuple(map(tuple, rows)), B, T, A, S)
+
+    return {
+        arm: [Step(epoch, tuple(map(group, _split(rows, B)))) for epoch, rows in steps]
+        for arm, steps in packed.items()
+    }
+
+
 def microbatches(encoded: Sequence[example.Encoded], step: Step) -> list[Rows]:
     """The numpy rows of a step."""
     out, start = [], 0
     for group in step.groups:
-        chosen = [encoded[i] for i in group.indices]
-        batch = batches.make_batch(chosen, group.rows, group.tokens, group.answers)
+        if isinstance(group, packing.PackedGroup):
+            batch = packing.make_batch(encoded, group)
+        else:
+            chosen = [encoded[i] for i in group.indices]
+            batch = batches.make_batch(chosen, group.rows, group.tokens, group.answers)
         out.append(Rows(batch, np.arange(start, start + group.rows, dtype=np.int32)))
-        start += len(chosen)
+        start += len(group.members)
     return out
+
+
+def _batches(encoded, chosen, epochs, batch_size, seed):
+    """(epoch, indices) of each optimiser step."""
+    for epoch in range(epochs):
+        for batch in _split(_order(encoded, chosen, seed, epoch), batch_size):
+            yield epoch, batch
 
 
 def _order(encoded, chosen, seed, epoch):

@@ -123,14 +123,14 @@ def end_tokens(model: load.Model, tok: chat.Tokenizer) -> tuple[int, ...]:
     return tuple(sorted((found | set(chat.end_ids(tok)[-1:])) - {None}))
 
 
-def answers(part: Part, name, adapter, model, done, _) -> Iterator[tuple[list[int], list]]:
+def answers(part: Part, name, weights, done, _) -> Iterator[tuple[list[int], list]]:
     """Writes what is not done yet; yields an index and its (text, tokens, finish) as it ends."""
     for stream in part.streams:
         # The shape stays that of the whole: a continued run computes what a whole one does.
         left = tuple(i for i in stream.indices if (name, part.name, i) not in done)
         stream = dataclasses.replace(stream, indices=left)
         try:
-            for i, answer in generate.run(part.generator, model.params, adapter, part.rows, stream):
+            for i, answer in generate.run(part.generator, *weights, part.rows, stream):
                 yield [i], [[answer.text, answer.tokens, answer.finish]]
         except errors.UserError as e:
             raise errors.UserError(f"evaluate: model {name!r}: {e}") from None

@@ -41,7 +41,8 @@ class Part:
 
 
 def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
-    """The models by name, each with its PEFT folder: `base` (None), `selected`, and the baselines.
+    """The models by name: `base` (None), `selected`, the baselines, and `dpo` where asked for; each
+    with its PEFT folder, or its own model folder where finetune trained parameters.
 
     Only `base` where the finetune stage never ran in this workdir.
 
@@ -51,14 +52,19 @@ def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
     found: list[tuple[str, pathlib.Path | None]] = [(BASE, None)]
     if not context.path("finetune").is_dir():
         return found
-    names = {SELECTED: "finetune/adapter"}
-    names |= {m: f"finetune/baselines/{m}" for m in context.config.finetune.baseline_methods}
+    settings = context.config.finetune
+    names = {SELECTED: "finetune/adapter" if settings.trains_adapter else "finetune/model"}
+    names |= {m: f"finetune/baselines/{m}" for m in settings.baseline_methods}
+    if settings.dpo.data:
+        names["dpo"] = "dpo/adapter"
+    last_file = "adapter_config.json" if settings.trains_adapter else "config.json"
     for arm, name in names.items():
         folder = context.path(name)
-        if not (folder / "adapter_config.json").is_file():
+        if not (folder / last_file).is_file():
+            stage = "dpo" if arm == "dpo" else "finetune"
             raise errors.UserError(
-                f"Stage 'evaluate' needs {folder}, which stage 'finetune' makes: it has not "
-                "finished, or finetune.baselines has changed; run with --stages=finetune,evaluate."
+                f"Stage 'evaluate' needs {folder}, which stage {stage!r} makes: it has not "
+                f"finished, or finetune.* has changed; run with --stages={stage},evaluate."
             )
         found.append((arm, folder))
     return found
@@ -106,9 +112,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     with artifacts.Journal(context.path(PARTIAL)) as journal:
         done = _done(journal)
         with progress.Progress("evaluate", total, len(done)) as bar:
-            for name, adapter in _adapters(models, model, context.placement):
+            for name, weights in _weights(models, model, context):
                 for part, score in scored:
-                    for rows, values in score(part, name, adapter, model, done, context):
+                    for rows, values in score(part, name, weights, done, context):
                         entry = {"model": name, "part": part.name, "rows": rows, "values": values}
                         journal.append(entry)
                         new = sum(map(part.tokens, rows, values))
@@ -169,21 +175,24 @@ def _parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
     )
 
 
-def _adapters(models, model, placement) -> Iterator[tuple[str, dict | None]]:
-    """Each model's adapter, placed. The base gets zeros of the same shape, which add exactly 0: so
-    one compiled program serves all models.
+def _weights(models, model, context) -> Iterator[tuple[str, tuple[dict, dict | None]]]:
+    """Each model's (parameters, adapter), placed. With adapters the base gets zeros of the same
+    shape, which add exactly 0: so one compiled program serves all models.
     """
+    placement, settings = context.placement, context.config
     folders = [folder for _, folder in models if folder is not None]
     for name, folder in models:
-        adapter = None
-        if folders:
-            adapter = lora.load_peft(folder or folders[0], model.cfg, f"evaluate: model {name!r}")
-        if folders and folder is None:
-            adapter = jax.tree.map(jnp.zeros_like, adapter)
-        yield name, placement.replicate(adapter)
+        field, params, adapter = f"evaluate: model {name!r}", model.params, None
+        if folders and settings.finetune.trains_adapter:
+            adapter = lora.load_peft(folder or folders[0], model.cfg, field)
+            if folder is None:
+                adapter = jax.tree.map(jnp.zeros_like, adapter)
+        elif folder is not None:
+            params = load.load(str(folder), settings.model.dtype, placement, field).params
+        yield name, (params, placement.replicate(adapter))
 
 
-def _score(part, name, adapter, model, done, context) -> Iterator[tuple[list[int], list]]:
+def _score(part, name, weights, done, context) -> Iterator[tuple[list[int], list]]:
     """Scores what is not done yet; yields the indices of a batch and the values of each row."""
     placement = context.placement
     groups = batches.plan(
@@ -195,7 +204,7 @@ def _score(part, name, adapter, model, done, context) -> Iterator[tuple[list[int
             if all((name, part.name, i) in done for i in group.indices):
                 continue
             batch = part.pack(group.indices, group.rows, group.tokens, group.answers)
-            yield group, part.score(model.params, adapter, placement.batch(batch))
+            yield group, part.score(*weights, placement.batch(batch))
 
     for group, output in devices.one_behind(dispatched()):
         rows = list(group.indices)

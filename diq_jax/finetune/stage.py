@@ -1,10 +1,11 @@
-"""The stage `finetune`: an adapter on the selected rows, and one on as many by each baseline.
+"""The stage `finetune`: a model trained on the selected rows, and one on as many by each baseline.
 
-All arms share the initial adapter, the schedule, the shapes and the compiled programs; only the
+All arms share the initial weights, the schedule, the shapes and the compiled programs; only the
 rows differ. The train state goes to disk every few steps, so that a killed run continues and gives
 the same bytes.
 """
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,20 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from diq_jax.common import artifacts, errors, progress, stages, trees
+from diq_jax.common import artifacts, errors, stages, trees
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.data import steps as steps_lib
-from diq_jax.finetune import sft
-from diq_jax.models import checkpoint, load, lora
+from diq_jax.finetune import curves, evaluation, loop, sft
+from diq_jax.models import checkpoint, export, load, lora
 
 SELECTED = "selected"
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Trains every arm and writes finetune/adapter, finetune/baselines/METHOD and losses.jsonl.
+    """Trains every arm and writes finetune/adapter (or model, where parameters are trained),
+    finetune/baselines/METHOD and losses.jsonl; with eval_every_steps the best of each beside them.
 
     Returns:
         rows: examples of all arms; tokens: those processed, padding not counted, resumed_tokens
@@ -39,12 +40,13 @@ def run(context: stages.Context) -> dict[str, Any]:
         context.path("finetune/losses.jsonl"),
         context.path("finetune/state"),
     )
-    finished = [folder / "adapter_config.json" for folder in _folders(context, arms).values()]
+    last_file = "adapter_config.json" if settings.trains_adapter else "config.json"
+    finished = [folder / last_file for folder in _folders(context, arms).values()]
     tokens = 0
     if not all(file.exists() for file in (losses_file, *finished)):
-        losses, tokens = _train_arms(context, encoded, steps)
+        records, tokens = _train_arms(context, encoded, steps)
         rows = [
-            row for arm in arms for row in _rows(arm, steps[arm], losses[arm], encoded, settings)
+            row for arm in arms for row in _rows(arm, steps[arm], records[arm], encoded, settings)
         ]
         artifacts.write_jsonl(losses_file, rows)
     if state_folder.exists():
@@ -88,16 +90,60 @@ def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
 
 
 def _folders(context, arms):
+    """Where each arm's last state goes; its best goes beside it, as best_NAME."""
+    selected = "adapter" if context.config.finetune.trains_adapter else "model"
     return {
-        arm: context.path("finetune/adapter" if arm == SELECTED else f"finetune/baselines/{arm}")
+        arm: context.path(f"finetune/{selected if arm == SELECTED else f'baselines/{arm}'}")
         for arm in arms
     }
 
 
 def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]]):
-    """Trains and exports every arm. Returns ({arm: losses, one a step}, tokens of this call)."""
+    """Trains and exports every arm. Returns ({arm: metrics of each step}, tokens of this call)."""
     settings, settings_model = context.config.finetune, context.config.model
     model = load.load(settings_model.path, settings_model.dtype, context.placement)
+    # Every arm has as many rows, so one schedule serves them all.
+    optimizer = sft.make_optimizer(settings, len(steps[SELECTED]))
+    train_step = sft.make_train_step(model.cfg, settings, optimizer, context.placement)
+    evaluate = evaluation.make(context, model) if settings.eval_every_steps else None
+    records, tokens = {}, 0
+    for arm, folder in _folders(context, steps).items():
+        state, frozen = _start(context, model, optimizer)
+        keep_best = functools.partial(_keep_best, context, model, folder, evaluate, frozen)
+        events = context.path(f"finetune/tensorboard/{arm}")
+        with curves.open_log(events, settings.tensorboard) as log:
+            run = loop.Run(
+                f"finetune {arm}", context.path(f"finetune/state/{arm}"), steps[arm],
+                [e.example_id for e in encoded], [len(e.input_ids) for e in encoded],
+                settings.checkpoint_every_steps, settings.eval_every_steps, keep_best, log,
+            )  # fmt: skip
+            state, records[arm], new_tokens = loop.train(
+                run, state,
+                lambda state, step, frozen=frozen: train_step(
+                    model.params, frozen, state, steps_lib.microbatches(encoded, step)
+                ),
+            )  # fmt: skip
+        tokens += new_tokens
+        _export(context, model, folder, state, frozen)
+    return records, tokens
+
+
+def _keep_best(context, model, folder, evaluate, frozen, state, before) -> float:
+    """The targets' loss; a state that beats all `before` is exported beside `folder`."""
+    now = evaluate(state.factors, frozen)
+    if all(now < loss for loss in before):
+        _export(context, model, folder.with_name(f"best_{folder.name}"), state, frozen)
+    return now
+
+
+def _start(context, model, optimizer):
+    """An arm's first state, and the leaves of the adapter that are not trained; None where the
+    model's own parameters are.
+    """
+    settings = context.config.finetune
+    if not settings.trains_adapter:
+        params = context.placement.single(model.params)
+        return sft.init_weights(params, settings.parameters, optimizer), None
     # Factors stay float32 whatever the model's dtype: an update of 1e-4 vanishes in bfloat16.
     adapter = jax.jit(
         lambda key: lora.init(
@@ -105,102 +151,35 @@ def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]])
             zero_b=True, field="finetune.targets",
         )
     )(sft.split_key(settings.seed)[0])  # fmt: skip
-    # Every arm has as many rows, so one schedule serves them all.
-    optimizer = sft.make_optimizer(settings, len(steps[SELECTED]))
-    train_step = sft.make_train_step(model.cfg, settings, optimizer, context.placement)
-    losses, tokens = {}, 0
-    for arm, folder in _folders(context, steps).items():
-        state, frozen = sft.init_state(adapter, optimizer)
-        state, losses[arm], new_tokens = _train(
-            context, arm, encoded, steps[arm], state,
-            lambda state, step, frozen=frozen: train_step(
-                model.params, frozen, state, steps_lib.microbatches(encoded, step)
-            ),
-        )  # fmt: skip
-        tokens += new_tokens
+    return sft.init_state(adapter, optimizer)
+
+
+def _export(context, model, folder, state, frozen):
+    settings, path = context.config.finetune, context.config.model.path
+    if frozen is not None:
         trained = trees.combine(state.factors, frozen)
-        lora.save_peft(folder, trained, settings.alpha, settings.dropout, settings_model.path)
-    return losses, tokens
-
-
-def _train(context, arm, encoded, steps, state, train_step):
-    """One arm from its last checkpoint to its end. Returns (state, losses, tokens of this call)."""
-    every = context.config.finetune.checkpoint_every_steps
-    folder = context.path(f"finetune/state/{arm}").absolute()
-    # The next step is on its way before a loss is fetched; `waiting` is the step to fetch.
-    waiting: list[tuple[int, Any]] = []
-    with _checkpoints(folder) as saved:
-        state, losses = _restore(saved, state)
-        done = len(losses)
-        sizes = [len(step.indices) for step in steps]
-        name = f"finetune {arm}"
-        with progress.Progress(name, sum(sizes), resumed=sum(sizes[:done])) as bar:
-
-            def fetch():
-                for number, metrics in waiting:
-                    indices = steps[number].indices
-                    value = _finite(metrics, arm, number, [encoded[i].example_id for i in indices])
-                    losses.append(value)
-                    bar.update(len(indices), _tokens(encoded, indices), loss=f"{value:.3f}")
-                waiting.clear()
-
-            for number in range(done, len(steps)):
-                state, metrics = train_step(state, steps[number])
-                fetch()
-                waiting.append((number, metrics))
-                if (number + 1) % every == 0 or number + 1 == len(steps):
-                    fetch()
-                    _save(saved, state, losses)
-    return state, losses, bar.tokens
-
-
-def _finite(metrics, arm, number, ids) -> float:
-    loss, norm = (float(metrics[name]) for name in ("loss", "gradient_norm"))
-    if np.isfinite(loss) and np.isfinite(norm):
-        return loss
-    raise errors.UserError(
-        f"finetune: arm {arm!r} has loss {loss} and gradient norm {norm} at step {number} "
-        f"(examples {', '.join(ids)}). Try a lower finetune.learning_rate, finetune.clip_norm=1 "
-        "or model.dtype=float32."
-    )
-
-
-def _checkpoints(folder) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def _save(saved, state, losses) -> None:
-    items = {"state": ocp.args.StandardSave(state), "losses": ocp.args.JsonSave(losses)}
-    saved.save(len(losses), args=ocp.args.Composite(**items))
-
-
-def _restore(saved, state):
-    """The last checkpoint, or the state given and no losses."""
-    last = saved.latest_step()
-    if last is None:
-        return state, []
-    template = jax.tree.map(np.asarray, state)
-    items = {"state": ocp.args.StandardRestore(template), "losses": ocp.args.JsonRestore()}
-    found = saved.restore(last, args=ocp.args.Composite(**items))
-    return jax.tree.map(jnp.asarray, found["state"]), found["losses"]
+        lora.save_peft(folder, trained, settings.alpha, settings.dropout, path)
+        return
+    params, _ = sft.merge(context.placement.single(model.params), state.factors, None)
+    export.save_model(folder, params, model.hf_config, path, "model.path")
 
 
 def _tokens(encoded, indices) -> int:
     return sum(len(encoded[i].input_ids) for i in indices)
 
 
-def _rows(arm, steps, losses, encoded, settings):
-    """The lines of losses.jsonl."""
+def _rows(arm, steps, records, encoded, settings):
+    """The lines of losses.jsonl; target_loss stands where it was evaluated."""
     rates = np.asarray(jax.jit(sft.schedule(settings, len(steps)))(jnp.arange(len(steps))))
-    for number, (step, loss, rate) in enumerate(zip(steps, losses, rates, strict=True)):
+    for number, (step, record, rate) in enumerate(zip(steps, records, rates, strict=True)):
         yield {
             "arm": arm,
             "step": number,
             "epoch": step.epoch,
-            "loss": loss,
+            "loss": record["loss"],
             "learning_rate": float(f"{rate:.6g}"),
             "tokens": _tokens(encoded, step.indices),
+            **({"target_loss": record["target_loss"]} if "target_loss" in record else {}),
         }
 
 

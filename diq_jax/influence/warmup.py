@@ -52,7 +52,7 @@ def run(
     An epoch is kept in `folder` as it ends: a killed run continues with the next one.
     """
     warm = settings.warmup
-    chosen = _host(space[0], placement)
+    chosen = placement.single(space[0])
     state = Checkpoint(
         jax.tree.map(lambda x: x.astype(jnp.float32), chosen),
         *(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), chosen) for _ in range(2)),
@@ -176,11 +176,6 @@ def _plan(pool, settings, rows_multiple):
         pool, {"warmup": drawn}, warm.epochs, warm.batch_size, size, warm.seed, rows_multiple
     )
     return planned["warmup"]
-
-
-def _host(tree, placement):
-    """Without the device axis that pmap's placement adds."""
-    return jax.tree.map(lambda x: x[0], tree) if placement.strategy == "pmap" else tree
 
 
 def _write(file, state):

@@ -266,8 +266,13 @@ def arm_colours(arms: Sequence[str]) -> dict[str, str]:
     return fixed | {arm: ARMS[i % len(ARMS)] for i, arm in enumerate(others)}
 
 
-def loss(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]):
-    """Training loss by step, one line for each arm; many steps are drawn as a running mean."""
+Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+
+
+def loss(curves: Curves, targets: Curves):
+    """Training loss by step, one line for each arm; many steps are drawn as a running mean. Dashed:
+    the targets' loss, where it was taken on the way.
+    """
     figure = matplotlib.figure.Figure((8, 3.4))
     ax = figure.subplots()
     colours = arm_colours(list(curves))
@@ -286,8 +291,13 @@ def loss(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]):
             marker=marker,
             markersize=3,
         )
+    for arm, (steps, losses) in targets.items():
+        ax.plot(
+            steps, losses, color=colours[arm], label=f"{arm}, targets",
+            linewidth=1.2, linestyle="--", marker="s", markersize=3,
+        )  # fmt: skip
     ax.set_xlabel("optimiser step")
-    ax.set_ylabel("training loss (nats per token)")
+    ax.set_ylabel("loss (nats per token)" if targets else "training loss (nats per token)")
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     _legend_above(figure)
     return figure

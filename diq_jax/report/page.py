@@ -100,7 +100,8 @@ def pictures(run: Run) -> dict[str, figures.Picture]:
     if run.results:
         out["comparison"] = figures.render(figures.comparison, tables.panels(run.results))
     if run.losses:
-        out["loss"] = figures.render(figures.loss, _curves(run.losses))
+        curves = (_curves(run.losses, name) for name in ("loss", "target_loss"))
+        out["loss"] = figures.render(figures.loss, *curves)
     return dict(sorted(out.items()))
 
 
@@ -243,12 +244,14 @@ def _digits(values):
     return [float(f"{value:.6g}") for value in values]
 
 
-def _curves(losses):
+def _curves(losses, name):
+    """{arm: (steps, values)} of the steps that have the value."""
     curves: dict[str, tuple[list, list]] = {}
     for entry in losses:
-        steps, values = curves.setdefault(entry["arm"], ([], []))
-        steps.append(entry["step"])
-        values.append(entry["loss"])
+        if name in entry:
+            steps, values = curves.setdefault(entry["arm"], ([], []))
+            steps.append(entry["step"])
+            values.append(entry[name])
     return curves
 
 

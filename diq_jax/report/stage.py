@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from diq_jax.common import artifacts, stages
 from diq_jax.report import page, tables
 
-STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "evaluate")
+STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
 TEXTS = ("example_id", "source", "question", "reasoning", "answer")
 
 
@@ -38,6 +38,8 @@ def summary(context: stages.Context) -> str:
         "report": "report/report.html",
         "subset": "selection/selected.jsonl",
         "adapter": "finetune/adapter",
+        "model": "finetune/model",
+        "dpo": "dpo/adapter",
     }
     there = {
         name: context.path(path) for name, path in paths.items() if context.path(path).exists()

@@ -19,7 +19,7 @@ import pytest
 from diq_jax.common import artifacts, config, devices, errors, stages
 from diq_jax.evaluate import options, stage
 from diq_jax.models import config as model_config
-from diq_jax.models import decoder, hf, lora, loss
+from diq_jax.models import decoder, export, hf, load, lora, loss
 
 V = D = 32
 SETTINGS = {
@@ -318,6 +318,26 @@ def test_arms_and_fingerprints(tmp_path, model):
     (folders["random"] / "adapter_config.json").unlink()
     with pytest.raises(errors.UserError, match=r"random, which stage 'finetune' makes"):
         stage.arms(context)
+
+
+def test_a_merged_model_scores_as_its_adapter(tmp_path, model):
+    """What full fine-tuning leaves is a model of its own in place of an adapter."""
+    save_random_inputs(tmp_path)
+    context = make_context(tmp_path, model)
+    adapter = lora.init(jax.random.key(0), CFG, "(q|k|v)_proj", 2, 4.0, False, "test")
+    lora.save_peft(tmp_path / "finetune/adapter", adapter, 4.0, 0.0, "base")
+    base = load.load(str(model), "float32", context.placement)
+    merged = export.merge_adapter(base.params, adapter)
+    hf.save_decoder(tmp_path / "finetune/model", merged, SETTINGS, 10**9)
+    found = []
+    for parameters in ("lora", "all"):
+        finetune = dataclasses.replace(context.config.finetune, parameters=parameters, baselines="")
+        cfg = dataclasses.replace(context.config, finetune=finetune)
+        stage.run(dataclasses.replace(context, config=cfg))
+        found.append(outputs(tmp_path)[1])
+    assert {name for name, _ in found[1]} == {"base", "selected"}
+    assert_close(*found)
+    assert found[1]["base", "q0"]["loss"] != found[1]["selected", "q0"]["loss"]
 
 
 def test_nothing_to_test_is_said(tmp_path, model):

@@ -1,8 +1,10 @@
 """The stage on a tiny model: its artifacts, what a kill leaves, and devices.
 
-As a script, `test_finetune_stage.py WORKDIR [STRATEGY]` runs the stage on a prepared folder.
+As a script, `test_finetune_stage.py WORKDIR JSON` runs the stage on a prepared folder, with the
+arguments of make_context as an object.
 """
 
+import json
 import os
 import pathlib
 import shutil
@@ -11,12 +13,16 @@ import subprocess
 import sys
 import time
 
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.numpy
 import tiny
+import torch
+import transformers
 
 from diq_jax.common import artifacts, config, devices, errors, stages
 from diq_jax.data import encoded, example
@@ -35,10 +41,17 @@ OUTPUTS = (
 )
 
 
-def make_context(workdir, strategy="mesh", data=0, **settings) -> stages.Context:
+# Full fine-tuning of one arm, with the targets' loss on the way.
+FULL = {
+    "parameters": "all", "dropout": 0.0, "learning_rate": 1e-3, "epochs": 6,
+    "eval_every_steps": 4, "baselines": "",
+}  # fmt: skip
+
+
+def make_context(workdir, strategy="mesh", data=0, model=1, **settings) -> stages.Context:
     tree = config.default()
     tree.model.path = str(workdir / "model")
-    tree.parallel.strategy, tree.parallel.data = strategy, data
+    tree.parallel.strategy, tree.parallel.data, tree.parallel.model = strategy, data, model
     defaults = {"epochs": 10, "batch_size": 4, "checkpoint_every_steps": 3, "dropout": 0.1}
     for name, value in {**defaults, "rank": 2, "learning_rate": 1e-2, **settings}.items():
         tree.finetune[name] = value
@@ -52,6 +65,7 @@ def prepared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("prepared")
     params = decoder.init(jax.random.key(0), CFG, jnp.float32)
     hf.save_decoder(workdir / "model", params, tiny.HF_CONFIG, 2**20)
+    folders.tokenizer().save_pretrained(workdir / "model")
     rng = np.random.default_rng(0)
     rows = []
     for i in range(ROWS):
@@ -61,6 +75,10 @@ def prepared(tmp_path_factory):
     ids = pa.array([row.example_id for row in rows])
     artifacts.write_table(
         workdir / "prepare/pool.parquet", {"example_id": ids, **encoded.columns(rows)}
+    )
+    artifacts.write_table(
+        workdir / "prepare/targets.parquet",
+        {"example_id": ids[CHOSEN:], **encoded.columns(rows[CHOSEN:])},
     )
     rank = pa.array(np.argsort(rng.permutation(ROWS)).astype(np.int32) + 1)
     artifacts.write_table(
@@ -81,9 +99,18 @@ def whole(prepared, tmp_path_factory):
     return workdir, stage.run(make_context(workdir, data=1))
 
 
-def read(workdir):
-    """The bytes of all outputs, but for the folder, which is in the path of the base model."""
-    out = {name: (workdir / "finetune" / name).read_bytes() for name in OUTPUTS}
+@pytest.fixture(scope="module")
+def full(prepared, tmp_path_factory):
+    """The uninterrupted run of full fine-tuning: its workdir."""
+    workdir = tmp_path_factory.mktemp("full") / "run"
+    shutil.copytree(prepared, workdir)
+    stage.run(make_context(workdir, data=1, tensorboard=True, **FULL))
+    return workdir
+
+
+def read(workdir, names=OUTPUTS):
+    """The bytes of outputs, but for the folder, which is in the path of the base model."""
+    out = {name: (workdir / "finetune" / name).read_bytes() for name in names}
     return {name: data.replace(str(workdir).encode(), b"") for name, data in out.items()}
 
 
@@ -122,21 +149,30 @@ def test_writes_adapters_and_losses(whole):
 
 def test_a_finished_stage_trains_nothing(whole, monkeypatch):
     workdir, result = whole
-    monkeypatch.setattr(stage, "_train", None)
+    monkeypatch.setattr(stage, "_train_arms", None)
     again = stage.run(make_context(workdir, data=1))
     assert again == {**result, "resumed_tokens": result["tokens"]}
 
 
-def start(workdir, strategy="mesh", count=1):
+def start(workdir, count=1, **settings):
     # conftest's flags are inherited: what is compiled otherwise differs in its last bits.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    environment["PYTHONPATH"] = str(pathlib.Path(tiny.__file__).parent)
     root = pathlib.Path(__file__).parents[2]
+    environment["PYTHONPATH"] = f"{root}:{pathlib.Path(tiny.__file__).parent}"
     return subprocess.Popen(
-        [sys.executable, __file__, str(workdir), strategy],
+        [sys.executable, __file__, str(workdir), json.dumps(settings)],
         cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def kill(process, state, least):
+    """Ends a run, whatever it is at, once it holds a checkpoint of so many steps."""
+    while not any(int(p.name) >= least for p in state.glob("*") if p.name.isdigit()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def finish(process):
@@ -151,12 +187,7 @@ def test_killed_and_resumed_is_identical(whole, prepared, tmp_path):
     state = workdir / "finetune/state"
     # Once in the first arm, once in the second, whatever is being written at that moment.
     for arm, least in (("selected", 6), ("random", 15)):
-        process = start(workdir)
-        while not any(int(p.name) >= least for p in (state / arm).glob("*") if p.name.isdigit()):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill(start(workdir), state / arm, least)
         assert not (workdir / "finetune/losses.jsonl").exists()
     finish(start(workdir))
     assert files(workdir) == sorted(OUTPUTS)
@@ -168,7 +199,7 @@ def test_killed_and_resumed_is_identical(whole, prepared, tmp_path):
 def test_eight_devices_equal_one(whole, prepared, tmp_path, strategy):
     workdir = tmp_path / "run"
     shutil.copytree(prepared, workdir)
-    finish(start(workdir, strategy, count=8))
+    finish(start(workdir, count=8, strategy=strategy))
     ones, eights = (
         artifacts.read_jsonl(folder / "finetune/losses.jsonl") for folder in (whole[0], workdir)
     )
@@ -181,10 +212,81 @@ def test_eight_devices_equal_one(whole, prepared, tmp_path, strategy):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *adapters)
 
 
+def test_all_parameters_with_the_best_kept_beside_the_last(full):
+    assert {"model", "best_model", "losses.jsonl", "tensorboard"} == {
+        path.name for path in (full / "finetune").iterdir()
+    }
+    rows = artifacts.read_jsonl(full / "finetune/losses.jsonl")
+    found = {row["step"]: row["target_loss"] for row in rows if "target_loss" in row}
+    assert list(found) == [3, 7, 11, 15, 17] and rows[-1]["loss"] < rows[0]["loss"]
+    folders_of = ("model", "finetune/model", "finetune/best_model")
+    base, last, best = (target_loss(full, full / name) for name in folders_of)
+    np.testing.assert_allclose(last, found[17], rtol=1e-5)
+    np.testing.assert_allclose(best, min(found.values()), rtol=1e-5)
+    assert best != base
+    (events,) = (full / "finetune/tensorboard/selected").iterdir()
+    assert b"target_loss" in events.read_bytes() and b"gradient_norm" in events.read_bytes()
+
+
+def target_loss(workdir, folder):
+    """The targets' mean loss by transformers, of a model as the stage writes it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    rows = encoded.from_table(artifacts.read_table(workdir / "prepare/targets.parquet"))
+    with torch.no_grad():
+        return np.mean([
+            float(model(torch.from_numpy(r.input_ids)[None].long(),
+                        labels=torch.from_numpy(r.labels)[None].long()).loss)
+            for r in rows
+        ])  # fmt: skip
+
+
+FULL_OUTPUTS = ("losses.jsonl", "model/model.safetensors", "best_model/model.safetensors")
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_killed_and_resumed_is_identical(full, prepared, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(prepared, workdir)
+    kill(start(workdir, **FULL), workdir / "finetune/state/selected", 6)
+    finish(start(workdir, **FULL))
+    assert read(workdir, FULL_OUTPUTS) == read(full, FULL_OUTPUTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"data": 4, "model": 2}, {"strategy": "pmap"}])
+def test_full_fine_tuning_over_eight_devices_equals_one(full, prepared, tmp_path, parallel):
+    workdir = tmp_path / "run"
+    shutil.copytree(prepared, workdir)
+    finish(start(workdir, count=8, **parallel, **FULL))
+    ones, eights = (
+        artifacts.read_jsonl(folder / "finetune/losses.jsonl") for folder in (full, workdir)
+    )
+    for name in ("loss", "target_loss"):
+        np.testing.assert_allclose(
+            [row[name] for row in ones if name in row],
+            [row[name] for row in eights if name in row],
+            atol=1e-5,
+        )
+    weights = [
+        safetensors.numpy.load_file(folder / "finetune/model/model.safetensors")
+        for folder in (full, workdir)
+    ]
+    for name, array in weights[0].items():
+        np.testing.assert_allclose(array, weights[1][name], atol=1e-5)
+
+
+def test_curves_need_their_package(prepared, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(prepared, workdir)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(errors.UserError, match=r"finetune.tensorboard=True needs pip install"):
+        stage.run(make_context(workdir, data=1, tensorboard=True))
+
+
 def test_a_loss_that_is_not_finite_is_explained(prepared, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(prepared, workdir)
-    message = r"arm 'selected' has loss .* at step \d+ \(examples row-.*learning_rate"
+    message = r"finetune selected has loss .* at step \d+ \(examples row-.*learning_rate"
     with pytest.raises(errors.UserError, match=message):
         stage.run(make_context(workdir, data=1, learning_rate=1e30, clip_norm=0.0))
 
@@ -196,4 +298,4 @@ def test_fingerprint_is_that_of_the_weights(prepared):
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
-    stage.run(make_context(pathlib.Path(sys.argv[1]), sys.argv[2]))
+    stage.run(make_context(pathlib.Path(sys.argv[1]), **json.loads(sys.argv[2])))

@@ -12,7 +12,7 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import config, devices, trees
+from diq_jax.common import config, devices, errors, finetune_config, trees
 from diq_jax.data import batches, example
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import sft
@@ -23,7 +23,7 @@ from diq_jax.models import decoder, hf, lora
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 CFG = model_config.decoder_config(tiny.HF_CONFIG, "test")
-SETTINGS = config.Finetune(
+SETTINGS = finetune_config.Finetune(
     rank=3, alpha=6.0, targets="(q|k|v|down)_proj", learning_rate=1e-2, warmup_ratio=0.2,
     weight_decay=0.1, clip_norm=0.05, epochs=2, batch_size=8,
 )  # fmt: skip
@@ -61,17 +61,22 @@ def init_adapter(settings, zero_b=True):
 
 
 def train(params, placement, settings, encoded, zero_b=True):
-    """All steps. Returns (adapter, losses)."""
+    """All steps. Returns (adapter or parameters, losses)."""
     arms = {"selected": range(len(encoded))}
     steps = sft.plan(encoded, arms, settings, placement.rows_multiple)["selected"]
     optimizer = sft.make_optimizer(settings, len(steps))
-    state, frozen = sft.init_state(init_adapter(settings, zero_b), optimizer)
+    if settings.trains_adapter:
+        state, frozen = sft.init_state(init_adapter(settings, zero_b), optimizer)
+    else:
+        state, frozen = sft.init_weights(params, settings.parameters, optimizer), None
     train_step = sft.make_train_step(CFG, settings, optimizer, placement)
     losses = []
     for step in steps:
         rows = steps_lib.microbatches(encoded, step)
         state, metrics = train_step(params, frozen, state, rows)
         losses.append(float(metrics["loss"]))
+    if frozen is None:
+        return sft.merge(params, state.factors, None)[0], losses
     return trees.combine(state.factors, frozen), losses
 
 
@@ -81,24 +86,23 @@ def assert_same(first, second, atol=2e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), first[0], second[0])
 
 
-def test_five_steps_equal_peft_and_torch_adamw(params, placement, tmp_path):
-    settings = dataclasses.replace(SETTINGS, epochs=5, batch_size=6)
-    encoded = random_examples(6)
-    adapter, losses = train(params, placement, settings, encoded)
-
+def torch_llama(params):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.HF_CONFIG))
     state = {name: torch.from_numpy(array.copy()) for name, array in hf.decoder_tensors(params)}
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
-    lora.save_peft(tmp_path, init_adapter(settings), settings.alpha, 0.0, "tiny")
-    model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True).eval()
+    return model
+
+
+def torch_train(model, settings, encoded) -> list[float]:
+    """As many steps as epochs, each on all examples. Returns the losses."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    torch_adamw = torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         trained, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay
     )
-    schedule = sft.schedule(settings, 5)
-    for step in range(5):
-        torch_adamw.param_groups[0]["lr"] = float(schedule(step))
-        torch_adamw.zero_grad()
+    schedule, losses = sft.schedule(settings, settings.epochs), []
+    for step in range(settings.epochs):
+        adamw.param_groups[0]["lr"] = float(schedule(step))
+        adamw.zero_grad()
         mean = sum(
             model(
                 torch.from_numpy(e.input_ids)[None].long(),
@@ -108,12 +112,121 @@ def test_five_steps_equal_peft_and_torch_adamw(params, placement, tmp_path):
         ) / len(encoded)
         mean.backward()
         assert torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm) > settings.clip_norm
-        torch_adamw.step()
-        np.testing.assert_allclose(losses[step], float(mean.detach()), atol=1e-4)
+        adamw.step()
+        losses.append(float(mean.detach()))
+    return losses
+
+
+def test_five_steps_equal_peft_and_torch_adamw(params, placement, tmp_path):
+    settings = dataclasses.replace(SETTINGS, epochs=5, batch_size=6)
+    encoded = random_examples(6)
+    adapter, losses = train(params, placement, settings, encoded)
+    lora.save_peft(tmp_path, init_adapter(settings), settings.alpha, 0.0, "tiny")
+    model = peft.PeftModel.from_pretrained(torch_llama(params), tmp_path, is_trainable=True).eval()
+    np.testing.assert_allclose(losses, torch_train(model, settings, encoded), atol=1e-4)
     model.save_pretrained(tmp_path / "torch", save_embedding_layers=False)
     theirs = lora.load_peft(tmp_path / "torch", CFG, "test")
     assert losses[-1] < losses[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), adapter, theirs)
+
+
+def test_five_steps_of_all_parameters_equal_torch_adamw(params, placement):
+    settings = dataclasses.replace(
+        SETTINGS, parameters="all", epochs=5, batch_size=6, learning_rate=1e-3
+    )
+    encoded = random_examples(6)
+    trained, losses = train(params, placement, settings, encoded)
+    model = torch_llama(params).eval()
+    np.testing.assert_allclose(losses, torch_train(model, settings, encoded), atol=1e-4)
+    theirs = dict(model.state_dict())
+    assert losses[-1] < losses[0]
+    for name, array in hf.decoder_tensors(trained):
+        np.testing.assert_allclose(array, theirs[name].numpy(), atol=1e-4)
+
+
+def test_a_regex_trains_what_it_names_and_nothing_else(params, placement):
+    settings = dataclasses.replace(SETTINGS, parameters="mlp/.*kernel")
+    trained, _ = train(params, placement, settings, random_examples(8))
+    before = trees.named_leaves(params)
+    for name, leaf in trees.named_leaves(trained).items():
+        assert ("mlp/" in name) == bool((leaf != before[name]).any()), name
+    wrong = dataclasses.replace(settings, parameters="mpl/.*kernel")
+    with pytest.raises(errors.UserError, match=r"^finetune.parameters: .*matches none"):
+        train(params, placement, wrong, random_examples(8))
+
+
+def test_masters_stay_float32_beside_a_bfloat16_model(params, placement):
+    # An update of 1e-6 vanishes in bfloat16; a thousand of them do not.
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    settings = dataclasses.replace(SETTINGS, parameters="norm", learning_rate=1e-6)
+    optimizer = sft.make_optimizer(settings, 10)
+    state = sft.init_weights(small, settings.parameters, optimizer)
+    assert {x.dtype for x in jax.tree.leaves(state.factors)} == {jnp.dtype(jnp.float32)}
+    encoded = random_examples(4)
+    (step, *_) = sft.plan(encoded, {"selected": range(4)}, settings, 1)["selected"]
+    train_step = sft.make_train_step(CFG, settings, optimizer, placement)
+    after, _ = train_step(small, None, state, steps_lib.microbatches(encoded, step))
+    assert (after.factors["final_norm"]["scale"] != state.factors["final_norm"]["scale"]).any()
+    merged, adapter = sft.merge(small, after.factors, None)
+    assert adapter is None
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(merged["final_norm"]["scale"], small["final_norm"]["scale"])
+
+
+@pytest.mark.parametrize("parameters", ["lora", "all"])
+def test_packed_equals_unpacked(params, parameters):
+    # 11 examples of 12 to 29 tokens in rows of 32: fewer rows, the same sums.
+    settings = dataclasses.replace(SETTINGS, parameters=parameters, batch_size=11, epochs=1)
+    encoded = random_examples(11)
+    optimizer = sft.make_optimizer(settings, 1)
+    if parameters == "lora":
+        state, frozen = sft.init_state(init_adapter(SETTINGS, zero_b=False), optimizer)
+    else:
+        state, frozen = sft.init_weights(params, parameters, optimizer), None
+    found, rows = {}, {}
+    for packing in (False, True):
+        chosen = dataclasses.replace(settings, packing=packing)
+        (step,) = sft.plan(encoded, {"selected": range(11)}, chosen, 2)["selected"]
+        (batch,) = steps_lib.microbatches(encoded, step)
+        assert sorted(step.indices) == [*range(11)]
+        sums = jax.jit(sft.example_sums(CFG, chosen))
+        found[packing] = sums(params, state.factors, frozen, 0, batch)
+        rows[packing] = len(batch.batch.tokens)
+    assert rows[True] < rows[False]
+    assert float(found[True]["examples"]) == float(found[False]["examples"]) == 11
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found[False]["gradient"]))
+    np.testing.assert_allclose(found[True]["loss"], found[False]["loss"], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
+        found[True]["gradient"],
+        found[False]["gradient"],
+    )
+
+
+def test_packed_steps_hold_the_same_examples_in_few_rows():
+    encoded = random_examples(30)
+    arms = {"selected": range(20), "random": range(10, 30)}
+    settings = dataclasses.replace(SETTINGS, accumulation_steps=2)
+    packed = sft.plan(encoded, arms, dataclasses.replace(settings, packing=True), 4)
+    for arm, steps in sft.plan(encoded, arms, settings, 4).items():
+        assert [set(s.indices) for s in packed[arm]] == [set(s.indices) for s in steps]
+    groups = [g for steps in packed.values() for step in steps for g in step.groups]
+    assert len({(g.rows, g.tokens, g.answers, g.examples) for g in groups}) == 1
+    assert groups[0].rows % 4 == 0
+    assert max(len(step.groups) for step in packed["selected"]) <= 2
+
+
+def test_max_steps_counts_steps_whatever_the_epochs():
+    encoded = random_examples(11)
+
+    def numbers(**changes):
+        settings = dataclasses.replace(SETTINGS, **changes)
+        steps = sft.plan(encoded, {"selected": range(11)}, settings, 1)["selected"]
+        return [step.epoch for step in steps]
+
+    assert numbers(max_steps=5) == [0, 0, 1, 1, 2]  # two steps an epoch
+    assert numbers(max_steps=1) == [0]
+    assert numbers() == [0, 0, 1, 1]
 
 
 def test_accumulation_and_remat_change_nothing(params, placement):

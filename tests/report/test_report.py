@@ -96,6 +96,7 @@ def fabricate(
                 "step": i + 1,
                 "epoch": i / 10,
                 "loss": float(2 + fall[i] + rng.normal(0, 0.1)),
+                **({"target_loss": float(2.2 + fall[i])} if i % 10 == 9 else {}),
             }
             for arm in ("selected", "random")
             for i in range(30)

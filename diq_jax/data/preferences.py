@@ -1,0 +1,105 @@
+"""Preference rows: a question, the completion that is preferred, and one that is not."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from diq_jax.common import errors
+from diq_jax.data import chat, sources
+from diq_jax.data import example as example_lib
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """Both completions of one question, tokenised."""
+
+    example_id: str
+    chosen: example_lib.Encoded
+    rejected: example_lib.Encoded
+
+    @property
+    def sides(self) -> tuple[example_lib.Encoded, example_lib.Encoded]:
+        return self.chosen, self.rejected
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(side.input_ids) for side in self.sides)
+
+    @property
+    def longer(self) -> example_lib.Encoded:
+        """The side whose shape both fit, under the pair's id: what steps are planned by."""
+        side = max(self.sides, key=lambda side: (len(side.input_ids), side.answer_tokens))
+        return dataclasses.replace(side, example_id=self.example_id)
+
+
+def load_preferences(
+    spec: str, limit: int, field: str
+) -> list[tuple[example_lib.Example, example_lib.Example]]:
+    """Loads (chosen, rejected) examples: the first `limit` rows, or all for 0.
+
+    A row has id, question, chosen and rejected; each of the two is a text, or an object with
+    `answer` and, which may be empty, `reasoning`.
+
+    Raises:
+        UserError: naming `field`, the file and the line, where a row is not like that, prefers a
+            completion to itself, or repeats an id.
+    """
+    rows = sources.read_rows(spec, field)[: limit or None]
+    pairs = [
+        _from_row(row, f"{field}: {where}", position) for position, (row, where) in enumerate(rows)
+    ]
+    sources.check_ids([chosen for chosen, _ in pairs], [where for _, where in rows], spec, field)
+    return pairs
+
+
+def encode(
+    pairs: Sequence[tuple[example_lib.Example, example_lib.Example]],
+    tokenizer: chat.Tokenizer,
+    template: str,
+    max_tokens: int,
+    truncation: str,
+) -> tuple[list[Pair], list[str]]:
+    """Tokenises pairs as `chat.encode_all` does examples.
+
+    Returns:
+        The pairs in order, and the ids of those left out: a side has nothing to score within
+        `max_tokens`, or both are the same once they are cut.
+    """
+    chosen, rejected = (
+        {
+            row.example_id: row
+            for row in chat.encode_all(side, tokenizer, template, max_tokens, truncation)[0]
+        }
+        for side in zip(*pairs, strict=True)
+    )
+    made, dropped = [], []
+    for id_ in (pair[0].example_id for pair in pairs):
+        pair = Pair(id_, chosen[id_], rejected[id_]) if id_ in chosen and id_ in rejected else None
+        if pair is None or _same(*pair.sides):
+            dropped.append(id_)
+        else:
+            made.append(pair)
+    return made, dropped
+
+
+def _same(left, right):
+    return left.input_ids.tolist() == right.input_ids.tolist()
+
+
+def _from_row(row, where, position):
+    example_id = example_lib.row_id(row, where, position)
+    sides = [_side(row, name, where, example_id) for name in SIDES]
+    if all(getattr(sides[0], k) == getattr(sides[1], k) for k in ("reasoning", "answer")):
+        raise errors.UserError(f"{where}: chosen and rejected are the same.")
+    return tuple(sides)
+
+
+def _side(row, name, where, example_id):
+    """One side as an example of the row's question; it may be a text or an object."""
+    columns = {"question": "question", "answer": name}
+    side = row.get(name)
+    if isinstance(side, dict):
+        columns = {"question": "question", "reasoning": "reasoning", "answer": "answer"}
+        row, where = {**side, "question": row.get("question")}, f"{where}: {name}"
+    return example_lib.from_text(row, where, example_id, "", columns)

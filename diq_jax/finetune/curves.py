@@ -1,0 +1,40 @@
+"""Training curves as TensorBoard event files, where the extra `tensorboard` is installed."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+from diq_jax.common import errors
+
+
+@contextlib.contextmanager
+def open_log(folder: pathlib.Path, wanted: bool) -> Iterator[Callable | None]:
+    """Yields `loop.Run.log`, which writes each record's values into `folder`; None if not wanted.
+
+    A resumed run adds a file that replaces the steps which the killed one had not kept.
+
+    Raises:
+        UserError: wanted, and the package is not there.
+    """
+    if not wanted:
+        yield None
+        return
+    try:
+        import tensorboardX
+    except ImportError:
+        raise errors.UserError(
+            "finetune.tensorboard=True needs pip install -e '.[tensorboard]'; or set it to False."
+        ) from None
+    with contextlib.ExitStack() as stack:
+        writers: list[tensorboardX.SummaryWriter] = []
+
+        def log(first: int, records: Sequence[dict[str, float]]) -> None:
+            if not writers:
+                made = tensorboardX.SummaryWriter(str(folder), purge_step=first)
+                writers.append(stack.enter_context(made))
+            for step, record in enumerate(records, start=first):
+                for name, value in record.items():
+                    writers[0].add_scalar(name, value, step)
+            writers[0].flush()
+
+        yield log

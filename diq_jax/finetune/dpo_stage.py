@@ -1,0 +1,188 @@
+"""The stage `dpo`: the selected rows' adapter trained on, by preferences (dpo.py)."""
+
+import dataclasses
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from diq_jax.common import artifacts, devices, errors, finetune_config, progress, stages, trees
+from diq_jax.data import batches, preferences, sources
+from diq_jax.finetune import curves, dpo, loop, sft
+from diq_jax.models import checkpoint, load, lora, tokenizer
+
+DATA = "finetune.dpo.data"
+SFT = "finetune/adapter"
+REFERENCE, PARTIAL = "dpo/reference.parquet", "dpo/reference.partial.jsonl"
+MAX_SHAPES = 4  # of the reference's batches: each is a compilation
+
+
+def run(context: stages.Context) -> dict[str, Any]:
+    """Writes dpo/adapter, dpo/losses.jsonl and dpo/reference.parquet.
+
+    Returns:
+        rows: pairs; tokens: processed in training, padding not counted; resumed_tokens among them;
+        dropped_ids where some pairs are too long; first and last loss, margin and accuracy.
+    """
+    settings = context.config.finetune
+    pairs, dropped = _pairs(context)
+    training = _as_sft(settings)
+    planned = sft.plan(
+        [pair.longer for pair in pairs], {"dpo": range(len(pairs))}, training,
+        context.placement.rows_multiple,
+    )["dpo"]  # fmt: skip
+    losses_file, state_folder = context.path("dpo/losses.jsonl"), context.path("dpo/state")
+    tokens = 0
+    if not losses_file.exists():
+        records, tokens = _train(context, pairs, planned, training)
+        rows = [
+            {"step": number, "epoch": step.epoch, **record,
+             "tokens": sum(pairs[i].tokens for i in step.indices)}
+            for number, (step, record) in enumerate(zip(planned, records, strict=True))
+        ]  # fmt: skip
+        artifacts.write_jsonl(losses_file, rows)
+    if state_folder.exists():
+        shutil.rmtree(state_folder)
+    rows = artifacts.read_jsonl(losses_file)
+    total = sum(row["tokens"] for row in rows)
+    ends = {
+        f"{end}_{name}": row[name]
+        for end, row in (("first", rows[0]), ("last", rows[-1]))
+        for name in ("loss", "margin", "accuracy")
+    }
+    counts = {"rows": len(pairs), "tokens": total, "resumed_tokens": total - tokens}
+    return counts | ({"dropped_ids": dropped} if dropped else {}) | ends
+
+
+def reads(context: stages.Context) -> tuple[str, ...]:
+    """The adapter to begin at."""
+    if context.config.finetune.dpo.start == "base":
+        return ()
+    return tuple(f"{SFT}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def fingerprints(context: stages.Context) -> dict[str, str]:
+    """What the stage reads beside artifacts: the weights and the preferences.
+
+    Raises:
+        UserError: no preferences are named.
+    """
+    spec = context.config.finetune.dpo.data
+    if not spec:
+        raise errors.UserError(f"Stage 'dpo' needs preference rows: set {DATA}.")
+    opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
+    return {"model.path": opened.fingerprint, DATA: sources.fingerprint(spec, DATA)}
+
+
+def _pairs(context) -> tuple[list[preferences.Pair], list[str]]:
+    cfg = context.config
+    found = preferences.load_preferences(cfg.finetune.dpo.data, cfg.finetune.dpo.limit, DATA)
+    pairs, dropped = preferences.encode(
+        found, tokenizer.load_tokenizer(cfg.model.path, "model.path"), cfg.data.template,
+        cfg.model.max_tokens, cfg.model.truncation,
+    )  # fmt: skip
+    if not pairs:
+        raise errors.UserError(
+            f"{DATA}: none of the {len(found)} pairs fits model.max_tokens = "
+            f"{cfg.model.max_tokens} (model.truncation={cfg.model.truncation})."
+        )
+    return pairs, dropped
+
+
+def _as_sft(settings: finetune_config.Finetune) -> finetune_config.Finetune:
+    """The settings by which steps are planned and taken: DPO's where it has its own."""
+    own = ("epochs", "learning_rate", "warmup_ratio", "batch_size", "accumulation_steps", "seed")
+    values = {name: getattr(settings.dpo, name) for name in own}
+    return dataclasses.replace(settings, **values, dropout=0.0, packing=False, max_steps=0)
+
+
+def _train(context, pairs, planned, training):
+    """Trains and exports. Returns (metrics of each step, tokens of this call)."""
+    cfg, placement = context.config, context.placement
+    model = load.load(cfg.model.path, cfg.model.dtype, placement)
+    adapter = _start(context, model)
+    optimizer = sft.make_optimizer(training, len(planned))
+    state, frozen = sft.init_state(adapter, optimizer)
+    reference = _reference(context, model, adapter, pairs)
+    sums = dpo.example_sums(model.cfg, training.dpo, training.remat)
+    train_step = sft.train_step_of(sums, optimizer, placement)
+    with curves.open_log(context.path("dpo/tensorboard"), training.tensorboard) as log:
+        run = loop.Run(
+            "dpo", context.path("dpo/state"), planned,
+            [pair.example_id for pair in pairs], [pair.tokens for pair in pairs],
+            training.checkpoint_every_steps, log=log,
+        )  # fmt: skip
+        state, records, tokens = loop.train(
+            run, state,
+            lambda state, step: train_step(
+                model.params, frozen, state, dpo.microbatches(pairs, reference, step)
+            ),
+        )  # fmt: skip
+    trained = trees.combine(state.factors, frozen)
+    lora.save_peft(context.path("dpo/adapter"), trained, _alpha(trained), 0.0, cfg.model.path)
+    return records, tokens
+
+
+def _start(context, model):
+    """The adapter where the policy begins, which is also the reference."""
+    settings = context.config.finetune
+    if settings.dpo.start == "sft":
+        return lora.load_peft(context.path(SFT), model.cfg, "finetune.dpo.start=sft")
+    key = jax.random.key(settings.dpo.seed)
+    return lora.init(
+        key, model.cfg, settings.targets, settings.rank, settings.alpha, True, "finetune.targets"
+    )
+
+
+def _alpha(adapter) -> float:
+    """PEFT's lora_alpha, from a trained adapter itself: scale is alpha / rank."""
+    leaves = trees.named_leaves(adapter)
+    name = next(name for name in leaves if name.endswith("/a"))
+    return float(leaves[f"{name[:-2]}/scale"][0]) * leaves[name].shape[-1]
+
+
+def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
+    """{pair: the reference's log-probabilities (chosen, rejected)}, taken once and kept on disk.
+
+    A killed run continues after the last finished batch.
+    """
+    file = context.path(REFERENCE)
+    if not file.exists():
+        with artifacts.Journal(context.path(PARTIAL)) as journal:
+            _score(context, model, adapter, pairs, journal)
+            known = dict(pair for entry in journal.entries for pair in entry["pairs"])
+        ids = [pair.example_id for pair in pairs]
+        columns = {name: [known[i][k] for i in ids] for k, name in enumerate(preferences.SIDES)}
+        artifacts.write_table(file, {"example_id": ids, **columns})
+        context.path(PARTIAL).unlink()
+    columns = artifacts.read_table(file).to_pydict()
+    return {id_: [c, r] for id_, c, r in zip(*columns.values(), strict=True)}
+
+
+def _score(context, model, adapter, pairs, journal):
+    """Appends the log-probabilities of what the journal does not hold, a batch an entry."""
+    placement, rows = context.placement, [pair.longer for pair in pairs]
+    # A pair is two rows.
+    tokens = max(context.config.evaluate.batch_tokens // 2, 1)
+    groups = batches.plan(rows, tokens, placement.rows_multiple, MAX_SHAPES)
+    score = placement.compile(
+        lambda params, adapter, batch: dpo.log_probabilities(params, model.cfg, batch, adapter),
+        rows=True,
+    )
+    placed = placement.replicate(adapter)
+    done = {id_ for entry in journal.entries for id_, _ in entry["pairs"]}
+
+    def started():
+        for group in groups:
+            chosen = [pairs[i] for i in group.indices]
+            if not done.issuperset(pair.example_id for pair in chosen):
+                batch = placement.batch(dpo.make_batch(pairs, group))
+                yield chosen, score(model.params, placed, batch)
+
+    with progress.Progress("dpo reference", len(pairs), len(done)) as bar:
+        for chosen, output in devices.one_behind(started()):
+            values = np.asarray(output).reshape(-1, 2)[: len(chosen)].tolist()
+            ids = [pair.example_id for pair in chosen]
+            journal.append({"pairs": list(zip(ids, values, strict=True))})
+            bar.update(len(chosen), sum(pair.tokens for pair in chosen))

@@ -1,0 +1,37 @@
+"""Trained weights as a folder that transformers loads: tokenizer, safetensors, config.json."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diq_jax.models import hf, tokenizer
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save_model(folder: str | os.PathLike, params, hf_config: dict[str, Any], base: str, field: str):
+    """Writes a whole model beside the tokenizer of `base`, a model path that `field` names.
+
+    config.json comes last (checkpoint.save_checkpoint): a folder that has one is whole.
+
+    Raises:
+        UserError: `base` has no tokenizer.
+    """
+    tokenizer.load_tokenizer(base, field).save_pretrained(folder)
+    hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)
+
+
+@jax.jit
+def merge_adapter(params, adapter):
+    """The parameters with W + A B scale in place of each adapted W, summed in float32."""
+    merged = jax.tree.map(lambda x: x, params)
+    for group, linears in adapter["layers"].items():
+        for name, leaves in linears.items():
+            node = merged["layers"][group][name]
+            change = jnp.einsum("nir,nro->nio", leaves["a"], leaves["b"])
+            change = change * leaves["scale"][:, None, None]
+            kernel = node["kernel"]
+            node["kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+    return merged

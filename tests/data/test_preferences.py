@@ -1,0 +1,67 @@
+"""Preference rows: what is read, what is refused, what fits."""
+
+import folders
+import pytest
+
+from diq_jax.common import errors
+from diq_jax.data import preferences
+
+GOOD = {"id": "a", "question": "why?", "chosen": "because", "rejected": "no"}
+
+
+def load(tmp_path, rows, limit=0):
+    path = folders.write(tmp_path / "pairs.jsonl", rows)
+    return preferences.load_preferences(path, limit, "finetune.dpo.data")
+
+
+def encode(pairs, max_tokens):
+    return preferences.encode(pairs, folders.tokenizer(), "plain", max_tokens, "end")
+
+
+def test_a_side_is_a_text_or_an_object(tmp_path):
+    told = {"reasoning": "we think", "answer": "because"}
+    rows = [GOOD, GOOD | {"id": "b", "chosen": told}, {**GOOD, "id": None}]
+    (plain, _), (reasoned, rejected), (unnamed, _) = load(tmp_path, rows)
+    assert (plain.question, plain.answer, plain.reasoning) == ("why?", "because", "")
+    assert (reasoned.reasoning, reasoned.answer, rejected.answer) == ("we think", "because", "no")
+    assert reasoned.example_id == rejected.example_id == "b"
+    assert unnamed.example_id == "row-000002"
+    assert len(load(tmp_path, rows, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": None}, "rejected is empty"),
+        ({"chosen": 3}, "chosen must be a text, got 3"),
+        ({"chosen": {"reasoning": "hm"}}, "chosen: answer is missing from columns reasoning"),
+        ({"rejected": "because"}, "chosen and rejected are the same"),
+        ({"question": ""}, "question is empty"),
+        ({"id": "a"}, "id 'a' stands at .*pairs.jsonl:1 and again at .*pairs.jsonl:2"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_line(tmp_path, change, message):
+    with pytest.raises(errors.UserError, match=rf"^finetune.dpo.data: .*{message}") as caught:
+        load(tmp_path, [GOOD, GOOD | {"id": "b"} | change])
+    assert "pairs.jsonl:2" in str(caught.value)
+
+
+def test_no_rows_are_refused(tmp_path):
+    with pytest.raises(errors.UserError, match=r"^finetune.dpo.data holds no rows"):
+        load(tmp_path, [])
+
+
+def test_both_sides_follow_one_prompt(tmp_path):
+    (pair,), dropped = encode(load(tmp_path, [GOOD]), 64)
+    assert not dropped and pair.tokens == sum(len(s.input_ids) for s in pair.sides)
+    prompts = [side.input_ids[side.labels == -100].tolist() for side in pair.sides]
+    assert prompts[0] == prompts[1]
+    assert [side.answer_tokens for side in pair.sides] == [8, 3]  # one a byte, and the end
+    assert pair.longer.answer_tokens == 8 and pair.longer.example_id == "a"
+
+
+def test_pairs_that_a_cut_makes_equal_are_left_out(tmp_path):
+    # The prompt takes six tokens: at 10 both sides keep their first four letters.
+    rows = [GOOD, {"id": "b", "question": "why?", "chosen": "because", "rejected": "becalmed"}]
+    pairs, dropped = encode(load(tmp_path, rows), 10)
+    assert [pair.example_id for pair in pairs] == ["a"] and dropped == ["b"]
