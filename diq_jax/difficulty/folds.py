@@ -42,26 +42,27 @@ class Pretrained:
 
 
 def score(
-    task: Task, pretrained: Pretrained, folder: pathlib.Path, given: dict | None = None
+    task: Task, pretrained: Pretrained, folder: pathlib.Path, pooled=None, given=None
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Trains the model of each part and scores its texts; with what a killed call left in `folder`
     it continues after the last finished batch.
 
     Args:
+        pooled: features from `pool`, where they are known.
         given: the model of every part, made by `fit`: then nothing is trained.
 
     Returns:
         (probabilities (texts, 3, 5), {tokens, resumed_tokens}).
     """
     with artifacts.Journal(folder / "scores.jsonl") as journal:
-        counts = _score(task, pretrained, folder, given, journal)
+        counts = _score(task, pretrained, folder, pooled, given, journal)
         probabilities = np.zeros((len(task.texts), task.levels.shape[1], labels.LEVELS))
         for entry in journal.entries:
             probabilities[entry["texts"]] = entry["probabilities"]
     return probabilities, counts
 
 
-def _score(task, pretrained, folder, given, journal) -> dict[str, int]:
+def _score(task, pretrained, folder, pooled, given, journal) -> dict[str, int]:
     settings, lengths = pretrained.settings, np.array([len(text) for text in task.texts])
     done = {text for entry in journal.entries for text in entry["texts"]}
     plan, examples, left, resumed = [], 0, 0, 0
@@ -81,7 +82,8 @@ def _score(task, pretrained, folder, given, journal) -> dict[str, int]:
         if todo:
             plan.append((int(part), chosen, todo, weights))
 
-    pooled = pool(task, pretrained) if plan and given is None else None
+    if plan and given is None and pooled is None:
+        pooled = pool(task, pretrained)
     with progress.Progress("difficulty", examples, resumed=examples - left) as bar:
         for part, chosen, todo, weights in plan:
             shown = {"part": f"{part + 1}/{len(parts)}"}

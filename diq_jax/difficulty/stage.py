@@ -100,12 +100,12 @@ def train(context: stages.Context) -> dict[str, Any]:
     questions, levels, _ = _labelled(settings)
     pretrained, hf_config = _load(settings, context.placement)
     task = _task(pretrained, questions, levels, [])
-    probabilities, counts = folds.score(task, pretrained, partial)
+    pooled = folds.pool(task, pretrained)
+    probabilities, counts = folds.score(task, pretrained, partial, pooled)
     measured = _measure(task, probabilities, questions, settings)
     rows = len(questions)
     with progress.Progress("final model", settings.epochs * rows) as bar:
-        pooled, every = folds.pool(task, pretrained), np.ones(rows, bool)
-        model = folds.fit(settings.folds, every, task, pretrained, pooled, bar, {})
+        model = folds.fit(settings.folds, np.ones(rows, bool), task, pretrained, pooled, bar, {})
         counts["tokens"] += bar.tokens
     temperatures = {
         p: found["calibration"]["temperature"] for p, found in measured["perspectives"].items()
@@ -157,7 +157,7 @@ def _apply(context, pool) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     none = np.zeros((0, len(config.PERSPECTIVES)), np.float32)
     task = _task(pretrained, [], none, _pool_questions(context, pool))
     model = found.model | {"encoder": pretrained.params}
-    probabilities, counts = folds.score(task, pretrained, context.path(PARTIAL), model)
+    probabilities, counts = folds.score(task, pretrained, context.path(PARTIAL), given=model)
     for i, perspective in enumerate(config.PERSPECTIVES):
         if perspective in found.temperatures:
             log_p = np.log(np.maximum(probabilities[:, i], 1e-30))
