@@ -113,7 +113,9 @@ def fit(pooled, words, levels, settings: config.Difficulty):
     name = "thresholds" if settings.head == "ordinal" else "bias"
     heads = {"kernel": kernels.transpose(1, 0, 2), name: constants}
     heads = {name: np.ascontiguousarray(x, np.float32) for name, x in heads.items()}
-    return heads, None if words is None else offsets.transpose(1, 0, 2).astype(np.float32)
+    # In one piece, since safetensors writes the buffer behind an array.
+    offsets = np.ascontiguousarray(offsets.transpose(1, 0, 2), np.float32)
+    return heads, None if words is None else offsets
 
 
 def _fit(x, words, levels, weights, kind):
