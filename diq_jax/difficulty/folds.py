@@ -62,12 +62,24 @@ def score(
     return probabilities, counts
 
 
-def _score(task, pretrained, folder, pooled, given, journal) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part with texts to score: the labelled rows to train on (n,) bool, batches of texts, and
+    where the trained model waits until they are scored.
+    """
+
+    index: int
+    chosen: np.ndarray
+    batches: list[list[int]]
+    weights: pathlib.Path
+
+
+def _plan(task, pretrained, folder, journal) -> tuple[list[_Part], int, int, int]:
+    """(parts that are not done, examples to train on and to score, those left, tokens done)."""
     settings, lengths = pretrained.settings, np.array([len(text) for text in task.texts])
     done = {text for entry in journal.entries for text in entry["texts"]}
     plan, examples, left, resumed = [], 0, 0, 0
-    parts = np.unique(task.parts)
-    for part in parts:
+    for part in np.unique(task.parts):
         mine, chosen = np.flatnonzero(task.parts == part), task.parts[task.labelled] != part
         batches = list(classifier.scoring_batches(task.texts, mine.tolist(), settings))
         todo = [batch for batch in batches if batch[0] not in done]
@@ -80,28 +92,33 @@ def _score(task, pretrained, folder, pooled, given, journal) -> dict[str, int]:
         if not untrained:
             resumed += settings.epochs * int(lengths[task.labelled[chosen]].sum())
         if todo:
-            plan.append((int(part), chosen, todo, weights))
+            plan.append(_Part(int(part), chosen, todo, weights))
+    return plan, examples, left, resumed
 
+
+def _score(task, pretrained, folder, pooled, given, journal) -> dict[str, int]:
+    settings = pretrained.settings
+    plan, examples, left, resumed = _plan(task, pretrained, folder, journal)
     if plan and given is None and pooled is None:
         pooled = pool(task, pretrained)
     with progress.Progress("difficulty", examples, resumed=examples - left) as bar:
-        for part, chosen, todo, weights in plan:
-            shown = {"part": f"{part + 1}/{len(parts)}"}
+        for part in plan:
+            shown = {"part": f"{part.index + 1}/{task.parts.max() + 1}"}
             if given is not None:
                 model = given
-            elif weights.exists():
-                model = _restore(weights, pretrained)
+            elif part.weights.exists():
+                model = _restore(part.weights, pretrained)
             else:
-                model = fit(part, chosen, task, pretrained, pooled, bar, shown)
-                _save(weights, model, pretrained)
+                model = fit(part.index, part.chosen, task, pretrained, pooled, bar, shown)
+                _save(part.weights, model, pretrained)
             # Of a frozen encoder the labelled texts' features are known.
-            frozen = pooled if not settings.epochs and part < settings.folds else None
-            offsets = word_scores(model, task, todo)
-            for batch in todo:
-                found = predict(model, pretrained, task, batch, offsets, frozen)
+            known = not settings.epochs and part.index < settings.folds
+            offsets = word_scores(model, task, part.batches)
+            for batch in part.batches:
+                found = predict(model, pretrained, task, batch, offsets, pooled if known else None)
                 journal.append({"texts": batch, "probabilities": found.tolist()})
-                bar.update(len(batch), int(lengths[batch].sum()), **shown)
-            weights.unlink(missing_ok=True)
+                bar.update(len(batch), sum(len(task.texts[text]) for text in batch), **shown)
+            part.weights.unlink(missing_ok=True)
         return {"tokens": resumed + bar.tokens, "resumed_tokens": resumed}
 
 

@@ -276,8 +276,12 @@ def test_the_explorer_is_a_figure_that_plotly_accepts(whole_page):
     ("options", "missing", "said"),
     [
         ({"evaluated": False}, {"comparison"}, "the evaluate stage has not run"),
-        ({"trained": False}, {"loss"}, "the finetune stage has not run"),
-        ({"evaluated": False, "trained": False}, {"comparison", "loss"}, "is not known"),
+        ({"trained": False}, {"loss", "classifier"}, "the finetune stage has not run"),
+        (
+            {"evaluated": False, "trained": False},
+            {"comparison", "loss", "classifier"},
+            "is not known",
+        ),
     ],
 )
 def test_what_has_not_run_is_left_out_and_said(tmp_path, options, missing, said):
