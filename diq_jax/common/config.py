@@ -74,9 +74,14 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
-    # labelled rows to train on (path, glob, hub:NAME, sample), or columns[:knowledge=A,...]
+    # labelled rows to train on (path, glob, hub:NAME, sample), columns[:knowledge=A,...], or a
+    # folder by experiments/train_difficulty.py, whose encoder, max_tokens and head then count
     source: str = "sample"
     encoder: str = ""  # the BERT-type encoder to fine-tune: hub id, folder or package:NAME/FOLDER
+    # also TF-IDF of words and pairs of words, fitted with the head on the frozen encoder
+    words: bool = False
+    head: str = "categorical"  # categorical (a softmax over levels) or ordinal (proportional odds)
+    class_weights: str = "none"  # none, or balanced: each level weighs the same in the training
     perspective: str = "overall"  # knowledge, reasoning or overall: the one that selection uses
     percentile: float = 50.0  # tau_d: difficulty at or above this percentile of the pool is high
     # of the cross-validation; a labelled pool row is scored by the model that did not see it
@@ -85,6 +90,11 @@ class Difficulty:
     # Over the labelled rows, everything trained; 0 = heads on the frozen encoder only.
     epochs: int = 5
     learning_rate: float = 1e-4  # AdamW's peak
+    # of the learning rate from each layer to the one below it, the heads standing on top; 1 = none
+    layer_decay: float = 1.0
+    # epochs without a better loss on a held-out tenth of the training rows, after which training
+    # stops; the best epoch is kept; 0 = no row is held out and all epochs run
+    patience: int = 0
     batch_size: int = 16  # rows a step
     max_tokens: int = 256  # of an encoder input
     seed: int = 0  # of folds, order and head
@@ -98,7 +108,11 @@ class Difficulty:
             "difficulty.percentile", 0 <= self.percentile <= 100, "in [0, 100]", self.percentile
         )
         errors.check("difficulty.folds", self.folds >= 2, "at least 2", self.folds)
-        for name in ("layers", "epochs"):
+        errors.check_choice("difficulty.head", self.head, ("categorical", "ordinal"))
+        errors.check_choice("difficulty.class_weights", self.class_weights, ("none", "balanced"))
+        ok = 0 < self.layer_decay <= 1
+        errors.check("difficulty.layer_decay", ok, "in (0, 1]", self.layer_decay)
+        for name in ("layers", "epochs", "patience"):
             errors.check(
                 f"difficulty.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
             )
@@ -106,6 +120,8 @@ class Difficulty:
             errors.check(
                 f"difficulty.{name}", getattr(self, name) > 0, "above 0", getattr(self, name)
             )
+        if self.patience and not self.epochs:
+            raise errors.UserError("difficulty.patience needs difficulty.epochs above 0.")
 
 
 @dataclasses.dataclass(frozen=True)

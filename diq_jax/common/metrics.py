@@ -69,6 +69,30 @@ def bootstrap_interval(values, statistic, samples: int, seed: int) -> tuple[floa
     return float(low), float(high)
 
 
+def bootstrap_spearman(columns, y, samples: int, seed: int) -> np.ndarray:
+    """Spearman of each column (n, C) with y (n,) over rows drawn with replacement: (samples, C).
+
+    The rows are the same for all columns and those that `bootstrap_interval` draws with this seed,
+    so that differences of columns are paired. nan where either side is constant.
+    """
+    columns, out = np.asarray(columns), np.empty((samples, np.shape(columns)[1]))
+    groups = [np.unique(x, return_inverse=True)[1] for x in (y, *columns.T)]
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for row in out:
+        times = np.bincount(rng.integers(0, len(columns), len(columns)), minlength=len(columns))
+        ranks = []
+        for group in groups:
+            # The average rank of equal values: those below, and half of their own.
+            own = np.bincount(group, times)
+            rank = (np.cumsum(own) - own / 2)[group]
+            ranks.append(rank - times @ rank / len(rank))
+        norms = [times @ np.square(rank) for rank in ranks]
+        for c, (rank, norm) in enumerate(zip(ranks[1:], norms[1:], strict=True)):
+            scale = np.sqrt(norm * norms[0])
+            row[c] = times @ (rank * ranks[0]) / scale if scale > 0 else np.nan
+    return out
+
+
 def finite(value: float) -> float | None:
     """The value, or None where it is not a number: what goes into JSON."""
     return float(value) if np.isfinite(value) else None

@@ -2,6 +2,10 @@
 
 Every distinct text is scored once, by a model that did not see it: a labelled text by its fold's
 (whatever the id of the pool row that holds it), any other by a model of all labelled rows.
+
+The temperatures of calibration.py are reported and not applied to these levels: a labelled row's
+would come from predictions of models that saw its label. Those of a trained folder as
+difficulty.source are applied, for they were fitted on other rows than it is asked to score.
 """
 
 import dataclasses
@@ -13,44 +17,23 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-import safetensors.numpy
 
-from diq_jax.common import artifacts, config, devices, errors, metrics, progress, stages, trees
+from diq_jax.common import artifacts, config, errors, progress, stages
 from diq_jax.data import example
-from diq_jax.difficulty import classifier, labels, model_scores
+from diq_jax.difficulty import (
+    agreement,
+    calibration,
+    classifier,
+    folds,
+    labels,
+    model_scores,
+    trained,
+)
 from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
 
 FIELD = "difficulty.encoder"
 PARTIAL = "difficulty/partial"  # what a killed run continues from; removed at the end
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """The distinct texts of the labelled rows and of the pool, and who may score them.
-
-    Attributes:
-        texts: token ids of each.
-        labelled: (n,) the text of each labelled row; levels (n, 3) are its labels, nan unknown.
-        pool: (rows,) the text of each pool row.
-        parts: (texts,) from labels.assign_parts.
-    """
-
-    texts: list[tuple[int, ...]]
-    labelled: np.ndarray
-    levels: np.ndarray
-    pool: np.ndarray
-    parts: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """The encoder before training, on its devices."""
-
-    params: dict
-    cfg: model_config.EncoderConfig
-    settings: config.Difficulty
-    placement: devices.Placement
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
@@ -61,6 +44,8 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     found = model_scores.fingerprints(context) if settings.model_scores else {}
     if labels.is_columns(settings.source):
         return found
+    if trained.is_folder(settings.source):
+        return found | {labels.FIELD: trained.fingerprint(settings.source)}
     return found | {
         FIELD: checkpoint.open_checkpoint(settings.encoder, FIELD).fingerprint,
         labels.FIELD: labels.fingerprint(settings.source),
@@ -84,6 +69,9 @@ def run(context: stages.Context) -> dict[str, Any]:
         rows = [json.loads(row) for row in pool["row"].to_pylist()]
         scores = labels.column_scores(rows, ids, settings.source, settings.perspective)
         measured, counts = {"rows": 0, "folds": 0, "perspectives": {}}, {"tokens": 0}
+    elif trained.is_folder(settings.source):
+        scores, counts = _apply(context, pool)
+        measured = {"rows": 0, "folds": 0, "perspectives": {}}
     else:
         scores, measured, counts = _classify(context, pool)
     artifacts.write_table(
@@ -98,73 +86,103 @@ def run(context: stages.Context) -> dict[str, Any]:
     return {"rows": len(ids), **counts, "metrics": measured}
 
 
-def measure(levels, expected, lengths, folds: int) -> dict[str, Any]:
-    """Cross-validated agreement with the labels, beside what needs no model.
-
-    Args:
-        levels: (n, 3) labels, nan unknown; expected: (n, 3) out-of-fold expected levels.
-        lengths: (n,) of the questions.
+def train(context: stages.Context) -> dict[str, Any]:
+    """The stage of experiments/train_difficulty.py: cross-validates, trains on all labelled rows,
+    and writes classifier/, a folder for difficulty.source (trained.py), with metrics.json.
 
     Returns:
-        rows, folds, and for perspectives that have labels {name: spearman, mae (levels), kappa
-        (quadratic weights, of the rounded level), baselines: {question length, median level}}; None
-        where undefined. The median is that of all labels: a little better than any that a fold
-        could know.
+        rows, tokens and resumed_tokens, and the cross-validation's metrics.
     """
-    found = {}
-    for i, perspective in enumerate(config.PERSPECTIVES):
-        known = np.isfinite(levels[:, i])
-        if not known.any():
-            continue
-        label, level, length = levels[known, i], expected[known, i], lengths[known]
-        median = np.full(len(label), np.median(label))
-        found[perspective] = _agreement(label, level) | {
-            "baselines": {
-                "question length": {"spearman": metrics.finite(metrics.spearman(length, label))},
-                "median level": _agreement(label, median),
-            }
-        }
-    return {"rows": len(levels), "folds": folds, "perspectives": found}
-
-
-def _agreement(label, level):
-    rounded = np.rint(level).astype(int)
-    return {
-        "spearman": metrics.finite(metrics.spearman(level, label)),
-        "mae": float(np.mean(np.abs(level - label))),
-        "kappa": metrics.finite(
-            metrics.quadratic_kappa(np.rint(label).astype(int), rounded, labels.LEVELS)
-        ),
+    partial, out = context.path("classifier/partial"), context.path("classifier")
+    settings = context.config.difficulty
+    if labels.is_columns(settings.source) or trained.is_folder(settings.source):
+        raise errors.UserError(f"{labels.FIELD} must be labelled rows; got {settings.source!r}.")
+    questions, levels, _ = _labelled(settings)
+    pretrained, hf_config = _load(settings, context.placement)
+    task = _task(pretrained, questions, levels, [])
+    pooled = folds.pool(task, pretrained)
+    probabilities, counts = folds.score(task, pretrained, partial, pooled)
+    measured = _measure(task, probabilities, questions, settings)
+    rows = len(questions)
+    with progress.Progress("final model", settings.epochs * rows) as bar:
+        model = folds.fit(settings.folds, np.ones(rows, bool), task, pretrained, pooled, bar, {})
+        counts["tokens"] += bar.tokens
+    temperatures = {
+        p: found["calibration"]["temperature"] for p, found in measured["perspectives"].items()
     }
+    tok = tokenizer.load_tokenizer(settings.encoder, FIELD)
+    trained.save(out, model, hf_config, tok, settings.max_tokens, temperatures)
+    artifacts.write_json(out / "metrics.json", measured)
+    shutil.rmtree(partial, ignore_errors=True)
+    return {"rows": rows, **counts, "metrics": measured}
+
+
+def _labelled(settings) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(questions, levels (n, 3), (3,) bool: the perspectives that have labels)."""
+    questions, levels = labels.labelled_rows(settings.source)
+    known = np.isfinite(levels).any(axis=0)
+    _check_perspective(settings, known)
+    return questions, levels, known
+
+
+def _check_perspective(settings, known):
+    if not known[config.PERSPECTIVES.index(settings.perspective)]:
+        raise errors.UserError(
+            f"difficulty.perspective={settings.perspective}, but {labels.FIELD} labels only "
+            f"{', '.join(np.array(config.PERSPECTIVES)[known])}."
+        )
 
 
 def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, int]]:
     """(scores of the pool rows, metrics, token counts)."""
     settings = context.config.difficulty
-    questions, levels = labels.labelled_rows(settings.source)
-    labelled = np.isfinite(levels).any(axis=0)
-    if not labelled[config.PERSPECTIVES.index(settings.perspective)]:
-        raise errors.UserError(
-            f"difficulty.perspective={settings.perspective}, but {labels.FIELD} labels only "
-            f"{', '.join(np.array(config.PERSPECTIVES)[labelled])}."
-        )
-    pretrained = _load(context)
-    task = _task(context, pool, questions, levels, pretrained.cfg)
-    with artifacts.Journal(context.path(f"{PARTIAL}/scores.jsonl")) as journal:
-        counts = _score(context, task, pretrained, journal)
-        probabilities = np.zeros((len(task.texts), *levels.shape[1:], labels.LEVELS))
-        for entry in journal.entries:
-            probabilities[entry["texts"]] = entry["probabilities"]
-    expected = classifier.expected_level(probabilities)
-    expected[:, ~labelled] = np.nan  # nobody has labelled the perspective
-    lengths = np.array([len(question) for question in questions])
-    measured = measure(levels, expected[task.labelled], lengths, settings.folds)
-    scores = expected[task.pool]
-    return {p: scores[:, i] for i, p in enumerate(config.PERSPECTIVES)}, measured, counts
+    questions, levels, known = _labelled(settings)
+    pretrained, _ = _load(settings, context.placement)
+    task = _task(pretrained, questions, levels, _pool_questions(context, pool))
+    probabilities, counts = folds.score(task, pretrained, context.path(PARTIAL))
+    measured = _measure(task, probabilities, questions, settings)
+    return _scores(probabilities[task.pool], known), measured, counts
 
 
-def _load(context) -> Pretrained:
+def _apply(context, pool) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """(scores of the pool rows by the folder of difficulty.source, token counts)."""
     settings = context.config.difficulty
+    found = trained.load(settings.source)
+    known = trained.known(found.temperatures)
+    _check_perspective(settings, known)
+    settings = dataclasses.replace(
+        settings, encoder=settings.source, max_tokens=found.max_tokens, layers=0, epochs=0
+    )
+    pretrained, _ = _load(settings, context.placement)
+    none = np.zeros((0, len(config.PERSPECTIVES)), np.float32)
+    task = _task(pretrained, [], none, _pool_questions(context, pool))
+    model = found.model | {"encoder": pretrained.params}
+    probabilities, counts = folds.score(task, pretrained, context.path(PARTIAL), given=model)
+    for i, perspective in enumerate(config.PERSPECTIVES):
+        if perspective in found.temperatures:
+            log_p = np.log(np.maximum(probabilities[:, i], 1e-30))
+            probabilities[:, i] = np.exp(
+                calibration.tempered(log_p, found.temperatures[perspective])
+            )
+    return _scores(probabilities[task.pool], known), counts
+
+
+def _measure(task, probabilities, questions, settings):
+    parts = task.parts[task.labelled]
+    return agreement.measure(
+        task.levels, probabilities[task.labelled], questions, parts, settings.seed
+    )
+
+
+def _scores(probabilities, known) -> dict[str, np.ndarray]:
+    """{perspective: (rows,) expected levels}, nan where nobody has labelled the perspective."""
+    expected = classifier.expected_level(probabilities)
+    expected[:, ~known] = np.nan
+    return {p: expected[:, i] for i, p in enumerate(config.PERSPECTIVES)}
+
+
+def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
+    """(the encoder, its config.json)."""
     opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
     cfg = model_config.encoder_config(opened.config, FIELD)
     if settings.max_tokens > cfg.max_positions:
@@ -182,27 +200,32 @@ def _load(context) -> Pretrained:
     params = params | {"layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
     cfg = dataclasses.replace(cfg, num_layers=layers)
     # One jit serves both strategies: the mesh is there under pmap too.
-    placement = dataclasses.replace(context.placement, strategy="mesh")
-    return Pretrained(placement.replicate(params), cfg, settings, placement)
+    placement = dataclasses.replace(placement, strategy="mesh")
+    return folds.Pretrained(placement.replicate(params), cfg, settings, placement), opened.config
 
 
-def _task(context, pool, questions: Sequence[str], levels, cfg) -> Task:
-    """Texts that the encoder cannot tell apart, being the same tokens, are one text."""
-    settings = context.config.difficulty
+def _task(pretrained, questions: Sequence[str], levels, pool: Sequence[str]) -> folds.Task:
+    """Texts that the encoder cannot tell apart, being the same tokens, are one text, and the first
+    one's words are its words.
+    """
+    settings = pretrained.settings
     encode = tokenizer.load_tokenizer(settings.encoder, FIELD)
-    asked = [*questions, *_pool_questions(context, pool)]
+    asked = [*questions, *pool]
     ids = encode(asked, truncation=True, max_length=settings.max_tokens)["input_ids"]
     texts: dict[tuple[int, ...], int] = {}
     rows = np.array([texts.setdefault(tuple(row), len(texts)) for row in ids])
     largest = max(max(text) for text in texts)
-    if largest >= cfg.vocab_size:
+    if largest >= pretrained.cfg.vocab_size:
         raise errors.UserError(
             f"{FIELD}: the tokenizer of {settings.encoder} gives token {largest}, its encoder has "
-            f"{cfg.vocab_size}."
+            f"{pretrained.cfg.vocab_size}."
         )
+    _, first = np.unique(rows, return_index=True)
     labelled, in_pool = np.split(rows, [len(questions)])
-    parts = labels.assign_parts(labelled, len(texts), settings.folds, settings.seed)
-    return Task(list(texts), labelled, levels, in_pool, parts)
+    parts = np.full(len(texts), settings.folds)
+    if questions:
+        parts = labels.assign_parts(labelled, len(texts), settings.folds, settings.seed)
+    return folds.Task(list(texts), [asked[i] for i in first], labelled, levels, in_pool, parts)
 
 
 def _pool_questions(context, pool) -> list[str]:
@@ -217,79 +240,3 @@ def _pool_questions(context, pool) -> list[str]:
             prompt = [token for token, label in pairs if label == example.IGNORED]
             questions[i] = decode(prompt, skip_special_tokens=True)
     return questions
-
-
-def _score(context, task: Task, pretrained: Pretrained, journal) -> dict[str, int]:
-    """Trains the model of each part that is not done, and journals its texts' probabilities."""
-    settings, lengths = pretrained.settings, np.array([len(text) for text in task.texts])
-    done = {text for entry in journal.entries for text in entry["texts"]}
-    plan, examples, left, tokens = [], 0, 0, 0
-    parts = np.unique(task.parts)
-    for part in parts:
-        mine, chosen = np.flatnonzero(task.parts == part), task.parts[task.labelled] != part
-        batches = classifier.scoring_batches(task.texts, mine.tolist(), settings)
-        batches = [batch for batch in batches if batch[0] not in done]
-        weights = context.path(f"{PARTIAL}/part-{part}.safetensors")
-        training = settings.epochs * int(chosen.sum())
-        examples += training + len(mine)
-        tokens += settings.epochs * int(lengths[task.labelled[chosen]].sum())
-        tokens += int(lengths[mine].sum())
-        if batches:
-            left += sum(map(len, batches)) + (0 if weights.exists() else training)
-            plan.append((int(part), chosen, batches, weights))
-
-    pooled = _pooled(task, pretrained) if plan else None
-    with progress.Progress("difficulty", examples, resumed=examples - left) as bar:
-        for part, chosen, batches, weights in plan:
-            shown = {"part": f"{part + 1}/{len(parts)}"}
-            if weights.exists():
-                params = _restore(weights, pretrained)
-            else:
-                params = _train(part, chosen, task, pretrained, pooled, bar, shown)
-                _save(weights, params)
-            for batch in batches:
-                found = classifier.predict(
-                    params, pretrained.cfg, settings, task.texts, batch, pretrained.placement
-                )
-                journal.append({"texts": batch, "probabilities": found.tolist()})
-                bar.update(len(batch), int(lengths[batch].sum()), **shown)
-            weights.unlink()
-        return {"tokens": tokens, "resumed_tokens": tokens - bar.tokens}
-
-
-def _pooled(task, pretrained) -> np.ndarray:
-    """Features (n, D) of the labelled rows by the pretrained encoder, where all parts start."""
-    p = pretrained
-    out = np.zeros((len(task.texts), p.cfg.model_dim), np.float32)
-    for batch in classifier.scoring_batches(task.texts, set(task.labelled.tolist()), p.settings):
-        out[batch] = classifier.features(
-            p.params, p.cfg, p.settings, task.texts, batch, p.placement
-        )
-    return out[task.labelled]
-
-
-def _train(part, chosen, task, pretrained, pooled, bar, shown):
-    return classifier.train(
-        pretrained.params,
-        pretrained.cfg,
-        pretrained.settings,
-        [task.texts[text] for text in task.labelled],
-        task.levels,
-        pooled,
-        chosen,
-        part,
-        pretrained.placement,
-        lambda rows, tokens, loss: bar.update(rows, tokens, loss=f"{loss:.3f}", **shown),
-    )
-
-
-def _save(path, params) -> None:
-    arrays = trees.named_leaves(jax.tree.map(np.asarray, params))
-    with artifacts.atomic(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary)
-
-
-def _restore(path, pretrained):
-    arrays = safetensors.numpy.load_file(path)
-    tree = {"encoder": pretrained.params, "heads": {"kernel": 0, "bias": 0}}
-    return pretrained.placement.replicate(trees.map_named(lambda name, _: arrays[name], tree))

@@ -49,6 +49,19 @@ def apply(params, cfg, tokens, mask):
     Returns:
         (B, T, D).
     """
+    return _layers(params, cfg, tokens, mask, lambda x: None)[0]
+
+
+def layer_means(params, cfg, tokens, mask):
+    """Every layer's hidden states, each mean-pooled, side by side from the bottom: (B, N * D)
+    float32. See `apply`.
+    """
+    pooled = _layers(params, cfg, tokens, mask, lambda x: mean_pool(x, mask))[1]  # (N, B, D)
+    return jnp.moveaxis(pooled, 0, 1).reshape(len(tokens), -1)
+
+
+def _layers(params, cfg, tokens, mask, keep):
+    """(hidden states of the last layer, keep(hidden states) of each, stacked)."""
     B, T = tokens.shape
     embed = params["embed"]
     x = embed["word"]["embedding"][tokens] + embed["position"]["embedding"][None, :T]
@@ -70,9 +83,9 @@ def apply(params, cfg, tokens, mask):
         x = layers.layer_norm(
             p["mlp_norm"], x + layers.linear(p["mlp"]["down_proj"], h), cfg.norm_eps
         )
-        return x, None
+        return x, keep(x)
 
-    return jax.lax.scan(layer, x, params["layers"])[0]
+    return jax.lax.scan(layer, x, params["layers"])
 
 
 def mean_pool(hidden, mask):

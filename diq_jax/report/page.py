@@ -15,7 +15,7 @@ import numpy as np
 import plotly.offline
 
 from diq_jax.common import config
-from diq_jax.report import figures, tables
+from diq_jax.report import classifier, figures, tables
 
 MOST_POINTS = 4000  # of the scatters; browsers drag with more SVG marks
 TEXT_BUDGET = 2_000_000  # characters of examples to read by a click, over all points
@@ -102,6 +102,9 @@ def pictures(run: Run) -> dict[str, figures.Picture]:
     if run.losses:
         curves = (_curves(run.losses, name) for name in ("loss", "target_loss"))
         out["loss"] = figures.render(figures.loss, *curves)
+    perspectives = classifier.panels(run.classifier)
+    if perspectives:
+        out["classifier"] = figures.render(classifier.draw, perspectives)
     return dict(sorted(out.items()))
 
 

@@ -253,16 +253,25 @@ def difficulty(found: Mapping[str, Any] | None) -> Table | None:
     rows, columns = [], {}
     for perspective, values in (found or {}).get("perspectives", {}).items():
         scored = {"classifier": values, **values.get("baselines", {})}
+        for other, delta in values.get("difference", {}).items():
+            if "mean" in delta:
+                paired = {"spearman": delta["mean"], "interval": delta}
+                scored[f"classifier − {other}"] = paired
         for name, measured in scored.items():
             plain = {k: v for k, v in measured.items() if not isinstance(v, dict | list | str)}
             columns |= dict.fromkeys(plain)
-            rows.append((f"{perspective}: {name}", plain))
+            interval = measured.get("interval")
+            ends = {"spearman": _ends(interval, 3, 1)} if interval else {}
+            rows.append((f"{perspective}: {name}", plain, ends))
     names = {"spearman": "Spearman", "mae": "MAE (levels)", "kappa": "Kappa (quadratic)"}
     if not columns:
         return None
     return Table(
         ["Perspective: method", *(names.get(c, c) for c in columns)],
-        [[Cell(name), *(Cell(number(v.get(c), 3)) for c in columns)] for name, v in rows],
+        [
+            [Cell(name), *(Cell(number(plain.get(c), 3), ends.get(c, "")) for c in columns)]
+            for name, plain, ends in rows
+        ],
     )
 
 

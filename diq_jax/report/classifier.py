@@ -1,0 +1,58 @@
+"""The picture of the difficulty classifier: whether its probabilities mean what they say, and which
+levels it takes for which.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from diq_jax.report import figures
+
+
+def panels(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The perspectives of difficulty/metrics.json that have what `draw` needs."""
+    every = found.get("perspectives", {})
+    return {name: values for name, values in every.items() if "calibration" in values}
+
+
+def draw(perspectives: Mapping[str, Mapping[str, Any]]):
+    """A row for each perspective: reliability before and after the temperature, and confusion."""
+    figure = matplotlib.figure.Figure((8, 3.3 * len(perspectives)))
+    axes = figure.subplots(len(perspectives), 2, squeeze=False)
+    for (name, values), (left, right) in zip(perspectives.items(), axes, strict=True):
+        _reliability(left, values["calibration"])
+        left.set_title(name)
+        _confusion(right, np.array(values["confusion"]))
+    return figure
+
+
+def _reliability(ax, calibration):
+    ax.plot([0, 1], [0, 1], **figures.THRESHOLD)
+    after = f"temperature {calibration['temperature']:.2f}"
+    styles = (("before", figures.POOL, "as it is"), ("after", figures.ARMS[0], after))
+    for key, colour, label in styles:
+        bins, error = calibration[key]["reliability"], calibration[key]["ece"]
+        x, y = ([b[axis] for b in bins] for axis in ("confidence", "right"))
+        label = f"{label}: ECE {error:.3f}"
+        ax.plot(x, y, "o-", color=colour, markersize=4, linewidth=1, label=label)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("probability of the likeliest level")
+    ax.set_ylabel("share that is right")
+    ax.legend(fontsize=8, loc="upper left")
+
+
+def _confusion(ax, counts):
+    """Counts by label (rows, from the bottom) and level (columns), shaded by share of the label."""
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    steps = np.arange(1, len(counts) + 1)
+    ax.imshow(share, cmap="Greys", vmin=0, vmax=1.6, origin="lower", aspect="auto")
+    for (row, column), count in np.ndenumerate(counts):
+        ax.annotate(f"{count:,}", (column, row), ha="center", va="center", fontsize=8)
+    ax.set_xticks(steps - 1, steps)
+    ax.set_yticks(steps - 1, steps)
+    ax.grid(visible=False)
+    ax.set_xlabel("level, rounded")
+    ax.set_ylabel("label, rounded")
