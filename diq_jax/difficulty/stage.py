@@ -7,6 +7,7 @@ Every distinct text is scored once, by a model that did not see it: a labelled t
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     deterministic, as on a CPU; a trained model waits on disk until its texts are scored.
 
     Returns:
-        rows and tokens, resumed_tokens among them, and the cross-validation's metrics.
+        rows and tokens, resumed_tokens among them, the cross-validation's metrics, and the part of
+        tokens and seconds that model_scores took.
     """
     settings = context.config.difficulty
     pool = artifacts.read_table(context.path("prepare/pool.parquet"))
@@ -92,8 +94,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     )
     artifacts.write_json(context.path("difficulty/metrics.json"), measured)
     if settings.model_scores:
-        for name, tokens in model_scores.run(context).items():
-            counts[name] = counts.get(name, 0) + tokens
+        started, found = time.time(), model_scores.run(context)
+        counts |= {name: counts.get(name, 0) + tokens for name, tokens in found.items()}
+        counts["model_scores"] = {"seconds": round(time.time() - started, 3), **found}
     shutil.rmtree(context.path(PARTIAL), ignore_errors=True)
     return {"rows": len(ids), **counts, "metrics": measured}
 
@@ -138,7 +141,7 @@ def _agreement(label, level):
     }
 
 
-def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, int]]:
+def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
     """(scores of the pool rows, metrics, token counts)."""
     settings = context.config.difficulty
     questions, levels = labels.labelled_rows(settings.source)

@@ -90,7 +90,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             f"and {len(questions)} from data.targets and data.tests."
         )
     model = load.load(config.model.path, config.model.dtype, context.placement)
-    parts = _parts(targets, questions, model.cfg, context.placement)
+    parts = make_parts(targets, questions, model.cfg, context.placement)
     models = arms(context)
     names = [name for name, _ in models]
     total = len(models) * (len(targets) + len(questions))
@@ -99,7 +99,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         with progress.Progress("evaluate", total, len(done)) as bar:
             for name, adapter in _adapters(models, model, context.placement):
                 for part in parts:
-                    for rows, values in _score(part, name, adapter, model, done, context):
+                    for rows, values in score(part, name, (model.params, adapter), done, context):
                         entry = {"model": name, "part": part.name, "rows": rows, "values": values}
                         journal.append(entry)
                         new = sum(len(part.rows[i].input_ids) for i in rows)
@@ -125,7 +125,9 @@ def _done(journal) -> dict[tuple[str, str, int], list[float]]:
     }
 
 
-def _parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
+def make_parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
+    """The targets and the tests, each with its compiled program."""
+
     # A target's loss is the very function that the influence direction differentiates.
     def target_losses(params, adapter, batch):
         return loss.example_losses(params, cfg, batch, "mean", adapter)
@@ -169,8 +171,13 @@ def _adapters(models, model, placement) -> Iterator[tuple[str, dict | None]]:
         yield name, placement.replicate(adapter)
 
 
-def _score(part, name, adapter, model, done, context) -> Iterator[tuple[list[int], list]]:
-    """Scores what is not done yet; yields the indices of a batch and the values of each row."""
+def score(part: Part, name: str, weights, done, context) -> Iterator[tuple[list[int], list]]:
+    """Scores what is not done yet; yields the indices of a batch and the values of each row.
+
+    Args:
+        weights: (parameters, adapter or None), placed.
+        done: holds (name, part's name, index) of each row that needs no score.
+    """
     placement = context.placement
     groups = batches.plan(
         part.rows, context.config.evaluate.batch_tokens, placement.rows_multiple, MAX_SHAPES
@@ -181,7 +188,7 @@ def _score(part, name, adapter, model, done, context) -> Iterator[tuple[list[int
             if all((name, part.name, i) in done for i in group.indices):
                 continue
             batch = part.pack(group.indices, group.rows, group.tokens, group.answers)
-            yield group, part.score(model.params, adapter, placement.batch(batch))
+            yield group, part.score(*weights, placement.batch(batch))
 
     for group, output in devices.one_behind(dispatched()):
         rows = list(group.indices)

@@ -115,7 +115,16 @@ def make_train_step(
     metrics are {"loss", "gradient_norm"}, () float32: of the whole step, before its update and
     before clipping. Nothing waits for the device.
     """
-    gradients = placement.compile(example_sums(cfg, settings), rows=False)
+    return train_step_of(example_sums(cfg, settings), optimizer, placement)
+
+
+def train_step_of(
+    sums: Callable, optimizer: optax.GradientTransformation, placement: devices.Placement
+) -> Callable:
+    """As `make_train_step`, of one `example_sums`: jax compiles it once for all train steps that
+    are made of it.
+    """
+    gradients = placement.compile(sums, rows=False)
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right))
 
     @jax.jit
