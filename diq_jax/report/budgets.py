@@ -15,11 +15,12 @@ import numpy as np
 from diq_jax.report import figures
 
 PANELS = {  # metric: (title, factor)
-    "test_loss_without_end": ("test loss without end of turn", 1),
+    "test_loss_without_end": ("test loss without end of turn (nats/token)", 1),
     "test_loss": ("test loss (nats/token)", 1),
     "target_loss": ("target loss (nats/token)", 1),
     "accuracy": ("accuracy (%)", 100),
 }
+NOTE = "Bars: 95 % interval of the paired difference to random; for the full pool, its seeds."
 MARKERS = "oDs^vPX<>*"
 RANDOM, FULL, BASE = "random", "full", "base"
 
@@ -45,7 +46,10 @@ def draw(results: Mapping[str, Any]):
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("budget (% of the pool)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=4, fontsize=9, title=NOTE,
+        title_fontsize=9, alignment="left",
+    )  # fmt: skip
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     return figure
 
