@@ -275,10 +275,7 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
     """
     if not cfg.finetune.dpo.data and list(names) == list(STAGES):
         names = [name for name in names if name != "dpo"]
-    context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
-    # TPUs and GPUs round float32 products to bfloat16 or TF32 unless told otherwise.
-    precision = "highest" if cfg.model.dtype == "float32" else "default"
-    with locked(workdir), jax.default_matmul_precision(precision):
+    with at_work(cfg, workdir) as context:
         for name in names:
             ran = stages.execute(STAGES[name], context, overwrite)
             record = artifacts.read_json(context.path(f"{name}/stage.json"))
@@ -288,6 +285,20 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
             print(f"{name:<10}  {done if ran else f'done before ({done})'}", flush=True)
     if "report" in names:
         print(report.summary(context))
+
+
+@contextlib.contextmanager
+def at_work(cfg: config.Config, workdir: pathlib.Path) -> Iterator[stages.Context]:
+    """Holds the workdir, and the matrix products at the precision that the model's dtype asks for.
+
+    Raises:
+        UserError: another run holds the workdir.
+    """
+    context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
+    # TPUs and GPUs round float32 products to bfloat16 or TF32 unless told otherwise.
+    precision = "highest" if cfg.model.dtype == "float32" else "default"
+    with locked(workdir), jax.default_matmul_precision(precision):
+        yield context
 
 
 @contextlib.contextmanager

@@ -245,10 +245,12 @@ class Config:
         asked["finetune.baselines"] = self.finetune.baseline_methods
         for field, methods in asked.items():
             for method in methods:
-                self._check_input(field, method)
+                self.check_method(field, method)
 
-    def _check_input(self, field, method):
-        """Before hours of work, not after."""
+    def check_method(self, field: str, method: str) -> None:
+        """Raises UserError where a selection method's input would be missing: before hours of work,
+        not after.
+        """
         if method in MODEL_SCORED and not self.difficulty.model_scores:
             raise errors.UserError(f"{field}={method} needs difficulty.model_scores=True.")
         if method in DIVERSE and (self.influence.engine == "exact" or self.influence.warmup.epochs):

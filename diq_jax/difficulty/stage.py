@@ -11,6 +11,7 @@ difficulty.source are applied, for they were fitted on other rows than it is ask
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     deterministic, as on a CPU; a trained model waits on disk until its texts are scored.
 
     Returns:
-        rows and tokens, resumed_tokens among them, and the cross-validation's metrics.
+        rows and tokens, resumed_tokens among them, the cross-validation's metrics, and the part of
+        tokens and seconds that model_scores took.
     """
     settings = context.config.difficulty
     pool = artifacts.read_table(context.path("prepare/pool.parquet"))
@@ -80,8 +82,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     )
     artifacts.write_json(context.path("difficulty/metrics.json"), measured)
     if settings.model_scores:
-        for name, tokens in model_scores.run(context).items():
-            counts[name] = counts.get(name, 0) + tokens
+        started, found = time.time(), model_scores.run(context)
+        counts |= {name: counts.get(name, 0) + tokens for name, tokens in found.items()}
+        counts["model_scores"] = {"seconds": round(time.time() - started, 3), **found}
     shutil.rmtree(context.path(PARTIAL), ignore_errors=True)
     return {"rows": len(ids), **counts, "metrics": measured}
 
@@ -133,7 +136,7 @@ def _check_perspective(settings, known):
         )
 
 
-def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, int]]:
+def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
     """(scores of the pool rows, metrics, token counts)."""
     settings = context.config.difficulty
     questions, levels, known = _labelled(settings)

@@ -100,8 +100,8 @@ def run(context: stages.Context) -> dict[str, Any]:
             f"and {len(questions)} from data.targets and data.tests."
         )
     model = load.load(config.model.path, config.model.dtype, context.placement)
-    parts = _parts(targets, questions, model.cfg, context.placement)
-    scored = [(part, _score) for part in parts]
+    parts = make_parts(targets, questions, model.cfg, context.placement)
+    scored = [(part, score) for part in parts]
     if config.evaluate.protocol == "generate":
         tests = generation.from_table(table)
         answers = generation.make_part(tests, model, config.evaluate, context.placement)
@@ -113,8 +113,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         done = _done(journal)
         with progress.Progress("evaluate", total, len(done)) as bar:
             for name, weights in _weights(models, model, context):
-                for part, score in scored:
-                    for rows, values in score(part, name, weights, done, context):
+                for part, values_of in scored:
+                    for rows, values in values_of(part, name, weights, done, context):
                         entry = {"model": name, "part": part.name, "rows": rows, "values": values}
                         journal.append(entry)
                         new = sum(map(part.tokens, rows, values))
@@ -145,7 +145,9 @@ def _done(journal) -> dict[tuple[str, str, int], list[float]]:
     }
 
 
-def _parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
+def make_parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
+    """The targets and the tests, each with its compiled program."""
+
     # A target's loss is the very function that the influence direction differentiates.
     def target_losses(params, adapter, batch):
         return loss.example_losses(params, cfg, batch, "mean", adapter)
@@ -192,8 +194,13 @@ def _weights(models, model, context) -> Iterator[tuple[str, tuple[dict, dict | N
         yield name, (params, placement.replicate(adapter))
 
 
-def _score(part, name, weights, done, context) -> Iterator[tuple[list[int], list]]:
-    """Scores what is not done yet; yields the indices of a batch and the values of each row."""
+def score(part: Part, name: str, weights, done, context) -> Iterator[tuple[list[int], list]]:
+    """Scores what is not done yet; yields the indices of a batch and the values of each row.
+
+    Args:
+        weights: (parameters, adapter or None), placed.
+        done: holds (name, part's name, index) of each row that needs no score.
+    """
     placement = context.placement
     groups = batches.plan(
         part.rows, context.config.evaluate.batch_tokens, placement.rows_multiple, MAX_SHAPES

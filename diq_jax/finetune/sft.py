@@ -163,8 +163,9 @@ def make_train_step(
 def train_step_of(
     sums: Callable, optimizer: optax.GradientTransformation, placement: devices.Placement
 ) -> Callable:
-    """As `make_train_step` for any `sums` of its form: each further sum, divided by the examples,
-    is a metric. `state` is used up: its moments' memory is taken for the new ones.
+    """As `make_train_step` for any `sums` of its form, compiled once for all train steps that are
+    made of it: each further sum, divided by the examples, is a metric. `state` is used up: its
+    moments' memory is taken for the new ones.
     """
     gradients = placement.compile(sums, rows=False)
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right))

@@ -1,0 +1,87 @@
+"""What the cells say: means over questions and seeds with two-level intervals, and paired
+differences to the reference.
+
+Dims: S seeds, Q questions (or targets), B bootstrap samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diq_jax.evaluate import intervals
+
+METRICS = ("test_loss", "test_loss_without_end", "target_loss", "accuracy", "accuracy_norm")
+LOWER_IS_BETTER = ("test_loss", "test_loss_without_end", "target_loss")
+
+
+def draws(seeds: int, questions: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of seeds (1 + B, S) and of questions (1 + B, Q): first 1/n each, then the shares that
+    n draws with replacement give. With one seed they are intervals.estimates' draws.
+    """
+    rng = {name: np.random.Generator(np.random.PCG64(s)) for name, s in
+           (("questions", seed), ("seeds", [seed, 1]))}  # fmt: skip
+    out = []
+    for name, n in (("seeds", seeds), ("questions", questions)):
+        rows = [np.ones(n)]
+        rows += [np.bincount(rng[name].integers(0, n, n), minlength=n) for _ in range(samples)]
+        out.append(np.stack(rows) / n)
+    return out[0], out[1]
+
+
+def estimates(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """The mean of values (S, Q), then its value in each resampling of both axes: (1 + B,).
+
+    All values of one shape are resampled alike, so that a difference is paired.
+    """
+    by_seed, by_question = draws(*values.shape, samples, seed)
+    return np.sum((by_seed @ values) * by_question, axis=1)
+
+
+def outcomes(
+    differences: np.ndarray, tasks: Sequence[str], lower: bool, samples: int, seed: int
+) -> dict[str, int]:
+    """Wins, ties and losses over tasks x seeds: a win where the 95 % interval of the paired
+    difference over the task's questions lies on the better side of 0, a loss on the worse.
+
+    A task of one question has no interval and counts as a tie.
+    """
+    labels, better = np.asarray(tasks), -1 if lower else 1
+    counts = {"wins": 0, "ties": 0, "losses": 0}
+    for task in sorted(set(tasks)):
+        mine = better * differences[:, labels == task]
+        drawn = intervals.estimates(mine.T, samples, seed)
+        low, high = np.percentile(drawn[1:], [2.5, 97.5], axis=0)
+        if mine.shape[1] < 2:
+            low, high = np.zeros((2, len(mine)))
+        counts["wins"] += int(np.sum(low > 0))
+        counts["losses"] += int(np.sum(high < 0))
+        counts["ties"] += int(np.sum((low <= 0) & (high >= 0)))
+    return counts
+
+
+def compare(
+    found: Mapping[str, np.ndarray],
+    reference: Mapping[str, np.ndarray] | None,
+    tasks: Mapping[str, Sequence[str]],
+    samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """{metric: {mean, low, high, by_seed, versus: {mean, low, high, wins, ties, losses} or None}}.
+
+    Args:
+        found: {metric: (S, Q)}; reference the same of what it is compared with.
+        tasks: {metric: the task of each question}.
+    """
+    out = {}
+    for metric, values in found.items():
+        drawn = estimates(values, samples, seed)
+        out[metric] = intervals.summary(drawn) | {"by_seed": values.mean(axis=1).tolist()}
+        out[metric]["versus"] = None
+        if reference is not None:
+            gap = values - reference[metric]
+            lower = metric in LOWER_IS_BETTER
+            out[metric]["versus"] = intervals.summary(estimates(gap, samples, seed)) | outcomes(
+                gap, tasks[metric], lower, samples, seed
+            )
+    return out

@@ -1,0 +1,73 @@
+"""Does selection help? Methods x budgets x seeds: fine-tune, evaluate, one table and one picture.
+
+    python experiments/compare_selection.py --preset=mini --workdir=runs/mini
+    python experiments/compare_selection.py --config=configs/quickstart.py --workdir=runs/compare \\
+        --methods=diq,influence --budgets=0.01,0.05,0.1,1 --seeds=3 [--rankings=less=runs/less] \\
+        [--dry_run]
+
+The stages up to selection run first in --workdir, so that scores are made once. `random` is always
+there, drawn anew for each seed; the budget 1 is the whole pool, trained once for all methods. A
+preset is a line of flags (PRESETS), which your own flags override. --rankings=NAME=WORKDIR[:METHOD]
+takes the order of another finished workdir as one more method: another influence direction, LESS,
+another model. Written: compare/table.md, results.json, figure.png and a file for each training; a
+killed run continues with the training it was in.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from diq_jax.common import cli
+from diq_jax.compare import experiment, grid
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRESETS = {
+    "mini": [
+        f"--config={ROOT / 'configs/quickstart.py'}",
+        "--methods=diq,influence,difficulty_overall,short_answers",
+        "--budgets=0.01,0.05,0.1,1",
+        "--seeds=2",
+    ],
+    "paper": [
+        f"--config={ROOT / 'configs/huatuo_llama31_8b.py'}",
+        "--methods=diq,influence,difficulty_knowledge,difficulty_reasoning,difficulty_overall,"
+        "short_answers,long_answers,similarity,perplexity,middle_perplexity,ifd,long_reasoning,"
+        "k_center,facility_location",
+        "--budgets=0.01,0.05,0.1,1",
+        "--seeds=3",
+        "--config.difficulty.model_scores=True",
+    ],
+}
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
+METHODS = flags.DEFINE_list("methods", ["diq", "influence"], "Selection methods.")
+BUDGETS = flags.DEFINE_list("budgets", ["0.01", "0.05", "0.1", "1"], "Shares of the pool to keep.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each method and budget.")
+RANKINGS = flags.DEFINE_list("rankings", [], "More methods: NAME=WORKDIR[:METHOD].")
+PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "A line of flags to start from.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the cells and their predicted FLOPs.")
+
+
+def with_preset(arguments: list[str]) -> list[str]:
+    """The preset's flags before the user's, which win; a config file of the user's replaces its."""
+    given = [a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a]
+    named = dict(given)
+    extra = PRESETS.get(named.get("--preset", ""), [])
+    names = {name for name, _ in given}
+    return [flag for flag in extra if flag.split("=")[0] not in names] + arguments
+
+
+def main() -> None:
+    cfg = cli.read_config(CONFIG)
+    request = grid.parse(METHODS.value, BUDGETS.value, SEEDS.value, RANKINGS.value)
+    run = experiment.dry_run if DRY_RUN.value else experiment.run
+    run(cfg, pathlib.Path(WORKDIR.value), request)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = with_preset(sys.argv[1:])
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)
