@@ -97,6 +97,10 @@ def check(cfg: config.Config, request: Request) -> None:
             "selection.source_cap belongs to one budget, and the budgets compared are to nest: "
             "leave it at 1."
         )
+    if not cfg.finetune.trains_adapter:
+        raise errors.UserError(
+            f"finetune.parameters={cfg.finetune.parameters}: cells train adapters; set it to lora."
+        )
     for name, (workdir, method) in request.rankings.items():
         _check_ranking(name, workdir, method)
 
