@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diq_jax.common import artifacts, config, errors, influence_config, metrics, trees
+from diq_jax.common import (
+    artifacts,
+    config,
+    errors,
+    finetune_config,
+    influence_config,
+    metrics,
+    trees,
+)
 
 
 def changed(**fields):
@@ -26,7 +34,9 @@ def changed(**fields):
 def test_every_field_is_documented_and_resolves():
     cfg = config.resolve(changed())
     assert cfg.influence.lora.rank == 8
-    files = (pathlib.Path(module.__file__) for module in (config, influence_config))
+    files = (
+        pathlib.Path(module.__file__) for module in (config, finetune_config, influence_config)
+    )
     source = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     for name in config.field_names():
         field = name.rsplit(".", 1)[-1]

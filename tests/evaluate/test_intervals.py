@@ -75,7 +75,7 @@ def test_averages_weigh_tasks_alike_and_pair_models():
     questions[:3, 0, 1:] = questions[3, 1, 1:] = 1
     out = intervals.results(
         ["base", "b"], np.zeros((2, 2)), questions, ["x", "x", "x", "y"],
-        {"base": [], "b": ["base"]}, 100, 0, {"AvgS": ["x"], "AvgA": ["x", "y"]},
+        {"base": [], "b": ["base"]}, 100, 0, groups={"AvgS": ["x"], "AvgA": ["x", "y"]},
     )  # fmt: skip
     means = out["base"]["averages"]
     assert means["AvgA"]["accuracy"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
