@@ -90,11 +90,10 @@ def init_weights(params, pattern: str, optimizer: optax.GradientTransformation) 
         pattern: finetune.parameters, `all` or a regex over parameter paths; UserError where it
             matches none.
     """
-    names = trees.named_leaves(params)
-    found = (
-        set(names) if pattern == "all" else trees.matching(names, pattern, "finetune.parameters")
-    )
-    chosen, _ = trees.partition(params, found.__contains__)
+    names = trees.named_leaves(params).keys()
+    if pattern != "all":
+        names = trees.matching(names, pattern, "finetune.parameters")
+    chosen, _ = trees.partition(params, names.__contains__)
     factors = jax.tree.map(lambda x: jnp.array(x, jnp.float32), chosen)
     return TrainState(jnp.zeros((), jnp.int32), factors, optimizer.init(factors))
 
