@@ -2,53 +2,27 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import folders
 import pytest
+import scripts
 
 from diq_jax.common import artifacts
 from diq_jax.difficulty import labels
 
-ROOT = pathlib.Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module", name="made")
 def _made(tmp_path_factory):
-    base = tmp_path_factory.mktemp("made")
-    folders.decoder(base / "decoder")
-    folders.write(base / "pool.jsonl", folders.pool_rows(24))
-    folders.write(base / "targets.jsonl", folders.choice_rows(6, "target"))
-    folders.write(base / "tests.jsonl", folders.choice_rows(4, "test"))
-    return base
-
-
-def script(name, *flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"experiments/{name}.py"), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-
-
-def on_data(name, made, workdir, *flags):
-    """A script that takes a config, on the tiny model and data."""
-    return script(
-        name, f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}",
-        f"--config.model.path={made / 'decoder'}", f"--config.data.pool={made / 'pool.jsonl'}",
-        f"--config.data.targets={made / 'targets.jsonl'}",
-        f"--config.data.tests={made / 'tests.jsonl'}", *flags,
-    )  # fmt: skip
+    return scripts.make(tmp_path_factory.mktemp("made"))
 
 
 @pytest.mark.slow
 def test_ablation_compares_kinds_and_dimensions(made, tmp_path):
     flags = ("--kinds=sparse,factored", "--dims=64,1024", "--seeds=1")
     flags += ("--config.influence.parameters=attn|mlp",)
-    ended = on_data("ablate_projection", made, tmp_path, *flags)
+    ended = scripts.on_data("ablate_projection", made, tmp_path, *flags)
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
     found = {(row["kind"], row["dim"]): row for row in rows}
@@ -63,7 +37,7 @@ def test_ablation_compares_kinds_and_dimensions(made, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_prints_the_contract_as_json(made):
-    ended = script(
+    ended = scripts.script(
         "benchmark_influence", f"--model={made / 'decoder'}", "--json", "--batch=2", "--tokens=32",
         "--answers=8", "--repeats=1", "--rank=2", "--dim=64", "--factored_dim=400",
     )  # fmt: skip
@@ -78,8 +52,8 @@ def test_benchmark_prints_the_contract_as_json(made):
 
 
 def pass_rate(made, out, *flags):
-    return script(
-        "measure_pass_rate", f"--config={ROOT / 'configs/quickstart.py'}", f"--out={out}",
+    return scripts.script(
+        "measure_pass_rate", f"--config={scripts.ROOT / 'configs/quickstart.py'}", f"--out={out}",
         f"--config.model.path={made / 'decoder'}", f"--rows={made / 'tests.jsonl'}",
         "--config.evaluate.max_new_tokens=8", *flags,
     )  # fmt: skip
@@ -107,7 +81,7 @@ def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
 
 @pytest.mark.slow
 def test_generation_benchmark_prints_json(made):
-    ended = script(
+    ended = scripts.script(
         "benchmark_generation", f"--model={made / 'decoder'}", f"--tests={made / 'tests.jsonl'}",
         "--batch=2", "--new_tokens=20", "--repeats=1", "--json",
     )  # fmt: skip
@@ -120,7 +94,7 @@ def test_generation_benchmark_prints_json(made):
 @pytest.mark.slow
 def test_a_training_step_is_measured_beside_torch(made):
     flags = ("--json", "--batch=2", "--tokens=32", "--answers=8", "--repeats=1", "--rank=2")
-    ended = script("benchmark_training", f"--model={made / 'decoder'}", *flags)
+    ended = scripts.script("benchmark_training", f"--model={made / 'decoder'}", *flags)
     assert ended.returncode == 0, ended.stderr[-2000:]
     # The script itself has compared both losses of the first step.
     for row, name in zip(json.loads(ended.stdout)["rows"], ("lora", "full"), strict=True):
@@ -134,7 +108,7 @@ def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
     pool = [rows[0] | {"question": question}, rows[1] | {"question": question.upper() + "?"}]
     tests = [folders.choice_rows(1, "t")[0] | {"question": question}]
     output = tmp_path / "pairs.jsonl"
-    ended = script(
+    ended = scripts.script(
         "check_pool", f"--pool={folders.write(tmp_path / 'pool.jsonl', pool)}",
         f"--against={folders.write(tmp_path / 'tests.jsonl', tests)}", f"--output={output}",
     )  # fmt: skip
@@ -154,9 +128,9 @@ def test_length_is_measured_from_a_store(made, tmp_path):
     flags = ("--stages=prepare,difficulty,influence", "--config.difficulty.source=columns")
     flags += ("--config.influence.engine=projected", "--config.influence.parameters=attn")
     flags += ("--config.influence.projection.dim=32",)
-    ran = on_data("run_diq", made, tmp_path, *flags)
+    ran = scripts.on_data("run_diq", made, tmp_path, *flags)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    ended = script("measure_length", f"--workdir={tmp_path}", "--retention_ratio=0.25")
+    ended = scripts.script("measure_length", f"--workdir={tmp_path}", "--retention_ratio=0.25")
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = json.loads((tmp_path / "length/length.json").read_text())["rows"]
     assert rows[0]["name"] == "dot, mean loss" and len(rows) == 4
@@ -168,7 +142,7 @@ def test_length_is_measured_from_a_store(made, tmp_path):
 def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
     flags = ("--rows=8", "--subsets=4", "--targets=2", "--width=16", "--layers=1", "--dims=64",
              "--epochs=2", "--base_epochs=1", "--tokens=250")  # fmt: skip
-    first = on_data("measure_lds", made, tmp_path, *flags)
+    first = scripts.on_data("measure_lds", made, tmp_path, *flags)
     assert first.returncode == 0, first.stderr[-2000:]
     found = json.loads((tmp_path / "lds.json").read_text())
     assert {"exact, mean", "exact, gauss_newton", "random"} <= {r["name"] for r in found["rows"]}
@@ -177,7 +151,7 @@ def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
     before = journal.read_bytes()
     assert len(before.splitlines()) == 4 * 2
     (tmp_path / "lds.json").unlink()
-    assert on_data("measure_lds", made, tmp_path, *flags).returncode == 0
+    assert scripts.on_data("measure_lds", made, tmp_path, *flags).returncode == 0
     assert journal.read_bytes() == before
     assert json.loads((tmp_path / "lds.json").read_text()) == found
 
@@ -186,7 +160,7 @@ def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
 def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
     folders.encoder(tmp_path / "encoder")
     flags = (
-        f"--config={ROOT / 'configs/quickstart.py'}",
+        f"--config={scripts.ROOT / 'configs/quickstart.py'}",
         f"--config.model.path={made / 'decoder'}", f"--workdir={tmp_path / 'run'}",
         f"--config.data.pool={made / 'pool.jsonl'}", f"--config.data.tests={made / 'tests.jsonl'}",
         f"--config.data.targets={made / 'targets.jsonl'}",
@@ -195,16 +169,16 @@ def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
         f"--config.difficulty.encoder={tmp_path / 'encoder'}", "--config.difficulty.words=True",
         f"--config.difficulty.source={made / 'pool.jsonl'}",
     )  # fmt: skip
-    ended = script("train_difficulty", *flags, *ours)
+    ended = scripts.script("train_difficulty", *flags, *ours)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "24 rows, 5 folds" in ended.stdout and "tf-idf + ridge" in ended.stdout
-    again = script("train_difficulty", *flags, *ours)
+    again = scripts.script("train_difficulty", *flags, *ours)
     assert "trained before" in again.stdout
     source = f"--config.difficulty.source={tmp_path / 'run/classifier'}"
-    scored = script("run_diq", *flags, source, "--stages=prepare,difficulty")
+    scored = scripts.script("run_diq", *flags, source, "--stages=prepare,difficulty")
     assert scored.returncode == 0, scored.stderr[-2000:]
     assert (tmp_path / "run/difficulty/difficulty.parquet").exists()
-    refused = script("train_difficulty", *flags, *ours[:2], source, "--overwrite")
+    refused = scripts.script("train_difficulty", *flags, *ours[:2], source, "--overwrite")
     assert refused.returncode == 2 and "must be labelled rows" in refused.stderr
 
 
@@ -216,6 +190,8 @@ def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
         ("ablate_projection", ["--dims=many"], "--dims must be whole numbers above 0"),
         ("run_diq", ["--config=configs/huatuo_qwen3_8b.py:exct"], "Did you mean 'exact'"),
         ("score_targets", ["--targets=x", "--output=y"], "holds no finished influence stage"),
+        ("compare_selection", ["--methods=digq"], "Did you mean 'diq'"),
+        ("select_again", ["--stage=none.json"], "--stage: there is no file none.json"),
         ("measure_length", [], "has not finished stage 'prepare'"),
         ("measure_lds", ["--dims=0"], "--dims must be whole numbers above 0"),
         (
@@ -228,18 +204,18 @@ def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
     ],
 )
 def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
-    takes_config = name in ("ablate_projection", "run_diq", "measure_lds")
+    takes_config = name in ("ablate_projection", "run_diq", "measure_lds", "compare_selection")
     if takes_config and not flags[0].startswith("--config="):
         flags = ["--config=configs/quickstart.py", *flags]
     if name not in ("check_pool", "measure_pass_rate"):
         flags = [f"--workdir={tmp_path}", *flags]
-    ended = script(name, *flags)
+    ended = scripts.script(name, *flags)
     assert ended.returncode == 2, ended.stderr[-2000:]
     assert message in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_the_harness_script_without_the_harness_is_one_sentence():
-    path = ROOT / "experiments/run_harness.py"
+    path = scripts.ROOT / "experiments/run_harness.py"
     code = "import runpy, sys; sys.modules['lm_eval'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     ended = subprocess.run(

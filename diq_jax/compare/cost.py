@@ -119,7 +119,10 @@ def selection_costs(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
         encoded_lib.from_table(artifacts.read_table(workdir / f"prepare/{name}.parquet"))
         for name in ("pool", "targets")
     )
-    records = {s: artifacts.read_json(workdir / s / "stage.json") for s in STAGES}
+    records = {
+        name: artifacts.read_json(workdir / name / "stage.json")
+        for name in ("difficulty", "influence")
+    }
     settings = {
         s: config.resolve(ml_collections.ConfigDict(r["config"])) for s, r in records.items()
     }
@@ -143,9 +146,6 @@ def selection_costs(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
             "seconds": _seconds(records["influence"]),
         },
     }
-
-
-STAGES = ("difficulty", "influence")
 
 
 def decoder_config(cfg: config.Config) -> model_config.DecoderConfig:

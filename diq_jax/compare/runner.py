@@ -98,9 +98,12 @@ def run(
     keys = make_keys(context)
     ids = np.array([row.example_id for row in data.pool])
     names = [keys.of(ids[list(cell.indices)].tolist(), cell.seed) for cell in cells]
-    files = {key: context.path(f"{FOLDER}/{key}.json") for key in (keys.of(None, 0), *names)}
-    todo = {key: cell for key, cell in zip(names, cells, strict=True) if not files[key].exists()}
-    base, *_ = files
+    base = keys.of(None, 0)
+    files = {key: context.path(f"{FOLDER}/{key}.json") for key in (base, *names)}
+    todo: dict[str, grid.Cell] = {}
+    for key, cell in zip(names, cells, strict=True):
+        if not files[key].exists():
+            todo.setdefault(key, cell)
     if todo or not files[base].exists():
         bench = make_bench(context, data)
         if not files[base].exists():
@@ -108,7 +111,8 @@ def run(
         if todo:
             warm_up(bench, todo.values())
         for number, (key, cell) in enumerate(todo.items()):
-            print(f"[{number + 1}/{len(todo)}] {cell.name}: {len(cell.indices):,} examples")
+            shown = f"{cell.name}: {len(cell.indices):,} examples"
+            print(f"[{number + 1}/{len(todo)}] {shown}", flush=True)
             adapter, record = train(bench, cell)
             _keep(files[key], cell.name, record | evaluate_weights(bench, cell.name, adapter))
     found = {key: artifacts.read_json(file) for key, file in files.items()}

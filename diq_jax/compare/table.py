@@ -22,14 +22,14 @@ def caption(results: Mapping[str, Any]) -> str:
     removed = f" ({s['removed']} removed by hygiene)" if s["removed"] else ""
     return (
         f"{s['model']}, pool of {s['pool']:,}{removed}, {s['targets']:,} targets, {s['tests']:,} "
-        f"test questions of {s['tasks']} tasks, {s['seeds']} seeds. Means over questions and seeds "
-        "with 95 % bootstrap intervals, both resampled (few seeds make them a little too narrow). "
-        "- random: paired, same budget, seed and questions; each seed of random is another draw. "
-        "Win / tie / loss: over tasks x seeds, a win where the 95 % interval of the task's paired "
-        "difference lies on the better side of 0 (below for losses, above for accuracies), a loss "
-        "on the worse; not corrected for their number. Test and target loss count the token that "
-        "ends an answer, as training does; subsets of short answers teach where to stop, so read "
-        "the loss without it too."
+        f"test questions of {s['tasks']} tasks; seeds: {s['seeds']}. Means over questions and "
+        "seeds with 95 % bootstrap intervals, both resampled (few seeds make them a little too "
+        "narrow). - random: paired, same budget, seed and questions; each seed of random is "
+        "another draw. Win / tie / loss: over tasks x seeds, a win where the 95 % interval of the "
+        "task's paired difference lies on the better side of 0 (below for losses, above for "
+        "accuracies), a loss on the worse; not corrected for their number. Test and target loss "
+        "count the token that ends an answer, as training does; subsets of short answers teach "
+        "where to stop, so read the loss without it too."
     )
 
 

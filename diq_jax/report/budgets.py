@@ -77,7 +77,7 @@ def _panel(ax, rows, methods, metric, factor):
     colours = figures.arm_colours(methods)
     for k, method in enumerate(methods):
         x, y, _, interval = points(method)
-        x = x * 1.06 ** (k + 1 - (len(methods) + 1) / 2)  # side by side at one budget
+        x = x * 1.05 ** ((k // 2 + 1) * (1 if k % 2 else -1))  # side by side, random in the middle
         colour = figures.SELECTED if method == "diq" else colours[method]
         ax.vlines(x, *interval.T, color=colour, linewidth=1.2)
         marker = MARKERS[k % len(MARKERS)]

@@ -1,0 +1,61 @@
+"""The scripts that compare selections, and the one that repeats a selection."""
+
+import json
+
+import pytest
+import scripts
+
+
+@pytest.fixture(scope="module", name="made")
+def _made(tmp_path_factory):
+    return scripts.make(tmp_path_factory.mktemp("made"))
+
+
+def scored(made, name, workdir, *flags):
+    """On labels that come with the pool."""
+    flags = ("--config.model.max_tokens=256", "--config.difficulty.source=columns", *flags)
+    return scripts.on_data(name, made, workdir, *flags)
+
+
+@pytest.mark.slow
+def test_comparison_scripts_share_scores_and_trainings(made, tmp_path):
+    """The three scripts in one workdir: what one has trained the next does not train again."""
+    run = tmp_path / "run"
+    grid = ("--budgets=0.25", "--seeds=1")
+    ended = scored(made, "compare_selection", run, "--preset=mini", "--methods=diq", *grid)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "[2/2] diq 25 % seed 0: 6 examples" in ended.stdout
+    ended = scored(made, "quadrant_pilot", run, *grid)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "random 25 %" not in ended.stdout  # trained before
+    rows = json.loads((run / "compare/results.json").read_text())["rows"]
+    assert [r["method"] for r in rows[2:]] == [f"quadrant_{q}" for q in (1, 2, 3, 4)]
+    ended = scored(made, "transfer", run, f"--scores={run}", *grid)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "[1/" not in ended.stdout
+    _, _, own, other = json.loads((run / "compare/results.json").read_text())["rows"]
+    assert own["metrics"] == other["metrics"] and other["method"] == "diq_transferred"
+
+
+@pytest.mark.slow
+def test_a_selection_reruns_from_its_stage_json_to_identical_bytes(made, tmp_path):
+    run = tmp_path / "run"
+    stages = "--stages=prepare,difficulty,influence,selection"
+    assert scored(made, "run_diq", run, stages).returncode == 0
+    stage = f"--stage={run / 'selection/stage.json'}"
+    ended = scripts.script("select_again", stage, f"--workdir={tmp_path / 'again'}")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "identical: baselines.parquet" in ended.stdout
+    for name in ("selection.parquet", "selected.jsonl"):
+        files = [folder / "selection" / name for folder in (run, tmp_path / "again")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    ended = scripts.script("select_again", stage, f"--workdir={tmp_path / 'again'}")
+    assert ended.returncode == 2 and "again is not empty" in ended.stderr
+    selected = run / "selection/selected.jsonl"
+    selected.write_text(selected.read_text().replace("we add", "we had", 1))
+    ended = scripts.script("select_again", stage, f"--workdir={tmp_path / 'third'}")
+    assert ended.returncode == 1, ended.stderr[-2000:]
+    assert "different: selected.jsonl differs in row 0" in ended.stdout
+    (run / "difficulty/difficulty.parquet").write_bytes(b"")
+    ended = scripts.script("select_again", stage, f"--workdir={tmp_path / 'fourth'}")
+    assert ended.returncode == 2 and "has changed since the selection read it" in ended.stderr

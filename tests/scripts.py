@@ -1,0 +1,38 @@
+"""The scripts of experiments/ as a user calls them, on a tiny model and data."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import folders
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def make(base: pathlib.Path) -> pathlib.Path:
+    """A decoder, a pool, targets and tests in the folder."""
+    folders.decoder(base / "decoder")
+    folders.write(base / "pool.jsonl", folders.pool_rows(24))
+    folders.write(base / "targets.jsonl", folders.choice_rows(6, "target"))
+    folders.write(base / "tests.jsonl", folders.choice_rows(4, "test"))
+    return base
+
+
+def script(name, *flags):
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"experiments/{name}.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def on_data(name, made, workdir, *flags):
+    """A script that takes a config, on what `make` made."""
+    return script(
+        name, f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}",
+        f"--config.model.path={made / 'decoder'}", f"--config.data.pool={made / 'pool.jsonl'}",
+        f"--config.data.targets={made / 'targets.jsonl'}",
+        f"--config.data.tests={made / 'tests.jsonl'}", *flags,
+    )  # fmt: skip
