@@ -56,6 +56,7 @@ def cell_files(workdir):
     return sorted((workdir / "compare/cells").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_results(made, workdir, tmp_path, monkeypatch, capsys):
     request = grid.parse(["diq"], ["0.25", "1"], 2, [])
     killed = shutil.copytree(workdir, tmp_path / "killed")
