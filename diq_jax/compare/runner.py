@@ -107,14 +107,14 @@ def run(
     if todo or not files[base].exists():
         bench = make_bench(context, data)
         if not files[base].exists():
-            _keep(files[base], BASE, evaluate_weights(bench, BASE, bench.zero_adapter()))
+            _keep(files[base], BASE, evaluate_weights(bench, BASE, bench.base_weights()))
         if todo:
             warm_up(bench, todo.values())
         for number, (key, cell) in enumerate(todo.items()):
             shown = f"{cell.name}: {len(cell.indices):,} examples"
             print(f"[{number + 1}/{len(todo)}] {shown}", flush=True)
-            adapter, record = train(bench, cell)
-            _keep(files[key], cell.name, record | evaluate_weights(bench, cell.name, adapter))
+            weights, record = train(bench, cell)
+            _keep(files[key], cell.name, record | evaluate_weights(bench, cell.name, weights))
     found = {key: artifacts.read_json(file) for key, file in files.items()}
     return names, {**found, BASE: found[base]}
 
@@ -141,9 +141,13 @@ class Bench:
     start: Callable[[int], dict]
     train_step: Callable[[int, int], tuple[Any, Callable]]
 
-    def zero_adapter(self) -> dict:
-        """It adds exactly 0, so that the base model is scored by the same programs."""
-        return jax.tree.map(jnp.zeros_like, self.start(0))
+    def weights(self, adapter) -> tuple[dict, dict]:
+        """(parameters, adapter), placed."""
+        return self.model.params, self.context.placement.replicate(adapter)
+
+    def base_weights(self) -> tuple[dict, dict]:
+        """An adapter that adds exactly 0, so that the base model is scored by the same programs."""
+        return self.weights(jax.tree.map(jnp.zeros_like, self.start(0)))
 
 
 def make_bench(context: stages.Context, data: Data) -> Bench:
@@ -226,8 +230,8 @@ def warm_up(bench: Bench, cells: Iterable[grid.Cell]) -> None:
         _train(bench, [steps_lib.Step(0, (group,))], total, settings.seed, "compiling")
 
 
-def train(bench: Bench, cell: grid.Cell) -> tuple[dict, dict[str, Any]]:
-    """One training from its start. Returns the adapter, and what is worth keeping of it.
+def train(bench: Bench, cell: grid.Cell) -> tuple[tuple[dict, dict], dict[str, Any]]:
+    """One training from its start. Returns the weights, and what is worth keeping of it.
 
     Raises:
         UserError: a loss that is not finite.
@@ -236,10 +240,10 @@ def train(bench: Bench, cell: grid.Cell) -> tuple[dict, dict[str, Any]]:
     seed = settings.seed + cell.seed
     steps = plan(bench, cell.indices, seed)
     started = time.perf_counter()
-    adapter, losses = _train(bench, steps, len(steps), seed, cell.name)
+    weights, losses = _train(bench, steps, len(steps), seed, cell.name)
     seconds = time.perf_counter() - started
     seen = [pool[i] for step in steps for i in step.indices]
-    return adapter, {
+    return weights, {
         "rows": len(cell.indices),
         "steps": len(steps),
         "tokens": sum(len(row.input_ids) for row in seen),
@@ -252,7 +256,7 @@ def train(bench: Bench, cell: grid.Cell) -> tuple[dict, dict[str, Any]]:
 
 
 def _train(bench: Bench, steps: Sequence[steps_lib.Step], total: int, seed: int, name: str):
-    """(the adapter after `steps` on the schedule of `total`, losses of each)."""
+    """(the weights after `steps` on the schedule of `total`, losses of each)."""
     pool = bench.data.pool
     optimizer, train_step = bench.train_step(seed, total)
     state, frozen = sft.init_state(bench.start(seed), optimizer)
@@ -277,12 +281,11 @@ def _train(bench: Bench, steps: Sequence[steps_lib.Step], total: int, seed: int,
             losses.append(loss)
             tokens = sum(len(pool[i].input_ids) for i in step.indices)
             bar.update(len(step.indices), tokens, loss=f"{loss:.3f}")
-    return trees.combine(state.factors, frozen), losses
+    return bench.weights(trees.combine(state.factors, frozen)), losses
 
 
-def evaluate_weights(bench: Bench, name: str, adapter: dict) -> dict[str, Any]:
+def evaluate_weights(bench: Bench, name: str, weights: tuple[dict, dict]) -> dict[str, Any]:
     """A model's values of every target and question, in order, and the seconds they took."""
-    weights = (bench.model.params, bench.context.placement.replicate(adapter))
     started = time.perf_counter()
     found = {}
     for part in bench.parts:

@@ -33,6 +33,7 @@ def caption(results: Mapping[str, Any]) -> str:
     )
 
 
+COST = "Cost"
 COST_CAPTION = (
     "Cost of one training and of the selection before it: FLOPs by formula, without padding "
     "(diq_jax/compare/cost.py); seconds as measured, programs compiled. Not counted: prepare, "
@@ -65,9 +66,6 @@ def prediction(rows: Sequence[tuple[str, float]]) -> str:
     shown = [[tables.Cell(name), tables.Cell(f"{flops:.2e}")] for name, flops in lines]
     note = "Without padding, and without the encoder of difficulty, where there is one."
     return f"{tables.Table(['Predicted', 'FLOPs'], shown).plain()}\n{note}"
-
-
-COST = "Cost"
 
 
 def _tables(results) -> list[tuple[str, tables.Table]]:
@@ -113,18 +111,18 @@ def _cost(results) -> tables.Table:
         if "cost" not in row:
             continue
         cost = row["cost"]
-        share = "" if full is None else f"{100 * cost['flops'] / full:.1f} %"
+        share = [] if full is None else [f"{100 * cost['flops'] / full:.1f} %"]
         texts = [
             f"{row['steps']:,.0f}", f"{row['answer_tokens'] / row['rows']:.0f}",
             f"{row['first_loss']:.3f}", f"{row['last_loss']:.3f}", f"{cost['training_flops']:.2e}",
-            f"{cost['flops']:.2e}", share, f"{cost['training_seconds']:,.0f}",
+            f"{cost['flops']:.2e}", *share, f"{cost['training_seconds']:,.0f}",
             f"{cost['seconds']:,.0f}",
         ]  # fmt: skip
         rows.append([*_names(row), *map(tables.Cell, texts)])
     headers = [
         "Method", "Budget", "Rows", "Steps", "Answer tokens/row", "First loss", "Last loss",
-        "Training FLOPs", "FLOPs incl. selection", "Of full", "Training s",
-        "Seconds incl. selection",
+        "Training FLOPs", "FLOPs incl. selection", *(["Of full"] if full is not None else []),
+        "Training s", "Seconds incl. selection",
     ]  # fmt: skip
     return tables.Table(headers, rows)
 

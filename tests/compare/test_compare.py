@@ -56,6 +56,7 @@ def cell_files(workdir):
     return sorted((workdir / "compare/cells").iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_results(made, workdir, tmp_path, monkeypatch, capsys):
     request = grid.parse(["diq"], ["0.25", "1"], 2, [])
     killed = shutil.copytree(workdir, tmp_path / "killed")
@@ -277,3 +278,19 @@ def test_a_ranking_of_another_pool_is_refused(made, workdir, tmp_path):
     capped = dataclasses.replace(settings(made).selection, source_cap=0.5)
     with pytest.raises(errors.UserError, match="budgets compared are to nest"):
         grid.check(dataclasses.replace(settings(made), selection=capped), request)
+
+
+def test_random_draws_leave_out_what_the_stage_removed(made, tmp_path):
+    rows = folders.pool_rows(24)
+    rows[5] = rows[4] | {"id": "ex-005"}
+    folders.write(made / "double.jsonl", rows)
+    cfg = settings(made, "double.jsonl")
+    cfg = dataclasses.replace(cfg, selection=dataclasses.replace(cfg.selection, hygiene="remove"))
+    pipeline.run(cfg, tmp_path / "run", experiment.STAGES, False)
+    request = grid.parse([], ["0.5", "1"], 2, [])
+    with pipeline.at_work(cfg, tmp_path / "run") as context:
+        ranks, removed = grid.orders(context, request)
+    table = artifacts.read_table(tmp_path / "run/selection/baselines.parquet")
+    assert removed[5] and ranks["random"][0].tolist() == table["random"].to_pylist()
+    for cell in grid.cells(request, ranks, removed):
+        assert not removed[list(cell.indices)].any()
