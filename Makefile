@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python experiments/run_diq.py --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -46,6 +46,7 @@ setuptools.setup(
             "openai>=3.0",
             "peft>=0.17",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "tensorboardX>=2.6",
             "torch==2.13.0",
