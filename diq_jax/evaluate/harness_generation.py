@@ -101,21 +101,23 @@ def read_arguments(
                 f"generation_kwargs of a task: {name!r} is not known here; known are "
                 f"{', '.join(KNOWN)}.{errors.nearest(name, KNOWN)}"
             )
-    until = arguments.get("until") or ()
-    stop = tuple(filter(None, [until] if isinstance(until, str) else until))
+    until = arguments.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    texts = isinstance(until, list | tuple) and all(isinstance(text, str) for text in until)
     given = (arguments[name] for name in LONGEST if arguments.get(name) is not None)
     longest, top_p = next(given, DEFAULT_LONGEST), arguments.get("top_p", 1.0)
     draws = arguments.get("do_sample")
     temperature = arguments.get("temperature", 1.0 if draws else 0.0)
     whole = isinstance(longest, int) and longest >= 1
     for name, ok, expected, value in (
+        ("until", texts, "a text or a list of texts", until),
         ("max_gen_toks", whole, "a whole number above 0", longest),
         ("temperature", _number(temperature) and temperature >= 0, "at least 0", temperature),
         ("top_p", _number(top_p) and 0 < top_p <= 1, "in (0, 1]", top_p),
     ):
         errors.check(f"generation_kwargs of a task: {name}", ok, expected, value)
     temperature = 0.0 if draws is False else float(temperature)
-    return sampling.Sampling(longest, temperature, float(top_p), seed), stop
+    return sampling.Sampling(longest, temperature, float(top_p), seed), tuple(filter(None, until))
 
 
 def _number(value) -> bool:

@@ -84,6 +84,7 @@ def test_arguments(arguments, temperature, longest, stop):
     [
         ({"top_k": 5}, "'top_k' is not known here; known are until, max_gen_toks"),
         ({"top-p": 0.5}, "Did you mean 'top_p'?"),
+        ({"until": [1]}, "until must be a text or a list of texts; got [1]."),
         ({"max_gen_toks": 0}, "max_gen_toks must be a whole number above 0; got 0."),
         ({"temperature": "hot"}, "temperature must be at least 0; got 'hot'."),
         ({"top_p": 0}, "top_p must be in (0, 1]; got 0."),
