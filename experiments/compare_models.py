@@ -5,7 +5,8 @@
 Each of the two is a run's folder, its evaluate folder or a predictions.jsonl, and after a colon
 the model, where there are several. For each task (and each subject, where rows have one) and
 overall: both accuracies, the paired difference with its 95 % bootstrap interval, McNemar's exact
-test, adjusted over tasks by Holm's method; then the calibration of both.
+test, adjusted over tasks by Holm's method; then the calibration of both. A generated answer that
+cannot be read is wrong; where there are any, they are counted.
 """
 
 from typing import Any
@@ -39,18 +40,21 @@ def read(specs: list[str]) -> tuple[list[str], list[predictions.Rows], list[str]
 
 
 def measure(rows: list[predictions.Rows], ids: list[str]) -> dict[str, Any]:
-    hits = np.stack([compare.correct(of, ids, METRIC.value) for of in rows], axis=1)
+    hits, unread = (
+        np.stack([of(model, ids, METRIC.value) for model in rows], axis=1)
+        for of in (compare.correct, compare.unparsable)
+    )
     chosen = BOOTSTRAP_SAMPLES.value, SEED.value
     tasks = [str(rows[0][name].get("task") or "(none)") for name in ids]
     subjects = [str(rows[0][name].get("subject") or "") for name in ids]
     named = [i for i, subject in enumerate(subjects) if subject]
     by_subject = compare.by_group(
-        hits[named], [f"{tasks[i]}: {subjects[i]}" for i in named], *chosen
+        hits[named], unread[named], [f"{tasks[i]}: {subjects[i]}" for i in named], *chosen
     )
     return {
         "metric": METRIC.value,
-        "overall": compare.paired(hits, *chosen),
-        "tasks": compare.by_group(hits, tasks, *chosen),
+        "overall": compare.paired(hits, unread, *chosen),
+        "tasks": compare.by_group(hits, unread, tasks, *chosen),
         "subjects": by_subject,
         "calibration": [compare.calibrated(of, ids) for of in rows],
     }
@@ -64,6 +68,8 @@ def points(value: dict[str, float], sign: bool = False) -> tables.Cell:
 def table(title: str, groups: dict[str, dict], names: list[str]) -> tables.Table:
     headers = [title, "questions", f"{names[0]} (%)", f"{names[1]} (%)", "difference (points)"]
     headers += [f"only {name}" for name in names] + ["p", "p (Holm)", "better"]
+    any_unread = any(any(value["unparsable"]) for value in groups.values())
+    headers += [f"{name} unparsable" for name in names] * any_unread
     rows = []
     for name, value in groups.items():
         ps = (f"{value[k]:.3g}" if k in value else "" for k in ("p", "p_holm"))
@@ -72,6 +78,7 @@ def table(title: str, groups: dict[str, dict], names: list[str]) -> tables.Table
             tables.Cell(name), tables.Cell(f"{value['questions']:,}"),
             *map(points, value["accuracy"]), points(value["difference"], sign=True),
             *map(tables.Cell, (*counts, *ps, compare.winner(value, names) or "-")),
+            *(tables.Cell(f"{count:,}") for count in value["unparsable"] * any_unread),
         ])  # fmt: skip
     return tables.Table(headers, rows)
 
@@ -93,7 +100,7 @@ def print_all(found: dict[str, Any], names: list[str]) -> None:
     print("\n" + compare.sentence(found["overall"], names))
     for name, value in zip(names, found["calibration"], strict=True):
         if value is None:
-            print(f"\n{name}: no likelihoods, so its calibration is not known")
+            print(f"\n{name}: it did not choose by likelihood, so its calibration is not known")
             continue
         print(f"\n{name}: expected calibration error {100 * value['ece']:.1f} points")
         print(calibration_table(name, value).plain())

@@ -6,8 +6,8 @@
 Differential diagnosis, safety check and evidence citation, each from 1 to 5 with its reason, of
 every answer alone; with --pairwise, of two models' answers side by side, in both orders, where a
 verdict counts only if the orders agree. Several --models judge apart, and their agreement is shown.
---answers names a run, or a JSONL file of rows {example_id, question, text[, reference]}
-(diq_jax/evaluate/predictions.py).
+--answers names a run whose evaluate.protocol is generate, or a JSONL file of rows {example_id,
+question, text[, reference]} (diq_jax/evaluate/predictions.py).
 
 Writes judge.json, and beside it judge.verdicts.jsonl (every judgement with its reasons),
 judge.failed.jsonl (what got none) and judge.cache.jsonl: a killed run continues, and pays for
@@ -39,7 +39,8 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
     """The rows by model, and the questions to judge: those of any, or with --pairwise of both.
 
     Raises:
-        UserError: a row without question or text, or not two models for --pairwise.
+        UserError: a row without question or text, questions that differ between the models, or not
+            two models for --pairwise.
     """
     found = predictions.read_all(ANSWERS.value, "--answers")
     if PAIRWISE.value and len(found) != 2:
@@ -50,9 +51,12 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
             if not isinstance(asked, str) or not asked.strip() or not isinstance(text, str):
                 raise errors.UserError(
                     f"--answers: {model}: {name!r} must have a question and a text; got columns "
-                    f"{', '.join(row)}."
+                    f"{', '.join(row)} (a run has texts where evaluate.protocol is generate)."
                 )
     ids = list(dict.fromkeys(itertools.chain.from_iterable(found.values())))
+    for name in ids:
+        if len({rows[name]["question"] for rows in found.values() if name in rows}) > 1:
+            raise errors.UserError(f"--answers: {name!r} is not the same question in all.")
     if PAIRWISE.value:
         both = [name for name in ids if all(name in rows for rows in found.values())]
         if len(both) < len(ids):
@@ -60,9 +64,6 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
         ids = both
         if not ids:
             raise errors.UserError("--answers: the two have no example_id in common.")
-        for name in ids:
-            if len({rows[name]["question"] for rows in found.values()}) > 1:
-                raise errors.UserError(f"--answers: {name!r} is not the same question in both.")
     if SAMPLE.value:
         order = np.random.Generator(np.random.PCG64(asking.SEED.value)).permutation(len(ids))
         ids = [ids[i] for i in sorted(order[: SAMPLE.value])]
@@ -72,14 +73,17 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
 def make_requests(found, ids) -> list[tuple[dict[str, str], tuple[answers.Request, ...]]]:
     """(what is judged, by whom; its requests: one, or with --pairwise one for each order)."""
 
+    def reference(row):
+        return str(row.get("reference") or "")
+
     def single(name, model, row):
-        asked = judge.single_messages(row["question"], row["text"], str(row.get("reference", "")))
+        asked = judge.single_messages(row["question"], row["text"], reference(row))
         return {"example_id": name, "model": model}, [asked], judge.SINGLE_SCHEMA
 
     def pair(name, first, second):
-        question, reference = first["question"], str(first.get("reference", ""))
+        question, right = first["question"], reference(first) or reference(second)
         texts = first["text"], second["text"]
-        orders = [judge.pair_messages(question, *t, reference) for t in (texts, texts[::-1])]
+        orders = [judge.pair_messages(question, *t, right) for t in (texts, texts[::-1])]
         return {"example_id": name}, orders, judge.PAIR_SCHEMA
 
     if PAIRWISE.value:
@@ -188,6 +192,9 @@ def write(out: pathlib.Path, results, outcomes) -> tuple[list, list[dict]]:
 
 def main() -> None:
     settings, out = asking.settings(), asking.output(OUT.value, ".json")
+    for flag in (ANSWERS, MODELS):
+        if not flag.value or not all(flag.value):
+            raise errors.UserError(f"--{flag.name} must be names with commas between them.")
     if len(set(MODELS.value)) < len(MODELS.value):
         raise errors.UserError(f"--models names a judge twice: {', '.join(MODELS.value)}.")
     found, ids = read_answers()

@@ -7,7 +7,8 @@ A row holds question, options {A: ...} and answer_idx. Each is answered --sample
 evaluate.protocol=generate does it, with the config's model and evaluate.{max_new_tokens,
 temperature, top_p, seed, stop, batch_tokens}. Written: the rows as they came, with p_correct, the
 share of right answers, in the place of any difficulty_* columns. An answer that cannot be read is
-wrong, and rates.unparsable.jsonl lists it. A killed run continues (rates.partial.jsonl).
+wrong, and rates.unparsable.jsonl lists it: look there first if the rates are low. A killed run
+continues (rates.partial.jsonl).
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from diq_jax.common import artifacts, cli, config, devices, errors, progress
 from diq_jax.data import sources
 from diq_jax.difficulty import labels
 from diq_jax.evaluate import generation
-from diq_jax.models import checkpoint, load
+from diq_jax.models import checkpoint, generate, load
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")
@@ -33,14 +34,21 @@ SAMPLES = flags.DEFINE_integer("samples", 8, "Answers to each question.", lower_
 NAME = "base"  # of the one model, in the journal
 
 
+def partial_of(out: pathlib.Path) -> pathlib.Path:
+    return out.with_suffix(".partial.jsonl")
+
+
 def read_settings(cfg: config.Config) -> config.Evaluate:
     """The config's, with --samples.
 
     Raises:
-        UserError: --out is no .jsonl, or several answers at temperature 0.
+        UserError: --out is no .jsonl, or is there already; or several answers at temperature 0.
     """
     if not OUT.value.endswith(".jsonl"):
         raise errors.UserError(f"--out must end in .jsonl; got {OUT.value!r}.")
+    out = pathlib.Path(OUT.value)
+    if out.exists() and not partial_of(out).exists():
+        raise errors.UserError(f"--out: {out} exists; name another file, or remove it.")
     if SAMPLES.value > 1 and cfg.evaluate.temperature == 0:
         raise errors.UserError(
             f"--samples={SAMPLES.value} draws different answers: set --config.evaluate.temperature "
@@ -73,7 +81,8 @@ def write_answers(part, model, made: str, partial: pathlib.Path) -> dict:
             )
         done = {(NAME, part.name, entry["row"]): entry["values"] for entry in journal.entries[1:]}
         with progress.Progress("answers", len(part.rows), len(done)) as bar:
-            for (i,), (values,) in generation.answers(part, NAME, None, model, done, None):
+            weights = model.params, None
+            for (i,), (values,) in generation.answers(part, NAME, weights, done, None):
                 journal.append({"row": i, "values": values})
                 done[NAME, part.name, i] = values
                 bar.update(1, part.tokens(i, values))
@@ -88,7 +97,7 @@ def main() -> None:
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     part = generation.make_part(tests, model, settings, placement)
     out = pathlib.Path(OUT.value)
-    partial = out.with_suffix(".partial.jsonl")
+    partial = partial_of(out)
     # As in the pipeline: accelerators round float32 products unless told otherwise.
     precision = "highest" if cfg.model.dtype == "float32" else "default"
     with jax.default_matmul_precision(precision):
@@ -112,9 +121,12 @@ def main() -> None:
     artifacts.write_jsonl(out, rates)
     partial.unlink()
     share = np.mean([row[labels.P_CORRECT] for row in rates])
+    cut = sum(answer["finish"] == generate.LENGTH for answer in unparsable)
     print(
         f"{len(tests):,} questions x {settings.samples} answers: {share:.1%} right, "
-        f"{len(unparsable) / len(part.rows):.1%} unparsable (listed in {listed}); wrote {out}"
+        f"{len(unparsable) / len(part.rows):.1%} unparsable (listed in {listed}; {cut:,} of "
+        f"{len(unparsable):,} cut at evaluate.max_new_tokens={settings.max_new_tokens}); "
+        f"wrote {out}"
     )
 
 

@@ -4,14 +4,16 @@
     python experiments/run_harness.py --model=PATH --tasks=medmcqa,pubmedqa \\
         [--adapter=RUN/finetune/adapter]
 
-Tasks are the harness's names; --include_path adds a folder of your own task files. Prints its table
-and, with --out, writes its numbers as JSON.
+Tasks are the harness's names; --include_path adds a folder of your own task files. A task that
+generates text says in its generation_kwargs how (until, max_gen_toks, do_sample, temperature,
+top_p). Prints the harness's table and, with --out, writes its numbers as JSON.
 """
 
 import jax
 from absl import flags
 
 from diq_jax.common import artifacts, cli, config, devices, errors
+from diq_jax.evaluate import harness_generation
 from diq_jax.models import load, lora, tokenizer
 
 MODEL = flags.DEFINE_string("model", None, "As model.path.")
@@ -24,6 +26,7 @@ BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of one batch."
 LIMIT = flags.DEFINE_integer("limit", 0, "The first so many rows of a task; 0 = all.", 0)
 FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Unset = the task's own.", lower_bound=0)
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask as the chat template writes it.")
+SEED = flags.DEFINE_integer("seed", 0, "Of texts that a task draws.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.")
 
 
@@ -42,7 +45,9 @@ def open_model(harness):
         )
     tok = tokenizer.load_tokenizer(MODEL.value, "--model")
     tokens = MAX_TOKENS.value or longest
-    return harness.HarnessModel(model, tok, placement, tokens, BATCH_TOKENS.value, adapter)
+    shape = placement, tokens, BATCH_TOKENS.value
+    generate = harness_generation.make_generate(model, tok, *shape, SEED.value, adapter)
+    return harness.HarnessModel(model, tok, *shape, adapter, generate)
 
 
 def main() -> None:

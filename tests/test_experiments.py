@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -51,18 +52,36 @@ def test_benchmark_prints_the_contract_as_json(made):
     assert rows["projected/lora sparse 64"]["floats_per_example"] == 64
 
 
-def pass_rate(made, out, *flags):
-    return scripts.script(
-        "measure_pass_rate", f"--config={scripts.ROOT / 'configs/quickstart.py'}", f"--out={out}",
+def pass_rate_flags(made, out):
+    return (
+        f"--config={scripts.ROOT / 'configs/quickstart.py'}", f"--out={out}",
         f"--config.model.path={made / 'decoder'}", f"--rows={made / 'tests.jsonl'}",
-        "--config.evaluate.max_new_tokens=8", *flags,
+        "--config.evaluate.max_new_tokens=8", "--samples=2", "--config.evaluate.temperature=1.0",
     )  # fmt: skip
+
+
+KILLED = """
+import os, runpy, signal, sys
+from diq_jax.common import artifacts
+append = artifacts.Journal.append
+def append_and_die(self, entry):
+    append(self, entry)
+    if len(self.entries) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+artifacts.Journal.append = append_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
-    out, flags = tmp_path / "rates.jsonl", ("--samples=2", "--config.evaluate.temperature=1.0")
-    ended = pass_rate(made, out, *flags)
+    def pass_rate(*flags):
+        return scripts.script("measure_pass_rate", *flags)
+
+    out, other = tmp_path / "rates.jsonl", tmp_path / "other.jsonl"
+    flags = pass_rate_flags(made, out)
+    ended = pass_rate(*flags)
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = artifacts.read_jsonl(out)
     assert [row["id"] for row in rows] == [f"test-{i}" for i in range(4)]
@@ -70,13 +89,24 @@ def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
     assert labels.labelled_rows(str(out))[1].shape == (4, 3)
     unparsable = tmp_path / "rates.unparsable.jsonl"
     assert all(row["letter"] is None for row in artifacts.read_jsonl(unparsable))
+    assert "cut at evaluate.max_new_tokens=8" in ended.stdout
     assert not (tmp_path / "rates.partial.jsonl").exists()
+    again = pass_rate(*flags)
+    assert again.returncode == 2 and "rates.jsonl exists; name another file" in again.stderr
 
-    other = tmp_path / "other.jsonl"
-    partial = tmp_path / "other.partial.jsonl"
-    partial.write_text('{"made_from": "something else"}\n')
-    refused = pass_rate(made, other, *flags)
+    flags, path = pass_rate_flags(made, other), scripts.ROOT / "experiments/measure_pass_rate.py"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), *flags],
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert len(artifacts.read_jsonl(tmp_path / "other.partial.jsonl")) == 4
+    refused = pass_rate(*flags, "--config.evaluate.seed=1")
     assert refused.returncode == 2 and "was begun with another model" in refused.stderr
+    assert pass_rate(*flags).returncode == 0
+    for ending in (".jsonl", ".unparsable.jsonl"):
+        whole = out.with_suffix(ending).read_bytes()
+        assert other.with_suffix(ending).read_bytes() == whole
 
 
 @pytest.mark.slow

@@ -49,9 +49,17 @@ def correct(rows: predictions.Rows, ids: Sequence[str], metric: str) -> np.ndarr
     return np.array([rows[name][column] == rows[name]["answer"] for name in ids], np.float64)
 
 
-def paired(hits: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
+def unparsable(rows: predictions.Rows, ids: Sequence[str], metric: str) -> np.ndarray:
+    """(Q,) bool: the model answered, and no choice could be read."""
+    return np.array([rows[name][CHOICES[metric]] is None for name in ids])
+
+
+def paired(hits: np.ndarray, unread: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
     """Of (Q, 2) right answers: both accuracies and first - second with intervals; the questions
-    that only one of the two gets right, and McNemar's exact p.
+    that only one of the two gets right, McNemar's exact p, and how many of each are unparsable.
+
+    Args:
+        unread: (Q, 2) of `unparsable`.
     """
     drawn = intervals.estimates(hits, samples, seed)
     first, second = (int(np.sum(hits[:, i] > hits[:, 1 - i])) for i in (0, 1))
@@ -62,15 +70,17 @@ def paired(hits: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
         "only_first": first,
         "only_second": second,
         "p": significance.sign_test(first, second),
+        "unparsable": np.sum(unread, axis=0).tolist(),
     }
 
 
 def by_group(
-    hits: np.ndarray, labels: Sequence[str], samples: int, seed: int
+    hits: np.ndarray, unread: np.ndarray, labels: Sequence[str], samples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """{label: `paired` of its questions, with `p_holm`, adjusted over the labels}."""
     names = np.asarray(labels)
-    found = {x: paired(hits[names == x], samples, seed) for x in sorted(set(labels))}
+    groups = {x: names == x for x in sorted(set(labels))}
+    found = {x: paired(hits[of], unread[of], samples, seed) for x, of in groups.items()}
     adjusted = significance.holm({name: value["p"] for name, value in found.items()})
     return {name: value | {"p_holm": adjusted[name]} for name, value in found.items()}
 
@@ -101,9 +111,11 @@ def sentence(value: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def calibrated(rows: predictions.Rows, ids: Sequence[str]) -> dict[str, Any] | None:
-    """`ece` and its table, of the choice by summed log-likelihood; None where a row has none."""
+    """`ece` and its table, of the choice by summed log-likelihood; None where a row has none, or
+    its choice was read off generated answers.
+    """
     given = [rows[name].get("log_likelihoods") for name in ids]
-    if not all(given):
+    if not all(given) or any("answers" in rows[name] for name in ids):
         return None
     sure = [calibration.confidence(list(values.values())) for values in given]
     table = calibration.reliability(sure, correct(rows, ids, "accuracy"))

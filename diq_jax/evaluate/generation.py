@@ -18,8 +18,10 @@ from diq_jax.data import batches, chat, example
 from diq_jax.evaluate import extract
 from diq_jax.models import generate, load, sampling, tokenizer
 
+# No stand-in for the letter: weak models copy it.
 INSTRUCTION = (
-    'Think step by step, and end with "The answer is X", where X is the letter of the right option.'
+    'Think step by step. End with a sentence that begins with "The answer is" and names the letter '
+    "of the option that you choose."
 )
 MAX_SHAPES = 4  # prompt lengths to pad to: each is two compilations
 

@@ -4,7 +4,7 @@ Needs the extra `harness`. Requests that share a context are read as one row, it
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from diq_jax.common import devices, errors, progress
 from diq_jax.data import batches
-from diq_jax.evaluate import options
+from diq_jax.evaluate import harness_generation, options
 from diq_jax.models import decoder, load, loss
 
 try:
@@ -28,8 +28,6 @@ except ModuleNotFoundError as e:
 
 MAX_SHAPES = 4  # batch shapes of one call: each is a compilation
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what follows it
-# (contexts as token ids, the harness's generation arguments) -> the texts that follow
-Generate = Callable[[list[list[int]], Mapping[str, Any]], list[str]]
 
 
 def find_tasks(names: Sequence[str], include_path: str) -> task_lib.TaskManager:
@@ -93,7 +91,7 @@ class HarnessModel(lm_model.TemplateLM):
         max_tokens: int,
         batch_tokens: int,
         adapter: Mapping[str, Any] | None = None,
-        generate: Generate | None = None,
+        generate: harness_generation.Generate | None = None,
     ):
         super().__init__()
         if tokenizer.eos_token_id is None:
@@ -175,7 +173,8 @@ class HarnessModel(lm_model.TemplateLM):
         out = [""] * len(requests)
         for members in kinds.values():
             arguments = requests[members[0]].args[1]
-            contexts = [self.tok_encode(requests[i].args[0]) for i in members]
+            encoded = (self.tok_encode(requests[i].args[0]) for i in members)
+            contexts = [ids or [self.prefix_token_id] for ids in encoded]
             texts = self._generate(contexts, arguments)
             for i, text in zip(members, texts, strict=True):
                 out[i] = until(text, arguments.get("until") or [])

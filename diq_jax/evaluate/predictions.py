@@ -4,7 +4,7 @@ A spec is a run's folder, its evaluate folder or a JSONL file, and after a colon
 there are several: `runs/mine:selected`. The smallest row that can be judged is
 `{"example_id": ..., "question": ..., "text": ...}`; the smallest that can be compared is
 `{"example_id": ..., "answer": "B", "prediction": "C"}`. In a run's folder, what a row lacks comes
-from prepare/tests.parquet.
+from prepare/tests.parquet. A row of several generated answers has the text of one of them.
 """
 
 import os
@@ -54,7 +54,7 @@ def _read(spec: str, field: str) -> tuple[str, Rows]:
         if not name or name in found:
             problem = "stands twice" if name else "is missing"
             raise errors.UserError(f"{field}: {where}: example_id {name or ''!r} {problem}.")
-        found[name] = tests.get(name, {}) | row
+        found[name] = tests.get(name, {}) | _text(row) | row
     if not found:
         raise errors.UserError(f"{field}: {file} has no rows.")
     return model or models[0] or file.stem, found
@@ -70,6 +70,16 @@ def _file(path: str, field: str) -> pathlib.Path:
         f"{field}: {path} is no file and no folder with (evaluate/)predictions.jsonl; expected "
         "RUN, RUN:MODEL, FILE.jsonl or FILE.jsonl:MODEL."
     )
+
+
+def _text(row: dict[str, Any]) -> dict[str, str]:
+    """The first answer that chooses what was predicted, or the first; {} without answers."""
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
+        return {}
+    chosen = (a for a in answers if a.get("letter") == row.get("prediction"))
+    answer = next(chosen, answers[0] if answers else {})
+    return {"text": answer["text"]} if "text" in answer else {}
 
 
 def _tests(file: pathlib.Path) -> Rows:

@@ -33,7 +33,7 @@ def summary(context: stages.Context) -> str:
     parts = [tables.headline(results)]
     if results:
         shown = tables.levels(results), tables.differences(results), tables.averages(results)
-        parts += [table.plain() for table in shown if table is not None]
+        parts += [table.plain() for table in shown if table is not None and table.rows]
     paths = {
         "report": "report/report.html",
         "subset": "selection/selected.jsonl",

@@ -6,7 +6,7 @@ A cell is formatted here and nowhere else; a difference is marked where its inte
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,27 +106,44 @@ def headline(results: Mapping[str, Any] | None) -> str:
 
 
 def levels(results: Mapping[str, Any], task: str | None = None) -> Table:
-    """Each metric of each arm, of all questions or of one task (which has no target loss)."""
-    shown = [m for m in METRICS if task is None or m != "target_loss"]
+    """Each metric of each arm, of all questions or of one task (which has no target loss); of
+    generated answers also the questions without a readable one.
+    """
+    found = {arm: results["models"][arm] for arm in arms(results)}
+    if task is not None:
+        found = {arm: values.get("tasks", {}).get(task, {}) for arm, values in found.items()}
+    shown = _measured(found.values())
+    headers, counted = ["Model", *map(_header, shown)], []
+    if any("unparsable" in values for values in found.values()):
+        headers, counted = [*headers, "Unparsable (questions)"], ["unparsable"]
     rows = []
-    for arm in arms(results):
-        values = results["models"][arm]
-        values = values if task is None else values.get("tasks", {}).get(task, {})
-        rows.append([Cell(arm), *(_measure(values.get(m), m) for m in shown)])
-    return Table(["Model", *map(_header, shown)], rows)
+    for arm, values in found.items():
+        counts = (Cell(number(values.get(name), 0)) for name in counted)
+        rows.append([Cell(arm), *(_measure(values.get(m), m) for m in shown), *counts])
+    return Table(headers, rows)
 
 
 def differences(results: Mapping[str, Any]) -> Table:
     """Paired differences, arm minus reference; strong where the interval excludes 0."""
-    rows = []
+    found = {}
     for reference in REFERENCES:
         for arm in arms(results):
             values = results["models"][arm].get("versus", {}).get(reference)
             if values and arm != reference:
-                cells = (_measure(values.get(m), m, sign=True) for m in METRICS)
-                rows.append([Cell(f"{arm} − {reference}"), *cells])
-    headers = [_header(m).replace("(%)", "(points)") for m in METRICS]
+                found[f"{arm} − {reference}"] = values
+    shown = _measured(found.values())
+    rows = [
+        [Cell(name), *(_measure(values.get(m), m, sign=True) for m in shown)]
+        for name, values in found.items()
+    ]
+    headers = [_header(m).replace("(%)", "(points)") for m in shown]
     return Table(["Difference", *headers], rows)
+
+
+def _measured(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics that any has: generated answers have no length-normalised accuracy."""
+    names = set().union(*found)
+    return [metric for metric in METRICS if metric in names]
 
 
 def averages(results: Mapping[str, Any]) -> Table | None:
@@ -135,7 +152,8 @@ def averages(results: Mapping[str, Any]) -> Table | None:
     found = models[arms(results)[0]].get("averages")
     if not found:
         return None
-    columns = [(group, metric) for metric in ("accuracy", "accuracy_norm") for group in found]
+    shown = [m for m in ("accuracy", "accuracy_norm") if any(m in v for v in found.values())]
+    columns = [(group, metric) for metric in shown for group in found]
 
     def row(name, values, sign=False):
         cells = (_measure(values[group].get(metric), metric, sign) for group, metric in columns)
@@ -164,9 +182,11 @@ def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]]
                 yield arm, {end: factor * values[metric][end] for end in ("mean", "low", "high")}
 
     reference = "random" if "random" in models else "base"
+    accuracy = list(dots("accuracy_norm"))
     found = [
         ("Test loss (nats/token)", list(dots("test_loss")), False),
-        ("Accuracy, length-norm. (%)", list(dots("accuracy_norm")), False),
+        ("Accuracy, length-norm. (%)", accuracy, False),
+        ("Accuracy (%)", [] if accuracy else list(dots("accuracy")), False),
         (f"Test loss − {reference}", list(dots("test_loss", reference)), True),
     ]
     return [panel for panel in found if panel[1]]

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from diq_jax.common import artifacts
-from diq_jax.evaluate import calibration, compare, significance
+from diq_jax.evaluate import calibration, compare, predictions, significance
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -69,20 +69,23 @@ def test_calibration_by_hand():
 
 def test_a_difference_and_its_sentence():
     hits = np.array([[1, 0]] * 9 + [[1, 1]] * 6 + [[0, 1]], float)
-    value = compare.paired(hits, 500, 0)
+    unread = np.zeros(hits.shape, bool)
+    unread[-1, 0] = True
+    value = compare.paired(hits, unread, 500, 0)
     assert (value["only_first"], value["only_second"], value["questions"]) == (9, 1, 16)
-    assert value["difference"]["mean"] == 0.5
+    assert value["difference"]["mean"] == 0.5 and value["unparsable"] == [1, 0]
     assert value["p"] == pytest.approx(2 * 11 / 2**10)
     assert compare.winner(value, ["a", "b"]) == "a"
     assert compare.sentence(value, ["a", "b"]).startswith("a is better by 50.0 points (95 % interv")
-    swapped = compare.paired(hits[:, ::-1], 500, 0)
+    swapped = compare.paired(hits[:, ::-1], unread, 500, 0)
     assert compare.sentence(swapped, ["a", "b"]).startswith("b is better by 50.0 points")
-    few = compare.paired(hits[-4:], 500, 0)
+    few = compare.paired(hits[-4:], unread[-4:], 500, 0)
     assert compare.sentence(few, ["a", "b"]).startswith(
         "No difference is shown: b is ahead by 25.0"
     )
     # Over four tasks with p of 0.02, none is left after Holm.
-    groups = compare.by_group(np.tile(hits, (4, 1)), np.repeat(list("wxyz"), 16).tolist(), 500, 0)
+    four = np.tile(hits, (4, 1)), np.tile(unread, (4, 1))
+    groups = compare.by_group(*four, np.repeat(list("wxyz"), 16).tolist(), 500, 0)
     assert not any(compare.winner(g, ["a", "b"]) for g in groups.values())
     assert groups["w"]["p_holm"] == pytest.approx(4 * value["p"])
 
@@ -114,6 +117,47 @@ def test_two_models_of_a_run(tmp_path):
     assert line.split()[-1] == "selected"
     same = run(tmp_path, "run:selected", "run:random", "--metric=accuracy_norm")
     assert "No difference: both are right on as many of 38 questions." in same.stdout
+
+
+def test_answers_that_cannot_be_read_are_wrong_and_counted(tmp_path):
+    def generated(hits):
+        for row, hit in zip(rows("x", hits, task=lambda i: "t"), hits, strict=True):
+            yield {k: row[k] for k in ("example_id", "task", "answer")} | {
+                "prediction": {1: "A", 0: "B", None: None}[hit]
+            }
+
+    artifacts.write_jsonl(tmp_path / "a.jsonl", list(generated([1, 1, 0, None])))
+    artifacts.write_jsonl(tmp_path / "b.jsonl", list(generated([None, None, 1, None])))
+    ended = run(tmp_path, "a.jsonl", "b.jsonl", "--out=found.json")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = artifacts.read_json(tmp_path / "found.json")["overall"]
+    assert [value["mean"] for value in found["accuracy"]] == [0.5, 0.25]
+    assert found["unparsable"] == [1, 3]
+    # Likelihoods beside generated answers say nothing of how sure those are.
+    likelihoods = {row["example_id"]: row for row in rows("a", [1])}
+    assert compare.calibrated(likelihoods, ["q0"]) is not None
+    assert compare.calibrated({"q0": likelihoods["q0"] | {"answers": []}}, ["q0"]) is None
+    header, line = ended.stdout.splitlines()[:2]
+    assert header.endswith("a unparsable  b unparsable") and line.split()[-2:] == ["1", "3"]
+
+
+def test_the_text_of_a_row_of_generated_answers(tmp_path):
+    def row(name, prediction, *answers):
+        written = [{"text": text, "letter": letter} for letter, text in answers]
+        return {"example_id": name, "prediction": prediction, "answers": written}
+
+    artifacts.write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            row("voted", "B", ("A", "one"), ("B", "two"), ("B", "three")),
+            row("unread", None, (None, "four"), (None, "five")),
+            row("own", "A", ("A", "six")) | {"text": "seven"},
+            row("none", "A"),
+        ],
+    )
+    found = predictions.read_all([str(tmp_path / "a.jsonl")], "--answers")["a"]
+    texts = {name: row.get("text") for name, row in found.items()}
+    assert texts == {"voted": "two", "unread": "four", "own": "seven", "none": None}
 
 
 @pytest.mark.parametrize(

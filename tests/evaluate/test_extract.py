@@ -2,7 +2,7 @@
 
 import pytest
 
-from diq_jax.evaluate import extract
+from diq_jax.evaluate import extract, generation
 
 DRUGS = {"A": "Aspirin", "B": "Metformin", "C": "Vitamin K", "D": "Low-dose heparin"}
 VIRUS = {"A": "Hepatitis A", "B": "Hepatitis B", "C": "Hepatitis C", "D": "None of the above"}
@@ -17,6 +17,8 @@ YES = {"A": "yes", "B": "no", "C": "maybe"}
 NUMBERS = {"A": "5", "B": "10", "C": "0.5", "D": "50"}
 
 CASES = [
+    # A model that repeats what it was told has chosen nothing.
+    (generation.INSTRUCTION, DRUGS, None),
     # A letter alone.
     ("B", DRUGS, "B"),
     ("(C)", DRUGS, "C"),

@@ -1,5 +1,6 @@
 """The harness adapter against the decoder itself and against our own evaluator."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -18,7 +19,7 @@ import tiny
 
 from diq_jax import pipeline
 from diq_jax.common import artifacts, config, errors
-from diq_jax.evaluate import harness
+from diq_jax.evaluate import harness, harness_generation
 from diq_jax.models import decoder, load, tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,6 +36,17 @@ doc_to_choice: "{{{{['A. ' + options.A, 'B. ' + options.B, 'C. ' + options.C]}}}
 doc_to_target: "{{{{['A', 'B', 'C'].index(answer_idx)}}}}"
 target_delimiter: "{delimiter}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+WRITES = """
+task: writes
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer_idx}}}}"
+generation_kwargs: {{until: [{stop}], max_gen_toks: 12, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
 
 
@@ -158,6 +170,28 @@ def test_the_harness_gives_the_accuracy_of_our_evaluator(made, tmp_path, name):
     for row in ours:
         theirs = [value for value, _ in samples[row["example_id"]]]
         np.testing.assert_allclose(theirs, list(row["log_likelihoods"].values()), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_harness_gives_the_text_of_our_generator(made, tmp_path):
+    plain = open_model(made)
+    shape = plain.placement, 64, 256
+    generate = harness_generation.make_generate(plain.model, plain.tokenizer, *shape, 0, None)
+    questions = [row["question"] for row in artifacts.read_jsonl(made / "tests.jsonl")]
+    contexts = [plain.tok_encode(text) for text in questions]
+    ours = generate(contexts, {"max_gen_toks": 12})
+    # A character, past the first ones, that some text has.
+    stop = next(c for text in ours for c in text[2:] if c.isascii())
+    (tmp_path / "writes.yaml").write_text(
+        WRITES.format(rows=made / "tests.jsonl", stop=json.dumps(stop))
+    )
+    lm = open_model(made, generate=generate)
+    found, _ = harness.run(lm, ["writes"], harness.find_tasks(["writes"], tmp_path), 0, None, False)
+    theirs = {s["doc"]["question"]: s["resps"] for s in found["samples"]["writes"]}
+    assert theirs == {q: [[o.partition(stop)[0]]] for q, o in zip(questions, ours, strict=True)}
+    # An empty context is one token that begins a text.
+    [empty] = lm.generate_until(requests(("", {"max_gen_toks": 12})))
+    assert [empty] == generate([[lm.prefix_token_id]], {"max_gen_toks": 12})
 
 
 @pytest.mark.slow

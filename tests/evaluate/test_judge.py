@@ -183,7 +183,9 @@ def test_a_dry_run_needs_no_key_and_shows_the_cost(folder):
         (["--answers=bare.jsonl"], "must have a question and a text; got columns example_id"),
         (["--answers=good.jsonl:x"], "the model of"),
         (["--answers=good.jsonl,other.jsonl", "--pairwise"], "'q0' is not the same question"),
+        (["--answers=good.jsonl,other.jsonl"], "'q0' is not the same question in all"),
         (["--models=a,a"], "--models names a judge twice"),
+        (["--models=", "--dry_run"], "--models must be names with commas between them"),
         (["--out=judge.csv"], "--out must end in .json"),
     ],
 )

@@ -388,6 +388,38 @@ def test_averages_stand_where_there_are_any():
     assert (table.rows[-1][1].text, table.rows[-1][1].strong) == ("+50.0", True)
 
 
+def test_generated_answers_are_counted_and_have_no_normalised_accuracy(tmp_path):
+    found = results((-0.09, -0.2, 0.01))
+    group = {"AvgS": {"tasks": 4, "accuracy": LEVEL}}
+    for i, model in enumerate(found["models"].values()):
+        model |= {"unparsable": i, "unparsable_answers": 5 * i, "averages": group}
+        measured = [model, *model["tasks"].values(), *model["versus"].values()]
+        for values in measured:
+            del values["accuracy_norm"]
+        for gaps in model["versus"].values():
+            gaps["averages"] = group
+    table = tables.levels(found)
+    assert table.headers == [
+        "Model", "Test loss (nats/token)", "Target loss (nats/token)", "Accuracy (%)",
+        "Unparsable (questions)",
+    ]  # fmt: skip
+    assert {row[0].text: row[-1].text for row in table.rows} == {
+        "base": "2", "selected": "1", "random": "0",
+    }  # fmt: skip
+    by_task = tables.levels(found, "basic_science")
+    assert by_task.headers == ["Model", "Test loss (nats/token)", "Accuracy (%)"]
+    assert tables.differences(found).headers[-1] == "Accuracy (points)"
+    assert tables.averages(found).headers == ["Mean over tasks", "AvgS, 4 tasks (%)"]
+    titles = [title for title, _, _ in tables.panels(found)]
+    assert titles == ["Test loss (nats/token)", "Accuracy (%)", "Test loss − random"]
+
+    context = fabricate(tmp_path, artifacts.read_jsonl(SAMPLE / "pool.jsonl")[:8])
+    artifacts.write_json(tmp_path / "evaluate/results.json", found)
+    stage.run(context)
+    written = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert "Unparsable (questions)" in written and "length-normalised" not in written
+
+
 def test_group_shares_and_ratio_by_hand():
     selected = np.array([True, False, False, True])
     shares = tables.group_shares(["a", "a", "a", ""], selected)
