@@ -56,11 +56,15 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the cells and their pr
 
 
 def with_preset(arguments: list[str]) -> list[str]:
-    """The preset's flags before the user's, which win; of a flag given twice only the user's."""
+    """The user's flags and, of the preset's, those that the user's do not name. A config
+    file must stand before the fields that it holds.
+    """
     found = re.search(r"(?:^| )--?preset[= ](\w+)", " ".join(arguments))
     given = {argument.split("=")[0].lstrip("-") for argument in arguments}
     extra = PRESETS.get(found[1], []) if found else []
-    return [flag for flag in extra if flag.split("=")[0].lstrip("-") not in given] + arguments
+    extra = [flag for flag in extra if flag.split("=")[0].lstrip("-") not in given]
+    file = [flag for flag in extra if flag.startswith("--config=")]
+    return [*file, *arguments, *(flag for flag in extra if flag not in file)]
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ def test_comparison_scripts_share_scores_and_trainings(made, tmp_path):
     """The three scripts in one workdir: what one has trained the next does not train again."""
     run = tmp_path / "run"
     grid = ("--budgets=0.25", "--seeds=1")
-    ended = scored(made, "compare_selection", run, "--preset=mini", "--methods=diq", *grid)
+    preset = ("--preset=mini", "--methods=diq", "--config.finetune.accumulation_steps=1")
+    ended = scored(made, "compare_selection", run, *preset, *grid)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "[2/2] diq 25 % seed 0: 6 examples" in ended.stdout
     ended = scored(made, "quadrant_pilot", run, *grid)
