@@ -8,7 +8,7 @@ A tiny model with the config's tokenizer is trained on rows of data.pool that ar
 base), then from there on many random halves of --rows other rows. LDS is the Spearman correlation,
 over the halves, of a target's measured loss with the sum of the scores of the rows in the half (its
 sign turned), averaged over targets. Written: lds.json, lds.png. A killed run continues after its
-last training.
+last training. The config's influence.gauss_newton says how that direction is solved.
 
 Intervals are over targets and halves. `reliability` is the LDS of one training seed's losses with
 another's, carried over to their mean: no score can be expected above its root.
@@ -170,7 +170,9 @@ def train_subsets(setting: Setting, subsets, workdir: pathlib.Path) -> np.ndarra
     return measured
 
 
-def score_all(setting: Setting, seed: int) -> dict[str, np.ndarray]:
+def score_all(
+    setting: Setting, settings: influence_config.GaussNewton, seed: int
+) -> dict[str, np.ndarray]:
     """{way of scoring: (rows, targets)}, larger is better; all at the base."""
     cfg, pool = setting.cfg, setting.pool
     rest = {"params": jax.tree.map(lambda x: None, setting.params), "adapter": None}
@@ -187,11 +189,13 @@ def score_all(setting: Setting, seed: int) -> dict[str, np.ndarray]:
     everyone = datamodel.order_of(np.ones(rows, bool), EPOCHS.value, BATCH, seed)
     point = datamodel.fit(setting.params, pool, everyone, RATE.value, cfg)
     moments = dataclasses.replace(point, second={"params": point.second, "adapter": None})
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + 32], pool) for i in range(0, rows, 32)]
+    parts = in_parts(pool, np.arange(rows))
+    sample = np.random.Generator(np.random.PCG64(settings.seed)).permutation(rows)
+    solved = gauss_newton(space, goals, in_parts(pool, sample[: settings.examples]), settings, cfg)
     found = {
         "exact, mean": along(space, goals, parts, cfg),
         "exact, adam": along(space, [warmup.adam_direction(g, moments) for g in goals], parts, cfg),
-        "exact, gauss_newton": along(space, gauss_newton(space, goals, parts, cfg), parts, cfg),
+        "exact, gauss_newton": along(space, solved, parts, cfg),
     }
     found |= projected(space, goals, parts, cfg)
     losses = np.asarray(datamodel.losses(setting.params, pool, cfg))
@@ -204,8 +208,13 @@ def score_all(setting: Setting, seed: int) -> dict[str, np.ndarray]:
     return found | {k: np.repeat(v[:, None], TARGETS.value, axis=1) for k, v in columns.items()}
 
 
-def gauss_newton(space, goals, parts, cfg) -> list:
-    """The direction of each target, with G over all rows; the config's defaults otherwise."""
+def in_parts(pool: batches.Batch, rows: np.ndarray) -> list[batches.Batch]:
+    """Some rows of the pool, a few at a time."""
+    return [jax.tree.map(lambda x, i=i: x[rows[i : i + 32]], pool) for i in range(0, len(rows), 32)]
+
+
+def gauss_newton(space, goals, parts, settings: influence_config.GaussNewton, cfg) -> list:
+    """The direction of each target, with G over the rows of `parts`."""
     one = functools.partial(curvature.product, cfg=cfg, reduction="mean")
     # Only v differs between targets, so that the rows are linearised once.
     step = jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
@@ -216,7 +225,6 @@ def gauss_newton(space, goals, parts, cfg) -> list:
         total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), images)
         return jax.tree.map(lambda x: x / rows, total)
 
-    settings = influence_config.GaussNewton()
     limits = settings.damping, settings.iterations, settings.tolerance
     solved = []
     with progress.Progress("gauss_newton", len(goals)) as bar:
@@ -303,7 +311,7 @@ def main() -> None:
         seed = cfg.data.seed
         subsets = datamodel.draw_subsets(SUBSETS.value, ROWS.value, 0.5, seed)
         measured = train_subsets(setting, subsets, workdir)
-        scores = score_all(setting, seed)
+        scores = score_all(setting, cfg.influence.gauss_newton, seed)
     mean = measured.mean(axis=1)
     reliability = datamodel.reliability(measured) if SEEDS.value > 1 else float("nan")
     rows = []
