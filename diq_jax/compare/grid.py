@@ -101,6 +101,11 @@ def check(cfg: config.Config, request: Request) -> None:
         raise errors.UserError(
             f"finetune.parameters={cfg.finetune.parameters}: cells train adapters; set it to lora."
         )
+    if cfg.evaluate.protocol != "options":
+        raise errors.UserError(
+            f"evaluate.protocol={cfg.evaluate.protocol}: cells are compared by the likelihoods of "
+            "options; set it to options."
+        )
     for name, (workdir, method) in request.rankings.items():
         _check_ranking(name, workdir, method)
 

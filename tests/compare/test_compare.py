@@ -275,9 +275,21 @@ def test_a_ranking_of_another_pool_is_refused(made, workdir, tmp_path):
     request = grid.parse([], ["0.25"], 1, [f"other={tmp_path / 'other'}"])
     with pytest.raises(errors.UserError, match=r"ranks another pool: 24 rows, 23 of them among"):
         experiment.run(settings(made), workdir, request)
-    capped = dataclasses.replace(settings(made).selection, source_cap=0.5)
-    with pytest.raises(errors.UserError, match="budgets compared are to nest"):
-        grid.check(dataclasses.replace(settings(made), selection=capped), request)
+
+
+@pytest.mark.parametrize(
+    "section, field, value, message",
+    [
+        ("selection", "source_cap", 0.5, "budgets compared are to nest"),
+        ("finetune", "parameters", "all", "cells train adapters"),
+        ("evaluate", "protocol", "generate", "compared by the likelihoods of options"),
+    ],
+)
+def test_what_cells_do_not_do_is_refused(section, field, value, message, made):
+    cfg = settings(made)
+    changed = dataclasses.replace(getattr(cfg, section), **{field: value})
+    with pytest.raises(errors.UserError, match=message):
+        grid.check(dataclasses.replace(cfg, **{section: changed}), grid.parse([], ["0.25"], 1, []))
 
 
 def test_random_draws_leave_out_what_the_stage_removed(made, tmp_path):
