@@ -1,8 +1,8 @@
 """DIQ end to end on a laptop: SmolLM2-135M-Instruct on the shipped sample, retention 10 %.
 
 Run:     python experiments/run_diq.py --config=configs/quickstart.py --workdir=runs/quickstart
-Cost:    8 min 41 s on two CPU cores, installation included, 3.8 GiB (commit 95abf52)
-Result:  test loss, 48 questions: DIQ - random -0.039 (-0.050 to -0.027)
+Cost:    8 min 18 s on two CPU cores after the installation (commit 89ddc13)
+Result:  test loss, 48 questions: DIQ - random -0.046 (-0.058 to -0.035)
 """
 
 from diq_jax.common import config
