@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import pyarrow as pa
 from absl import logging
 
@@ -295,9 +294,7 @@ def at_work(cfg: config.Config, workdir: pathlib.Path) -> Iterator[stages.Contex
         UserError: another run holds the workdir.
     """
     context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
-    # TPUs and GPUs round float32 products to bfloat16 or TF32 unless told otherwise.
-    precision = "highest" if cfg.model.dtype == "float32" else "default"
-    with locked(workdir), jax.default_matmul_precision(precision):
+    with locked(workdir), devices.matmul_precision(cfg.model.dtype):
         yield context
 
 

@@ -73,14 +73,12 @@ def read(workdir: pathlib.Path) -> tuple[Pool, float]:
     for other in (store.example_ids, levels["example_id"].to_pylist()):
         if other != ids:
             raise errors.UserError(f"{workdir}: influence, store and difficulty differ in rows.")
-    order = np.empty(len(ids), np.int64)
-    order[sorted(range(len(ids)), key=lambda i: ids[i].encode())] = np.arange(len(ids))
     norms = np.concatenate([np.linalg.norm(rows, axis=1) for _, rows in store.blocks()])
     return Pool(
         *(table[name].to_numpy() for name in ("influence", "loss", "tokens")),
         levels[settings["perspective"]].to_numpy(),
         np.array(pool["source"].to_pylist()),
-        order,
+        methods.id_order(ids),
         norms,
     ), settings["percentile"]
 

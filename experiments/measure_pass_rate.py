@@ -16,7 +16,6 @@ import hashlib
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -61,7 +60,8 @@ def made_from(cfg: config.Config, settings: config.Evaluate) -> str:
     """A hash of all that decides the answers: what a run that continues must share."""
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint
     rows = sources.fingerprint(ROWS.value, "--rows", "tests")
-    decisive = [source, rows, cfg.model.dtype, dataclasses.asdict(settings)]
+    settings = dataclasses.asdict(settings)
+    decisive = [source, rows, cfg.model.dtype, settings, generation.INSTRUCTION]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
@@ -98,9 +98,7 @@ def main() -> None:
     part = generation.make_part(tests, model, settings, placement)
     out = pathlib.Path(OUT.value)
     partial = partial_of(out)
-    # As in the pipeline: accelerators round float32 products unless told otherwise.
-    precision = "highest" if cfg.model.dtype == "float32" else "default"
-    with jax.default_matmul_precision(precision):
+    with devices.matmul_precision(cfg.model.dtype):
         done = write_answers(part, model, made_from(cfg, settings), partial)
 
     rates, unparsable = [], []

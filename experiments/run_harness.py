@@ -9,7 +9,6 @@ generates text says in its generation_kwargs how (until, max_gen_toks, do_sample
 top_p). Prints the harness's table and, with --out, writes its numbers as JSON.
 """
 
-import jax
 from absl import flags
 
 from diq_jax.common import artifacts, cli, config, devices, errors
@@ -56,8 +55,7 @@ def main() -> None:
     from diq_jax.evaluate import harness  # an extra: without it this is a UserError
 
     manager = harness.find_tasks(TASKS.value, INCLUDE_PATH.value)
-    precision = "highest" if DTYPE.value == "float32" else "default"
-    with jax.default_matmul_precision(precision):
+    with devices.matmul_precision(DTYPE.value):
         model = open_model(harness)
         found, table = harness.run(
             model, TASKS.value, manager, LIMIT.value, FEWSHOT.value, CHAT.value

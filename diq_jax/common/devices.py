@@ -170,6 +170,13 @@ def one_behind(started: Iterable) -> Iterator:
         yield last
 
 
+def matmul_precision(dtype: str):
+    """A context for matrix products as model.dtype asks: TPUs and GPUs round those of float32 to
+    bfloat16 or TF32 unless told otherwise.
+    """
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
+
+
 def make_placement(settings: config.Parallel) -> Placement:
     """The placement that `parallel.*` asks for.
 

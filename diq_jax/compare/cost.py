@@ -30,6 +30,7 @@ from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.models import checkpoint, lora
 from diq_jax.models import config as model_config
+from diq_jax.selection import methods
 
 PASSES = {  # linear layers, attention, head
     "forward": (1, 1, 1),
@@ -104,7 +105,7 @@ def model_score_flops(cfg, pool, targets) -> float:
 
 def needs(method: str) -> tuple[str, ...]:
     """What has to be computed over the pool before a selection method can sort it."""
-    if method == "diq" or method.startswith("quadrant_"):
+    if methods.is_by_quadrant(method):
         return ("difficulty", "influence")
     if method.startswith("difficulty_"):
         return ("difficulty",)

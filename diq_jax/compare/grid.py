@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax.common import artifacts, config, errors, stages
-from diq_jax.selection import hygiene, methods, quadrants
+from diq_jax.selection import hygiene, methods
 
 FULL, RANDOM = "full", "random"
 
@@ -163,8 +163,7 @@ def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndar
 
 def random_ranks(ids: Sequence[str], seed: int, removed: np.ndarray) -> np.ndarray:
     """(n,) as the selection stage draws them with selection.seed."""
-    order = np.argsort(np.array([i.encode() for i in ids], object), kind="stable")
-    scores = {"id_order": quadrants.ranks_of(jnp.asarray(order)) - 1}
+    scores = {"id_order": jnp.asarray(methods.id_order(ids))}
     settings = methods.Settings("overall", 50.0, seed)  # the draw depends on the seed alone
     return hygiene.demote(np.asarray(methods.ranks(RANDOM, scores, settings)), removed)
 

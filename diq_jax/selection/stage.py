@@ -113,9 +113,7 @@ def _check_rows(ids, *tables):
 
 def _scores(cfg, ids, difficulty, influence):
     """What every pool has; a perspective that it lacks is left out."""
-    # UTF-8 order: the same on every platform and locale.
-    order = np.argsort(np.array([i.encode() for i in ids], object), kind="stable")
-    id_order = np.asarray(quadrants.ranks_of(jnp.asarray(order)) - 1)
+    id_order = methods.id_order(ids)
     values = influence["influence"].to_numpy()
     tokens = influence["tokens"].to_numpy()
     if cfg.selection.length_residual:
