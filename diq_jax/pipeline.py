@@ -245,6 +245,7 @@ STAGES = {
             lambda context: (
                 POOL, *SCORES, SELECTION[0],
                 *_existing("difficulty/metrics.json", "finetune/losses.jsonl",
+                           "dpo/losses.jsonl", "selection/hygiene.parquet",
                            "evaluate/results.json")(context),
             ), _none, report.run,
         ),

@@ -303,6 +303,22 @@ def loss(curves: Curves, targets: Curves):
     return figure
 
 
+def preferences(steps: Sequence[int], panels: Mapping[str, Sequence[float]]):
+    """DPO's loss, margin and accuracy of each step's pairs.
+
+    Args:
+        panels: {axis label: a value for each step}.
+    """
+    figure = matplotlib.figure.Figure((8, 2.6))
+    axes = figure.subplots(1, len(panels))
+    for ax, (label, values) in zip(axes, panels.items(), strict=True):
+        ax.plot(steps, values, color=SELECTED, linewidth=1.6)
+        ax.set_xlabel("optimiser step")
+        ax.set_title(label)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    return figure
+
+
 def limits(values):
     """The axis range: all values, with room above and below for the quadrants' labels."""
     low, high = float(np.min(values)), float(np.max(values))

@@ -19,6 +19,7 @@ from diq_jax.report import classifier, figures, tables
 
 MOST_POINTS = 4000  # of the scatters; browsers drag with more SVG marks
 TEXT_BUDGET = 2_000_000  # characters of examples to read by a click, over all points
+PREFERENCES = {"loss": "loss (nats)", "margin": "margin (nats)", "accuracy": "pairs in order"}
 EXTREMES = 5  # examples shown at each end
 TEMPLATE = pathlib.Path(__file__).with_name("template.html")
 
@@ -34,8 +35,9 @@ class Run:
         rows: the rows as they came.
         thresholds: difficulty (None where there is none) and influence (None where quadrants cut at
             its residual).
-        results, classifier, losses: evaluate/results.json, difficulty/metrics.json,
-            finetune/losses.jsonl, empty where the stage has not run.
+        results, classifier, losses, preferences: evaluate/results.json, difficulty/metrics.json,
+            finetune/losses.jsonl, dpo/losses.jsonl, empty where the stage has not run.
+        repeats: the rows of selection/hygiene.parquet; None where nothing was compared.
         records: stage.json of each finished stage, in order.
     """
 
@@ -46,6 +48,8 @@ class Run:
     results: Mapping[str, Any]
     classifier: Mapping[str, Any]
     losses: Sequence[Mapping[str, Any]]
+    preferences: Sequence[Mapping[str, Any]]
+    repeats: Sequence[Mapping[str, Any]] | None
     records: Sequence[Mapping[str, Any]]
 
     @property
@@ -102,6 +106,12 @@ def pictures(run: Run) -> dict[str, figures.Picture]:
     if run.losses:
         curves = (_curves(run.losses, name) for name in ("loss", "target_loss"))
         out["loss"] = figures.render(figures.loss, *curves)
+    if run.preferences:
+        steps = [entry["step"] for entry in run.preferences]
+        curves = {
+            label: [entry[name] for entry in run.preferences] for name, label in PREFERENCES.items()
+        }
+        out["preferences"] = figures.render(figures.preferences, steps, curves)
     perspectives = classifier.panels(run.classifier)
     if perspectives:
         out["classifier"] = figures.render(classifier.draw, perspectives)
@@ -114,6 +124,7 @@ def render(run: Run, drawn: Mapping[str, figures.Picture]) -> str:
     cfg, selected = run.config, e["selected"]
     own_columns = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
     by_column = tables.group_columns(run.rows, own_columns)
+    chosen = {e["example_id"][i] for i in np.flatnonzero(selected)}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -140,6 +151,7 @@ def render(run: Run, drawn: Mapping[str, figures.Picture]) -> str:
         by_column={name: _groups(name, values, selected) for name, values in by_column.items()},
         rho_tokens=tables.correlation(e["influence"], e["tokens"]),
         rho_loss=tables.correlation(e["influence"], e["loss"]),
+        repeats=None if run.repeats is None else tables.repeats(run.repeats, chosen),
         lengths=tables.length_means(e["tokens"], selected),
         extremes=_extremes(run),
         trained=bool(run.losses),

@@ -64,7 +64,7 @@ def load(context: stages.Context) -> page.Run:
         columns[name] = scores[name].to_numpy()
     reasons = "why" in scores.column_names  # selections of earlier versions give none
     columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
-    losses = context.path("finetune/losses.jsonl")
+    pairs = context.path("selection/hygiene.parquet")
     records = (_optional(context, f"{name}/stage.json") for name in STAGES)
     return page.Run(
         config=context.config,
@@ -73,7 +73,9 @@ def load(context: stages.Context) -> page.Run:
         thresholds=artifacts.read_json(context.path("selection/thresholds.json")),
         results=_optional(context, "evaluate/results.json"),
         classifier=_optional(context, "difficulty/metrics.json"),
-        losses=artifacts.read_jsonl(losses) if losses.exists() else [],
+        losses=_lines(context, "finetune/losses.jsonl"),
+        preferences=_lines(context, "dpo/losses.jsonl"),
+        repeats=artifacts.read_table(pairs).to_pylist() if pairs.exists() else None,
         records=[record for record in records if record.get("status") == "done"],
     )
 
@@ -81,3 +83,8 @@ def load(context: stages.Context) -> page.Run:
 def _optional(context, name):
     path = context.path(name)
     return artifacts.read_json(path) if path.exists() else {}
+
+
+def _lines(context, name):
+    path = context.path(name)
+    return artifacts.read_jsonl(path) if path.exists() else []

@@ -6,7 +6,7 @@ A cell is formatted here and nowhere else; a difference is marked where its inte
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ METRICS = {  # name: (title, unit, factor, decimals)
 }
 REFERENCES = ("base", "random")  # what an arm is compared with
 MOST_GROUPS = 12  # rows of a table by group; the rest are summed up
+MOST_PAIRS = 40  # of repeated rows that are listed
 MOST_VALUES = 40  # a column with more values than this is no group
 
 
@@ -251,6 +252,35 @@ def groups(title: str, shares: Sequence[tuple[str, int, int]]) -> Table:
         )
         rows.append([Cell(name), *map(Cell, cells)])
     return Table([title, "Pool", "%", "Selected", "%", "Ratio"], rows)
+
+
+def repeats(pairs: Sequence[Mapping[str, Any]], chosen: Collection[str]) -> tuple[Table, Table]:
+    """Rows of the pool that repeat each other, a target or a test: counts by kind, and the pairs
+    that hold a selected row.
+
+    Args:
+        pairs: the rows of selection/hygiene.parquet.
+        chosen: ids of the selected examples.
+    """
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for pair in pairs:
+        kinds.setdefault(pair["kind"], []).append(pair)
+    rows = []
+    for kind, of in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
+        inside = [pair for pair in of if pair["other_in"] == "pool"]
+        ids = {pair["example_id"] for pair in of} | {pair["other"] for pair in inside}
+        counts = len(inside), len(of) - len(inside), len(ids), len(ids & set(chosen))
+        rows.append([Cell(kind), *(Cell(number(count, 0)) for count in counts)])
+    picked = [
+        [*(Cell(pair[name]) for name in ("example_id", "other", "other_in", "kind")),
+         Cell(number(pair["similarity"], 2))]
+        for pair in sorted(pairs, key=lambda pair: (-pair["similarity"], pair["example_id"]))
+        if pair["example_id"] in chosen or (pair["other_in"] == "pool" and pair["other"] in chosen)
+    ]  # fmt: skip
+    return (
+        Table(["Kind", "Pairs in the pool", "With a target or test", "Rows", "Selected"], rows),
+        Table(["Row", "repeats", "in", "Kind", "Similarity"], picked[:MOST_PAIRS]),
+    )
 
 
 def group_columns(rows: Sequence[Mapping[str, Any]], skip: Sequence[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ HOSTILE = "Is a < b & c? </script><b>bold</b><!-- <script>alert(1)</script> $x_$
 LEVEL = {"mean": 2.0, "low": 1.9, "high": 2.1}
 PICTURES = {
     "quadrants", "distributions", "sources", "tokens", "comparison", "loss", "classifier",
+    "preferences",
 }  # fmt: skip
 
 
@@ -105,6 +106,16 @@ def fabricate(
         ]
         artifacts.write_jsonl(workdir / "finetune/losses.jsonl", losses)
         artifacts.write_json(workdir / "difficulty/metrics.json", classifier_metrics())
+        done.append("dpo")
+        preferences = [
+            {"step": i, "loss": float(0.7 * fall[i]), "margin": i / 9, "accuracy": min(1, i / 20)}
+            for i in range(30)
+        ]
+        artifacts.write_jsonl(workdir / "dpo/losses.jsonl", preferences)
+        repeats = [("s1", "s0", "pool", "near", 0.7), ("s2", "t7", "tests", "exact", 1.0)]
+        names = ("example_id", "other", "other_in", "kind", "similarity")
+        columns = dict(zip(names, map(list, zip(*repeats, strict=True)), strict=True))
+        artifacts.write_table(workdir / "selection/hygiene.parquet", columns)
     if evaluated:
         done.append("evaluate")
         artifacts.write_json(workdir / "evaluate/results.json", results(delta))
@@ -277,10 +288,14 @@ def test_the_explorer_is_a_figure_that_plotly_accepts(whole_page):
     ("options", "missing", "said"),
     [
         ({"evaluated": False}, {"comparison"}, "the evaluate stage has not run"),
-        ({"trained": False}, {"loss", "classifier"}, "the finetune stage has not run"),
+        (
+            {"trained": False},
+            {"loss", "preferences", "classifier"},
+            "the finetune stage has not run",
+        ),
         (
             {"evaluated": False, "trained": False},
-            {"comparison", "loss", "classifier"},
+            {"comparison", "loss", "preferences", "classifier"},
             "is not known",
         ),
     ],
@@ -472,3 +487,22 @@ def test_fences_are_for_outliers_only():
     assert figures.fences(np.full(9, 0.1)) == (0.1, 0.1)
     # The middle 90 % of 0..20 is 1..19, 18 wide: -17..37, cut to what there is.
     assert figures.fences(np.append(np.arange(20.0), 1000.0)) == (0, 37)
+
+
+def test_repeats_by_hand():
+    names = ("example_id", "other", "other_in", "kind", "similarity")
+    pairs = [
+        dict(zip(names, pair, strict=True))
+        for pair in (
+            ("b", "a", "pool", "near", 0.7),
+            ("c", "a", "pool", "near", 0.9),
+            ("c", "t", "tests", "near", 0.8),  # a test's id may also be a selected row's
+            ("d", "b", "targets", "exact", 1.0),
+        )
+    ]
+    counts, listed = tables.repeats(pairs, {"a", "t", "b"})
+    assert [[cell.text for cell in row] for row in counts.rows] == [
+        ["near", "2", "1", "3", "2"],
+        ["exact", "0", "1", "1", "0"],
+    ]
+    assert [[cell.text for cell in row][:2] for row in listed.rows] == [["c", "a"], ["b", "a"]]
