@@ -35,7 +35,9 @@ def linear(params, x, adapter=None):
     """
     # Cut off from x: what passes on to x goes through the kernel alone.
     fixed = jax.lax.stop_gradient(x)
-    y = with_direction(params, x @ params["kernel"], lambda a: fixed @ a.astype(x.dtype))
+    # One product of B T rows: a kernel's gradient is then one too, without a copy of dy.
+    y = (x.reshape(-1, x.shape[-1]) @ params["kernel"]).reshape(*x.shape[:-1], -1)
+    y = with_direction(params, y, lambda a: fixed @ a.astype(x.dtype))
     y = with_probe(params, y, lambda signs, size: fold(fixed, signs, size))
     if "bias" in params:
         y = y + _vector(params, "bias", y)
