@@ -10,6 +10,7 @@ Parameters, with layers stacked on a leading axis N and kernels stored (in, out)
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 from jax.sharding import PartitionSpec as P
 
 from diq_jax.models import config, layers
@@ -24,6 +25,13 @@ PARTITION_RULES = (
     (r"layers/.*/(o|down)_proj/bias", P(None, None)),
     (r"layers/.*norm/scale", P(None, None)),
     (r"final_norm/scale", P(None)),
+)
+
+# What a backward pass keeps of a layer. Less is also faster on a CPU, where fresh memory costs more
+# than arithmetic (docs/results.md).
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
 )
 
 
@@ -88,7 +96,8 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         tokens, positions, segment_ids: (B, T) int32; a token sees earlier tokens of its own
             segment.
         adapter: LoRA factors nested like the parameters (models/lora.py), or None.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: recompute each layer in the backward pass. Otherwise that keeps what matrix products
+            and attention gave, a third of the activations, and recomputes the cheap rest.
         parent_ids: (B, T) int32 or None, a second segment that a token sees (layers.attention).
 
     Returns:
@@ -132,6 +141,7 @@ def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, p
         q = layers.rotate(q, positions, frequencies)
         k = layers.rotate(k, positions, frequencies)
         h, kept = attend(q, k, v, before)
+        h = ad_checkpoint.checkpoint_name(h, "attention")
         x = x + layers.linear(p["attn"]["o_proj"], h, attn.get("o_proj"))
 
         h = layers.rms_norm(p["mlp_norm"], x, cfg.norm_eps)
@@ -143,9 +153,9 @@ def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, p
 
     x = embed(params["embed"], tokens)
     adapter_layers = {} if adapter is None else adapter["layers"]
-    x, kept = jax.lax.scan(
-        jax.checkpoint(layer) if remat else layer, x, (params["layers"], adapter_layers, past)
-    )
+    policy = None if remat else KEPT
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)  # a scan needs no barrier
+    x, kept = jax.lax.scan(layer, x, (params["layers"], adapter_layers, past))
     return layers.rms_norm(params["final_norm"], x, cfg.norm_eps), kept
 
 
