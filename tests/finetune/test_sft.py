@@ -81,8 +81,8 @@ def train(params, placement, settings, encoded, zero_b=True):
 
 
 def assert_same(first, second, atol=2e-6):
-    """Same adapters and losses, to float error."""
-    np.testing.assert_allclose(first[1], second[1], atol=atol)
+    """Same adapters and losses, to float error: a few units in the last place of a loss."""
+    np.testing.assert_allclose(first[1], second[1], rtol=5e-7, atol=atol)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), first[0], second[0])
 
 
