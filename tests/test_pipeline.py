@@ -280,3 +280,14 @@ def test_the_command_line_answers_mistakes_with_a_sentence(flags, message, made,
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr and "Traceback" not in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_help_says_what_a_script_does_and_takes():
+    script = [sys.executable, str(pathlib.Path(__file__).parents[1] / "experiments/run_diq.py")]
+    ended = subprocess.run([*script, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0 and not ended.stderr
+    for part in ("A finished stage is skipped", "--stages", "selection.retention_ratio"):
+        assert part in ended.stdout
+    bare = subprocess.run(script, capture_output=True, text=True)
+    assert bare.returncode == 2
+    assert bare.stderr == "error: --config and --workdir must be given; --help explains them.\n"

@@ -4,6 +4,7 @@ import errno
 import pathlib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
@@ -17,10 +18,15 @@ FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errn
 def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """Parses the flags, calls main() and exits: 0 done, 2 a mistake of the user, 130 Ctrl-C.
 
+    --help prints the script's docstring, its flags and the config's fields instead.
+
     main gets what stands beside the flags: one text for each name in `arguments`, all required.
     Whatever was finished before stays; the same command continues from there.
     """
     logging.set_verbosity(logging.WARNING)
+    if {"-h", "-help", "--help"} & set(sys.argv[1:]):
+        print(_usage())
+        return
     try:
         _check_config_flags(sys.argv)
         left = flags.FLAGS(sys.argv)[1:]
@@ -31,7 +37,10 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         main(*left)
     except flags.Error as e:
         # A config file's own complaint comes wrapped in its traceback.
-        _fail(" ".join(str(e).rsplit("UserError: ", 1)[-1].split()))
+        said = " ".join(str(e).rsplit("UserError: ", 1)[-1].split())
+        missing = re.findall(r"Flag --(\w+) must have a value other than None", said)
+        needed = " and ".join(f"--{name}" for name in missing)
+        _fail(f"{needed} must be given; --help explains them." if missing else said)
     except errors.UserError as e:
         _fail(str(e))
     except OSError as e:
@@ -68,6 +77,20 @@ def _check_config_flags(arguments: list[str]) -> None:
         if found and found[1] not in known:
             near = errors.nearest(found[1], known)
             raise errors.UserError(f"config field {found[1]} does not exist.{near}")
+
+
+def _usage() -> str:
+    """What the script's docstring says, its flags, and the config's fields where it takes one."""
+    ours = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("diq_jax.")]
+    parts = [sys.modules["__main__"].__doc__ or "", "Flags:", flags.FLAGS.main_module_help()]
+    parts += [flags.FLAGS.module_help(name) for name in ours]
+    if "config" in flags.FLAGS:
+        names = textwrap.fill(
+            ", ".join(config.field_names()), 100, initial_indent="  ", subsequent_indent="  "
+        )
+        where = "diq_jax/common/config.py, influence_config.py and finetune_config.py"
+        parts.append(f"Config fields, as --config.NAME=VALUE, explained in {where}:\n{names}")
+    return "\n".join(parts)
 
 
 def _fail(message: str) -> None:

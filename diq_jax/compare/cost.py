@@ -11,7 +11,7 @@ out. An example of T tokens, A of them scored, costs in a forward pass
 and other passes are counted in forward passes of these three parts (PASSES). A backward pass costs
 one more product for the inputs and one more for the weights of a layer; attention and the head are
 also computed again. Forward mode along all parameters has three products (xW, x'W, xW'), along thin
-ones two: measured on a CPU, 2.5 and 1.8 passes (docs/results.md).
+ones two: measured on a CPU, 2.8 and 2.0 passes (docs/results.md).
 
 Not counted: random projections, the greedy orders and what else the stage `selection` does; a pass
 over an encoder counts 2 x its matrices x tokens, three times that where it is trained. Seconds are
