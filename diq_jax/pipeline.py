@@ -4,6 +4,7 @@ report.
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import json
 import pathlib
@@ -13,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from absl import logging
 
-from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.common import artifacts, config, devices, errors, processes, stages
 from diq_jax.data import chat, encoded, example, preferences, sources
 from diq_jax.difficulty import stage as difficulty
 from diq_jax.evaluate import stage as evaluate
@@ -218,7 +219,7 @@ STAGES = {
         ),
         stages.Stage(
             "influence", ("model.dtype", *SCORING),
-            lambda context: (POOL, TARGETS), influence.fingerprints, influence.run,
+            lambda context: (POOL, TARGETS), influence.fingerprints, influence.run, everywhere=True,
         ),
         stages.Stage(
             "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
@@ -268,7 +269,8 @@ def parse_stages(text: str) -> list[str]:
 
 
 def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwrite: bool) -> None:
-    """Runs the named stages in `workdir`, one process at a time.
+    """Runs the named stages in `workdir`, one run at a time. With parallel.distributed every
+    process calls this after processes.join(); the workdir is on a file system that all see.
 
     Raises:
         UserError: bad input, or another run holds the workdir.
@@ -276,14 +278,21 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
     if not cfg.finetune.dpo.data and list(names) == list(STAGES):
         names = [name for name in names if name != "dpo"]
     with at_work(cfg, workdir) as context:
+        spread = context
+        if cfg.parallel.distributed:
+            everywhere = devices.make_placement(cfg.parallel, everywhere=True)
+            spread = dataclasses.replace(context, placement=everywhere)
         for name in names:
-            ran = stages.execute(STAGES[name], context, overwrite)
+            stage = STAGES[name]
+            ran = stages.execute(stage, spread if stage.everywhere else context, overwrite)
+            if not processes.is_first():
+                continue
             record = artifacts.read_json(context.path(f"{name}/stage.json"))
             rate = record.get("tokens_per_second")
             done = f"{record['rows']:,} rows, {record['seconds']:.1f} s"
             done += f", {rate:,.0f} tokens/s" if rate else ""
             print(f"{name:<10}  {done if ran else f'done before ({done})'}", flush=True)
-    if "report" in names:
+    if "report" in names and processes.is_first():
         print(report.summary(context))
 
 
@@ -302,6 +311,9 @@ def at_work(cfg: config.Config, workdir: pathlib.Path) -> Iterator[stages.Contex
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the folder, made if need be. Raises UserError where another run does."""
+    if not processes.is_first():
+        yield  # the first process holds it for all
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diq_jax import pipeline
-from diq_jax.common import cli
+from diq_jax.common import cli, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
@@ -28,6 +28,8 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where th
 def main() -> None:
     names = pipeline.parse_stages(STAGES.value)
     cfg = cli.read_config(CONFIG)
+    if cfg.parallel.distributed:
+        processes.join()
     pipeline.run(cfg, pathlib.Path(WORKDIR.value), names, OVERWRITE.value)
 
 

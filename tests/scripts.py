@@ -30,9 +30,13 @@ def script(name, *flags):
 
 def on_data(name, made, workdir, *flags):
     """A script that takes a config, on what `make` made."""
-    return script(
-        name, f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}",
+    return script(name, *data_flags(made, workdir), *flags)
+
+
+def data_flags(made, workdir):
+    return (
+        f"--config={ROOT / 'configs/quickstart.py'}", f"--workdir={workdir}",
         f"--config.model.path={made / 'decoder'}", f"--config.data.pool={made / 'pool.jsonl'}",
         f"--config.data.targets={made / 'targets.jsonl'}",
-        f"--config.data.tests={made / 'tests.jsonl'}", *flags,
+        f"--config.data.tests={made / 'tests.jsonl'}",
     )  # fmt: skip

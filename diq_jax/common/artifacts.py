@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,13 +15,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diq_jax.common import errors
+from diq_jax.common import errors, processes
 
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`, renamed to `path` when the block ends well."""
+    """Yields a temporary path beside `path`, renamed to `path` when the block ends well. What any
+    process but the first writes there is dropped.
+    """
     path = pathlib.Path(path)
+    if not processes.is_first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield pathlib.Path(scratch) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -79,6 +86,16 @@ def read_table(path: str | os.PathLike) -> pa.Table:
         raise errors.UserError(f"{path} is not a readable parquet file: {e}.") from None
 
 
+def remove(path: str | os.PathLike) -> None:
+    """Deletes a file, or a folder with all in it, if it is there; only the first process does."""
+    path = pathlib.Path(path)
+    if processes.is_first():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sha256(path: str | os.PathLike) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -88,7 +105,8 @@ class Journal:
     """An append-only JSON-lines file of finished work. A half line left by a killed process is
     dropped.
 
-    Floats are written by repr, so that a float32 read back is bit-identical.
+    Floats are written by repr, so that a float32 read back is bit-identical. All processes read it
+    and keep the entries, the first writes them.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -106,22 +124,26 @@ class Journal:
                     break
                 self.entries.append(entry)
                 whole += len(line)
-        self._file = open(self.path, "ab")
-        self._file.truncate(whole)
+        self._file = None
+        if processes.is_first():
+            self._file = open(self.path, "ab")
+            self._file.truncate(whole)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         self.extend([entry])
 
     def extend(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Adds entries that belong together, with one write to the disk."""
-        lines = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries]
-        self._file.write(b"".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            lines = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries]
+            self._file.write(b"".join(lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.entries.extend(map(dict, entries))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> "Journal":
         return self

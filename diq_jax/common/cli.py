@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from diq_jax.common import config, errors
+from diq_jax.common import config, errors, processes
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -51,7 +51,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         )
     except KeyboardInterrupt:
         print("\nInterrupted: the same command continues from here.", file=sys.stderr)
-        sys.exit(130)
+        processes.leave(130)
 
 
 def read_config(holder: flags.FlagHolder) -> config.Config:
@@ -95,4 +95,4 @@ def _usage() -> str:
 
 def _fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    processes.leave(2)

@@ -214,6 +214,8 @@ class Parallel:
     strategy: str = "mesh"
     data: int = 0  # devices along the batch; 0 = all that `model` leaves
     model: int = 1  # devices over which parameters are split
+    # several processes score as one, each with its devices (run_diq.py; README, Several hosts)
+    distributed: bool = False
 
     def __post_init__(self):
         errors.check_choice("parallel.strategy", self.strategy, ("mesh", "pmap"))
@@ -221,6 +223,8 @@ class Parallel:
         errors.check("parallel.model", self.model >= 1, "at least 1", self.model)
         if self.strategy == "pmap" and self.model != 1:
             raise errors.UserError("parallel.model must be 1 with parallel.strategy=pmap.")
+        if self.strategy == "pmap" and self.distributed:
+            raise errors.UserError("parallel.distributed needs parallel.strategy=mesh.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diq_jax.common import config, errors
+from diq_jax.common import config, errors, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Placement:
         return self.mesh.shape["data"]
 
     def _put(self, array, spec):
-        return jax.device_put(array, NamedSharding(self.mesh, spec))
+        return put(array, NamedSharding(self.mesh, spec))
 
     def replicate(self, tree):
         """Puts a tree on every device; under pmap with a leading device axis."""
@@ -54,7 +54,7 @@ class Placement:
     def like(self, placed, tree):
         """Puts a tree where `placed`, a tree of the same shapes made by this placement, lies."""
         if self.strategy == "mesh":
-            return jax.tree.map(lambda p, x: jax.device_put(x, p.sharding), placed, tree)
+            return jax.tree.map(lambda p, x: put(x, p.sharding), placed, tree)
         return self.replicate(tree)
 
     def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
@@ -97,11 +97,17 @@ class Placement:
                 rows, which are then added up over devices.
 
         Returns:
-            A function of placed arguments; its outputs are arrays without a device axis.
+            A function of placed arguments; its outputs are arrays without a device axis, and where
+            rows are spread over processes every process gets all of them.
         """
         if self.strategy == "mesh":
             spec = PartitionSpec("data") if rows else None
-            return jax.jit(fn, out_shardings=NamedSharding(self.mesh, spec) if rows else None)
+            step = jax.jit(fn, out_shardings=NamedSharding(self.mesh, spec) if rows else None)
+            if not (rows and self.mesh.is_multi_process):
+                return step
+            # A program of its own: the one above needs no word from another device.
+            gather = _to(NamedSharding(self.mesh, PartitionSpec()))
+            return lambda *args: gather(step(*args))
         if rows:
             mapped = jax.pmap(fn, "data", devices=self.mesh.devices.flat)
             return lambda *args: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*args))
@@ -159,6 +165,31 @@ class Placement:
         return np.array([own if row is None else row % own for row in rows], np.int32)
 
 
+def put(array, sharding):
+    """An array, the same in every process, as the sharding has it."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return _to(sharding)(array)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+@functools.cache
+def _to(sharding):
+    """A program that moves arrays between processes."""
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def whole(array) -> np.ndarray:
+    """A placed array on the host, also where other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        array = put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    return np.asarray(array)
+
+
 def one_behind(started: Iterable) -> Iterator:
     """Yields each item once the next is made: a batch is under way while the last is fetched."""
     last = None
@@ -177,24 +208,35 @@ def matmul_precision(dtype: str):
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
-def make_placement(settings: config.Parallel) -> Placement:
-    """The placement that `parallel.*` asks for.
+def make_placement(settings: config.Parallel, everywhere: bool = False) -> Placement:
+    """The placement that `parallel.*` asks for: over this process's devices, or, `everywhere`, over
+    those of all processes.
 
     Raises:
         UserError: more devices asked for than there are, or a compiler that gives wrong sums.
     """
+    if settings.distributed and not processes.joined():
+        raise errors.UserError("parallel.distributed is for experiments/run_diq.py.")
     if not reduces_right():
         raise errors.UserError(
             "This jaxlib gives wrong sums on a CPU: set XLA_FLAGS="
             "--xla_cpu_experimental_ynn_fusion_type= before jax starts, or install jaxlib 0.10.1."
         )
-    found = jax.local_devices() if settings.strategy == "pmap" else jax.devices()
+    found = jax.devices() if everywhere else jax.local_devices()
+    if settings.distributed and not everywhere:
+        model = min(settings.model, len(found))
+        settings = dataclasses.replace(settings, data=0, model=model)
     data = settings.data or max(1, len(found) // settings.model)
     needed = data * settings.model
     if needed > len(found):
         raise errors.UserError(
             f"parallel.data={data} x parallel.model={settings.model} needs {needed} devices; "
             f"{len(found)} found ({found[0].device_kind})."
+        )
+    if everywhere and needed < len(found):
+        raise errors.UserError(
+            f"parallel.data={data} x parallel.model={settings.model} leaves out some of the "
+            f"{len(found)} devices: with parallel.distributed all must take part."
         )
     mesh = jax.make_mesh(
         (data, settings.model),

@@ -1,9 +1,10 @@
-"""One progress bar for long work: examples/s, tokens/s, time left; on process 0."""
+"""One progress bar for long work: examples/s, tokens/s, time left; in the first process."""
 
-import sys
 import time
 
 import tqdm
+
+from diq_jax.common import processes
 
 
 class Progress:
@@ -13,14 +14,12 @@ class Progress:
 
     def __init__(self, name: str, total: int, resumed: int = 0):
         self.tokens, self.examples, self._start = 0, 0, time.perf_counter()
-        # A script that has not imported jax runs as one process, and need not wait for the import.
-        jax = sys.modules.get("jax")
         self._bar = tqdm.tqdm(
             total=total,
             initial=resumed,
             desc=name,
             unit="ex",
-            disable=jax is not None and jax.process_index() != 0,
+            disable=not processes.is_first(),
             dynamic_ncols=True,
             mininterval=0.5,
         )

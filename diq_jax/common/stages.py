@@ -5,7 +5,6 @@ would change.
 import dataclasses
 import pathlib
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow
 import transformers
 
 import diq_jax
-from diq_jax.common import artifacts, config, devices, errors
+from diq_jax.common import artifacts, config, devices, errors, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Stage:
         fingerprints: further inputs (weights, data files) as {name: hash}.
         run: does the work and returns what goes into stage.json: rows, tokens, resumed_tokens where
             an earlier call did some of them, and more.
+        everywhere: all processes take part; otherwise the first does the work on its own devices.
     """
 
     name: str
@@ -49,15 +49,27 @@ class Stage:
     reads: Callable[[Context], tuple[str, ...]]
     fingerprints: Callable[[Context], Mapping[str, str]]
     run: Callable[[Context], Mapping[str, Any]]
+    everywhere: bool = False
 
 
 def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
-    """Runs a stage unless it is done. Returns whether it ran.
+    """Runs a stage unless it is done; every process gets here, and leaves when all have.
+
+    Returns:
+        Whether it ran.
 
     Raises:
         UserError: an input is missing, or the folder holds a result of another config or other
             inputs; what differs is named.
     """
+    ran = False
+    if stage.everywhere or processes.is_first():
+        ran = _execute(stage, context, overwrite)
+    processes.wait(f"{stage.name} ends")
+    return ran
+
+
+def _execute(stage, context, overwrite):
     folder = context.path(stage.name)
     record = folder / "stage.json"
     now = {
@@ -72,12 +84,15 @@ def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
         _refuse_difference(stage, folder, before, now)
         if before["status"] == "done" and all((folder / f).exists() for f in before["outputs"]):
             return False
-    else:
-        if folder.exists():
-            shutil.rmtree(folder)
+    if stage.everywhere:
+        processes.wait(f"{stage.name} begins")  # all know what was there
+    if before is None:
+        artifacts.remove(folder)
         artifacts.write_json(record, now)
     for stale in folder.rglob(".*.tmp"):  # of a killed run, in the middle of a write
-        stale.unlink()
+        artifacts.remove(stale)
+    if stage.everywhere:
+        processes.wait(f"{stage.name} may write")
     started = time.time()
     result = dict(stage.run(context))
     # Seconds are this call's: what a killed one spent is not known, nor do its tokens count.
@@ -85,7 +100,8 @@ def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
     tokens = result.get("tokens", 0) - result.get("resumed_tokens", 0)
     rate = {"tokens_per_second": round(tokens / seconds, 1)} if tokens else {}
     done = {"status": "done", "seconds": round(seconds, 3), **result, **rate}
-    artifacts.write_json(record, now | done | {"outputs": _outputs(folder)})
+    if processes.is_first():
+        artifacts.write_json(record, now | done | {"outputs": _outputs(folder)})
     return True
 
 

@@ -103,11 +103,22 @@ def _finite(metrics, run, number) -> Record:
 
 
 def _checkpoints(folder) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Training is the first process's work: it waits for no other.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+    )
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1,
+        enable_async_checkpointing=False,
+        create=False,
+        multiprocessing_options=alone,
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def _save(saved, state, records) -> None:
+    state = jax.tree.map(np.asarray, state)
     items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(records)}
     saved.save(len(records), args=ocp.args.Composite(**items))
 

@@ -4,13 +4,23 @@ way.
 
 import base64
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from diq_jax.common import artifacts, devices, errors, influence_config, progress, stages, trees
+from diq_jax.common import (
+    artifacts,
+    devices,
+    errors,
+    influence_config,
+    processes,
+    progress,
+    stages,
+    trees,
+)
 from diq_jax.data import batches, example, packing
 from diq_jax.influence import curvature, direction, engines, per_example, store, warmup
 from diq_jax.models import load
@@ -101,7 +111,7 @@ def exact_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) 
         [v[2] for v in ordered] if settings.per_token else None,
         resumed,
         record,
-        partial.unlink,
+        functools.partial(artifacts.remove, partial),
     )
 
 
@@ -125,6 +135,7 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
         for i, row, loss in zip(group.indices, rows, losses, strict=True):
             _check_finite("gradient", task, i, row, loss)
         writer.append(group.indices, rows, losses)
+    processes.wait("rows")
 
     cosine = settings.normalize == "cosine"
     groups, mean = _combined(task, targets, cosine)

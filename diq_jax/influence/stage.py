@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, errors, influence_config, metrics, stages
+from diq_jax.common import artifacts, errors, influence_config, metrics, processes, stages
 from diq_jax.data import encoded
 from diq_jax.influence import direction, scoring, warmup
 from diq_jax.models import checkpoint, load
@@ -74,6 +74,7 @@ def run(context: stages.Context) -> dict[str, Any]:
     if cfg.influence.per_token:
         columns["token_influence"] = pa.array(scored.tokens, lists)
     artifacts.write_table(context.path("influence/influence.parquet"), columns)
+    processes.wait("scores")  # all have read what is dropped now
     scored.finish()
     return {
         "rows": len(task.pool),

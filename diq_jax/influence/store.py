@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, gradient_store
+from diq_jax.common import artifacts, gradient_store, processes
 
 HEADER = np.dtype([("index", "<u4"), ("checksum", "<u4"), ("loss", "<f4")])
 # The reading half, under the names that users find here.
@@ -31,7 +31,8 @@ products, unit, DTYPES = gradient_store.products, gradient_store.unit, gradient_
 
 
 class Writer:
-    """Appends rows in any order, by index; `finish` turns them into shards.
+    """Appends rows in any order, by index; `finish` turns them into shards. Of several processes
+    the first writes, and all can read what it had written when they last waited for it.
 
     Args:
         made_from: what must be the same for rows to belong together; kept in the manifest.
@@ -52,8 +53,10 @@ class Writer:
             self._recover()
         else:
             artifacts.write_json(head, self._head())
-        self._file = open(self.log, "ab")
-        self._file.truncate(len(self._places) * self._record.itemsize)
+        self._file = None
+        if processes.is_first():
+            self._file = open(self.log, "ab")
+            self._file.truncate(len(self._places) * self._record.itemsize)
 
     def _head(self):
         return {"dim": self.dim, "dtype": self.dtype, "made_from": self.made_from}
@@ -80,6 +83,10 @@ class Writer:
     def append(self, indices: Sequence[int], rows: np.ndarray, losses: np.ndarray) -> None:
         """Adds rows (b, dim) float32; those that are there already stay as they are."""
         new = [k for k, index in enumerate(indices) if index not in self._places]
+        for k in new:
+            self._places[indices[k]] = len(self._places)
+        if self._file is None:
+            return
         records = np.zeros(len(new), self._record)
         records["header"]["index"] = [indices[k] for k in new]
         records["header"]["loss"] = losses[new]
@@ -88,8 +95,6 @@ class Writer:
         self._file.write(records.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
-        for k in new:
-            self._places[indices[k]] = len(self._places)
 
     def losses(self) -> np.ndarray:
         """(rows,) float32 in order of index."""
@@ -105,7 +110,7 @@ class Writer:
     def finish(
         self, example_ids: Sequence[str], targets: np.ndarray, shard_rows: int, target_names
     ) -> None:
-        """Writes shards, then the manifest; the log stays until `discard`.
+        """Writes shards, then the manifest, in the first process; the log stays until `discard`.
 
         Args:
             targets: (Q, dim) float32, the projected directions, one for each of `target_names`.
@@ -113,6 +118,8 @@ class Writer:
         records, order = self._read(), self._order()
         if len(order) != len(example_ids):
             raise ValueError(f"{len(order)} rows for {len(example_ids)} examples.")
+        if not processes.is_first():
+            return
         count = -(-len(order) // shard_rows)
         checksums = {}
         for k in range(count):
@@ -131,11 +138,12 @@ class Writer:
     def discard(self) -> None:
         """Drops the log, once all that depends on it is written."""
         self.close()
-        self.log.unlink()
-        (self.folder / "rows.json").unlink()
+        artifacts.remove(self.log)
+        artifacts.remove(self.folder / "rows.json")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _read(self):
         shape = len(self._places)

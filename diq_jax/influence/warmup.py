@@ -131,7 +131,8 @@ def make_step(space, settings, cfg, placement, total_steps):
         for rows in microbatches:
             part = gradients(chosen, rest, placement.batch(rows.batch))
             total = part if total is None else add(total, part)
-        return update(jax.device_put(state, total["examples"].sharding), total)
+        everywhere = total["examples"].sharding
+        return update(jax.tree.map(lambda x: devices.put(x, everywhere), state), total)
 
     return train_step
 
@@ -179,7 +180,7 @@ def _plan(pool, settings, rows_multiple):
 
 
 def _write(file, state):
-    tensors = {k: np.array(x) for k, x in trees.named_leaves(_fields(state)).items()}
+    tensors = {k: devices.whole(x) for k, x in trees.named_leaves(_fields(state)).items()}
     with artifacts.atomic(file) as temporary:
         safetensors.numpy.save_file(tensors, temporary)
 
