@@ -66,8 +66,7 @@ def in_microbatches(fn: Callable, batch, settings: influence_config.Influence, s
 
 def microbatch_tokens(settings: influence_config.Influence) -> int:
     """Tokens whose activations a device holds at once for a backward pass: the setting's, or by
-    backend. A CPU is fastest while they are few (fresh memory costs more than arithmetic), a GPU or
-    TPU while its products are large.
+    backend. A CPU gains nothing from more, a GPU or TPU is fastest while its products are large.
     """
     return settings.microbatch_tokens or (1024 if jax.default_backend() == "cpu" else 16_384)
 

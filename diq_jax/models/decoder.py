@@ -10,7 +10,6 @@ Parameters, with layers stacked on a leading axis N and kernels stored (in, out)
 
 import jax
 import jax.numpy as jnp
-from jax import ad_checkpoint
 from jax.sharding import PartitionSpec as P
 
 from diq_jax.models import config, layers
@@ -25,13 +24,6 @@ PARTITION_RULES = (
     (r"layers/.*/(o|down)_proj/bias", P(None, None)),
     (r"layers/.*norm/scale", P(None, None)),
     (r"final_norm/scale", P(None)),
-)
-
-# What a backward pass keeps of a layer. Less is also faster on a CPU, where fresh memory costs more
-# than arithmetic (docs/results.md).
-KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("attention"),
 )
 
 
@@ -141,8 +133,7 @@ def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, p
         q = layers.rotate(q, positions, frequencies)
         k = layers.rotate(k, positions, frequencies)
         h, kept = attend(q, k, v, before)
-        h = ad_checkpoint.checkpoint_name(h, "attention")
-        x = x + layers.linear(p["attn"]["o_proj"], h, attn.get("o_proj"))
+        x = x + layers.linear(p["attn"]["o_proj"], layers.kept(h), attn.get("o_proj"))
 
         h = layers.rms_norm(p["mlp_norm"], x, cfg.norm_eps)
         gate = layers.linear(p["mlp"]["gate_proj"], h, mlp.get("gate_proj"))
@@ -153,9 +144,8 @@ def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, p
 
     x = embed(params["embed"], tokens)
     adapter_layers = {} if adapter is None else adapter["layers"]
-    policy = None if remat else KEPT
-    layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)  # a scan needs no barrier
-    x, kept = jax.lax.scan(layer, x, (params["layers"], adapter_layers, past))
+    stacked = (params["layers"], adapter_layers, past)
+    x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
     return layers.rms_norm(params["final_norm"], x, cfg.norm_eps), kept
 
 

@@ -76,16 +76,14 @@ def _layers(params, cfg, tokens, mask, keep):
             for name in ("q_proj", "k_proj", "v_proj")
         )
         h = layers.attention(q, k, v, segment_ids, causal=False)
-        x = layers.layer_norm(
-            p["attn_norm"], x + layers.linear(p["attn"]["o_proj"], h), cfg.norm_eps
-        )
+        h = layers.linear(p["attn"]["o_proj"], layers.kept(h))
+        x = layers.layer_norm(p["attn_norm"], x + h, cfg.norm_eps)
         h = activate(layers.linear(p["mlp"]["up_proj"], x))
-        x = layers.layer_norm(
-            p["mlp_norm"], x + layers.linear(p["mlp"]["down_proj"], h), cfg.norm_eps
-        )
+        h = layers.linear(p["mlp"]["down_proj"], h)
+        x = layers.layer_norm(p["mlp_norm"], x + h, cfg.norm_eps)
         return x, keep(x)
 
-    return jax.lax.scan(layer, x, params["layers"])
+    return jax.lax.scan(layers.checkpointed(layer), x, params["layers"])
 
 
 def mean_pool(hidden, mask):

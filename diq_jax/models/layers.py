@@ -16,11 +16,30 @@ Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head,
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ad_checkpoint
 
 from diq_jax.models import config
 
 UNSEEN = -1e30  # added to a score: exp gives exactly 0; a position always sees itself
 QUERY_BLOCK = 256  # queries of one attention block: scores are (B, H, QUERY_BLOCK, T) at most
+
+
+def checkpointed(layer, remat=False):
+    """A layer for `lax.scan` whose backward pass keeps what matrix products and `kept` gave, a
+    third of it all, and recomputes the cheap rest; with `remat` it recomputes everything. Less is
+    also faster on a CPU, where fresh memory costs more than arithmetic (docs/results.md).
+    """
+    policies = jax.checkpoint_policies
+    some = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("kept")
+    )
+    # A scan needs no barrier against common subexpressions.
+    return jax.checkpoint(layer, prevent_cse=False, policy=None if remat else some)
+
+
+def kept(x):
+    """x, which the backward pass of a `checkpointed` layer keeps."""
+    return ad_checkpoint.checkpoint_name(x, "kept")
 
 
 def linear(params, x, adapter=None):
