@@ -84,13 +84,13 @@ def test_two_processes_score_as_one_and_the_first_writes(made, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
-    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(60))
+    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
     flags = (*STORE, f"--config.data.pool={pool}")
     running = start(made, tmp_path / "two", *flags, processes=2)
     log = tmp_path / "two/influence/store/rows.log"
     while not (log.exists() and log.stat().st_size):
         assert running[0].poll() is None, running[0].communicate()[1][-2000:]
-        time.sleep(0.05)
+        time.sleep(0.01)
     for process in running:
         process.send_signal(signal.SIGKILL)
         process.communicate()
