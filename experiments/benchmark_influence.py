@@ -36,6 +36,9 @@ BATCH = flags.DEFINE_integer("batch", 8, "Rows of a batch.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens of a row.", lower_bound=8)
 ANSWERS = flags.DEFINE_integer("answers", 50, "Answer tokens of a random row.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Turns of each program.", lower_bound=1)
+MICROBATCH = flags.DEFINE_integer(
+    "microbatch_tokens", 0, "As influence.microbatch_tokens.", lower_bound=0
+)
 RANK = flags.DEFINE_integer("rank", 16, "Of the thin direction.", lower_bound=1)
 DIM = flags.DEFINE_integer("dim", 4096, "Of the projections.", lower_bound=2)
 FACTORED_DIM = flags.DEFINE_integer(
@@ -80,7 +83,7 @@ def programs(model: load.Model, batch, placement) -> dict:
     def training(chosen, rest, batch):
         return jax.grad(lambda c: direction.losses(c, rest, batch, **bound).mean())(chosen)
 
-    settings = influence_config.Influence()
+    settings = influence_config.Influence(microbatch_tokens=MICROBATCH.value)
 
     def gradients(kind, dim):
         """vmap(grad) and its projection; without a kind, its norm, so that nothing is left out."""

@@ -283,7 +283,7 @@ def test_the_command_line_answers_mistakes_with_a_sentence(flags, message, made,
 
 
 def test_help_says_what_a_script_does_and_takes():
-    script = [sys.executable, str(pathlib.Path(__file__).parents[1] / "experiments/run_diq.py")]
+    script = [sys.executable, str(ROOT / "experiments/run_diq.py")]
     ended = subprocess.run([*script, "--help"], capture_output=True, text=True)
     assert ended.returncode == 0 and not ended.stderr
     for part in ("A finished stage is skipped", "--stages", "selection.retention_ratio"):

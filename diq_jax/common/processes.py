@@ -12,7 +12,7 @@ from diq_jax.common import errors
 
 LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000  # a stage of the first process may take days
 
-_index, _count, _joined = 0, 1, False
+_index, _joined = 0, False
 
 
 def join() -> None:
@@ -24,7 +24,7 @@ def join() -> None:
     Raises:
         UserError: nothing says who takes part, or the others cannot be reached.
     """
-    global _index, _count, _joined
+    global _index, _joined
     import jax
 
     number, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
@@ -39,7 +39,7 @@ def join() -> None:
             f"({str(e).rstrip('.')}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID."
         ) from None
-    _index, _count, _joined = jax.process_index(), jax.process_count(), True
+    _index, _joined = jax.process_index(), True
     sys.excepthook = _show_and_leave
 
 
@@ -54,7 +54,7 @@ def is_first() -> bool:
 
 def wait(what: str) -> None:
     """Until every process is here; what the first one wrote before is then there for all."""
-    if _count > 1:
+    if _joined:
         from orbax.checkpoint import multihost
 
         multihost.get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_WAIT_MS)
@@ -64,7 +64,7 @@ def leave(code: int) -> NoReturn:
     """Exits. Not by way of jax's own farewell, which waits for others that wait for this one: they
     end when they miss it.
     """
-    if _count > 1:
+    if _joined:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

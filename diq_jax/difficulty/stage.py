@@ -10,7 +10,6 @@ difficulty.source are applied, for they were fitted on other rows than it is ask
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +84,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         started, found = time.time(), model_scores.run(context)
         counts |= {name: counts.get(name, 0) + tokens for name, tokens in found.items()}
         counts["model_scores"] = {"seconds": round(time.time() - started, 3), **found}
-    shutil.rmtree(context.path(PARTIAL), ignore_errors=True)
+    artifacts.remove(context.path(PARTIAL))
     return {"rows": len(ids), **counts, "metrics": measured}
 
 
@@ -116,7 +115,7 @@ def train(context: stages.Context) -> dict[str, Any]:
     tok = tokenizer.load_tokenizer(settings.encoder, FIELD)
     trained.save(out, model, hf_config, tok, settings.max_tokens, temperatures)
     artifacts.write_json(out / "metrics.json", measured)
-    shutil.rmtree(partial, ignore_errors=True)
+    artifacts.remove(partial)
     return {"rows": rows, **counts, "metrics": measured}
 
 

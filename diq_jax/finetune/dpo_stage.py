@@ -1,7 +1,6 @@
 """The stage `dpo`: the selected rows' adapter trained on, by preferences (dpo.py)."""
 
 import dataclasses
-import shutil
 from typing import Any
 
 import jax
@@ -42,8 +41,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             for number, (step, record) in enumerate(zip(planned, records, strict=True))
         ]  # fmt: skip
         artifacts.write_jsonl(losses_file, rows)
-    if state_folder.exists():
-        shutil.rmtree(state_folder)
+    artifacts.remove(state_folder)
     rows = artifacts.read_jsonl(losses_file)
     total = sum(row["tokens"] for row in rows)
     ends = {

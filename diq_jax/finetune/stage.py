@@ -6,7 +6,6 @@ the same bytes.
 """
 
 import functools
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,8 +48,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             row for arm in arms for row in _rows(arm, steps[arm], records[arm], encoded, settings)
         ]
         artifacts.write_jsonl(losses_file, rows)
-    if state_folder.exists():
-        shutil.rmtree(state_folder)
+    artifacts.remove(state_folder)
     return _summary(artifacts.read_jsonl(losses_file), encoded, arms, tokens)
 
 
