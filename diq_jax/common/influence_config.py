@@ -13,7 +13,9 @@ PROJECTIONS = ("rademacher", "gaussian", "sparse")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    path: str = ""  # a PEFT adapter folder; "" = a fresh adapter by the fields below
+    # a PEFT adapter folder, which is then part of the model; "" = a fresh adapter by the fields
+    # below, around the model as it is: no output changes, and the gradient is of A and B
+    path: str = ""
     rank: int = 8  # of the fresh adapter
     alpha: float = 16.0  # its scale is alpha / rank
     targets: str = "(q|k|v)_proj"  # regex over the model's linear layers

@@ -119,7 +119,11 @@ def from_peft(folder: str, cfg, chosen) -> Direction:
 def make_space(
     model: load.Model, settings: influence_config.Influence, placement: devices.Placement
 ):
-    """The space that influence.parameters names: `all`, `lora`, or a regex over parameter paths.
+    """Makes the space that influence.parameters names: `all`, `lora`, or a regex over parameter
+    paths.
+
+    Whatever the space, the function that is differentiated is the model itself: a fresh LoRA
+    adapter changes no output (lora.with_origin).
 
     Returns:
         (chosen, rest), each the nesting {"params", "adapter"} with None at the other's places.
@@ -189,9 +193,12 @@ _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
 
 def _adapter(model, settings):
+    """The adapter whose factors are differentiated: a fresh one around the model as it is, or one
+    of the user's, which is then part of the model.
+    """
     if settings.path:
         return lora.load_peft(settings.path, model.cfg, "influence.lora.path")
-    return lora.init(
+    fresh = lora.init(
         jax.random.key(settings.seed),
         model.cfg,
         settings.targets,
@@ -200,3 +207,4 @@ def _adapter(model, settings):
         settings.zero_b,
         "influence.lora.targets",
     )
+    return lora.with_origin(fresh)

@@ -19,6 +19,9 @@ from diq_jax.models import checkpoint, load
 def fingerprints(context: stages.Context) -> Mapping[str, str]:
     settings = context.config.influence
     found = {"model.path": _weights(context)}
+    if settings.parameters == "lora":
+        # Also refuses scores of versions that added a random adapter to the model.
+        found["gradients at"] = gradients_at(settings)
     folders = {"influence.lora.path": settings.lora.path if settings.parameters == "lora" else ""}
     if settings.direction.startswith(influence_config.PEFT_DIRECTION):
         folders["influence.direction"] = settings.direction.removeprefix(
@@ -29,6 +32,12 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
         if folder and weights.is_file():
             found[field] = artifacts.sha256(weights)
     return found
+
+
+def gradients_at(settings: influence_config.Influence) -> str:
+    """Says which function is differentiated before any warm-up, for records."""
+    path = settings.lora.path if settings.parameters == "lora" else ""
+    return f"the base model with the adapter {path}" if path else "the base model"
 
 
 def run(context: stages.Context) -> dict[str, Any]:
@@ -83,6 +92,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         "differentiated_parameters": sum(
             int(np.prod(shape)) for shape in direction.shapes(space, placement).values()
         ),
+        "gradients_at": gradients_at(cfg.influence),
         "target_groups": list(task.groups),
         "target_loss": _by_task(tasks, target_losses),
         "correlations": {
@@ -153,6 +163,7 @@ def made_from(context):
         "model_path": cfg.model.path,
         "model_dtype": cfg.model.dtype,
         "parameters": settings.parameters,
+        "gradients_at": gradients_at(settings),
         "loss_reduction": settings.loss_reduction,
     }
     if settings.parameters == "lora":

@@ -48,9 +48,10 @@ def linear(params, x, adapter=None):
     Args:
         params: kernel (in, out), and bias (out,) where the family has one.
         x: (B, T, in).
-        adapter: a (in, R), b (R, out), scale (); with dropout_keys (B,) and dropout_rate,
-            inverted dropout on the adapter's input as PEFT applies it, drawn for each row by its
-            own key: the same on any number of devices and in any microbatch.
+        adapter: a (in, R), b (R, out), scale (); with a0 (in, R) and b0 (R, out), an origin, what
+            is added is x (A B - A0 B0) * scale; with dropout_keys (B,) and dropout_rate, inverted
+            dropout on the adapter's input as PEFT applies it, drawn for each row by its own key:
+            the same on any number of devices and in any microbatch.
     """
     # Cut off from x: what passes on to x goes through the kernel alone.
     fixed = jax.lax.stop_gradient(x)
@@ -67,9 +68,22 @@ def linear(params, x, adapter=None):
             draw = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))
             kept = draw(adapter["dropout_keys"])
             z = jnp.where(kept, x / keep.astype(x.dtype), 0)
-        low = z @ adapter["a"].astype(x.dtype)
-        y = y + low @ adapter["b"].astype(x.dtype) * adapter["scale"].astype(x.dtype)
+        a, b = _factors(adapter)
+        y = y + z @ a.astype(x.dtype) @ b.astype(x.dtype) * adapter["scale"].astype(x.dtype)
     return y
+
+
+def _factors(adapter):
+    """The two factors of an adapter's change of the kernel.
+
+    With an origin it is A B - A0 B0 = (A - A0) B + A0 (B - B0), as one product of rank 2 R: exactly
+    0 at the origin, where a difference of two products would leave their rounding.
+    """
+    a, b = adapter["a"], adapter["b"]
+    if "a0" not in adapter:
+        return a, b
+    a0, b0 = adapter["a0"], adapter["b0"]
+    return jnp.concatenate([a - a0, a0], -1), jnp.concatenate([b, b - b0], -2)
 
 
 def with_direction(params, y, enter, transposed=False):

@@ -2,7 +2,7 @@
 both ways.
 
 An adapter is nested like the parameters, {"layers": {"attn": {"q_proj": {"a", "b", "scale"}}}},
-stacked over layers.
+stacked over layers. With an origin, `a0` and `b0` beside `a` and `b`, it adds x (A B - A0 B0).
 """
 
 import math
@@ -66,8 +66,21 @@ def init(key, cfg, targets: str, rank: int, alpha: float, zero_b: bool, field: s
     return tree
 
 
+def with_origin(adapter) -> dict:
+    """Returns the adapter as a space around the model that it is added to: where it stands now, the
+    model is unchanged to the last digit, and the gradients of A and B are those of (x A) B.
+    """
+
+    def visit(node):
+        if "scale" in node:
+            return node | {"a0": node["a"], "b0": node["b"]}
+        return {name: visit(child) for name, child in node.items()}
+
+    return visit(adapter)
+
+
 def is_factor(name: str) -> bool:
-    """Whether a leaf of an adapter is trained (A and B are, the scale is not)."""
+    """Returns whether a leaf of an adapter is trained: A and B are, scale and origin are not."""
     return name.endswith(("/a", "/b"))
 
 
