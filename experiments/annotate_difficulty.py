@@ -78,7 +78,7 @@ def write(examples, outcomes, out: pathlib.Path) -> tuple[list[list[dict]], list
             rows.append(annotate.labelled(example.row, example.question, levels))
         else:
             failed.append({"id": example.example_id} | wrong)
-    listed = out.with_suffix(".failed.jsonl")
+    listed = out.with_suffix(asking.FAILED)
     artifacts.write_jsonl(listed, failed)
     if not rows:
         raise errors.UserError(f"no row was labelled; {listed} says why.")
@@ -113,7 +113,7 @@ def main() -> None:
     asking.print_failures(f"annotated {len(found):,} rows", failed, cached)
     asking.print_usage(answered)
     print_levels(found)
-    listed = f"; the others are listed in {out.with_suffix('.failed.jsonl')}" if failed else ""
+    listed = f"; the others are listed in {out.with_suffix(asking.FAILED)}" if failed else ""
     print(f"wrote {out}{listed}")
 
 

@@ -33,6 +33,7 @@ SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many questions; 0 = all.", l
 BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each interval.", 100)
 
 REPLY_TOKENS = 200  # a guess for the reasons and levels
+VERDICTS = ".verdicts.jsonl"  # beside --out
 
 
 def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
@@ -182,16 +183,16 @@ def write(out: pathlib.Path, results, outcomes) -> tuple[list, list[dict]]:
         judged.append((what, given))
         swapped = {"swapped": given[1]} if PAIRWISE.value else {}
         verdicts.append(what | {"verdict": given[0]} | swapped)
-    listed = out.with_suffix(".failed.jsonl")
+    listed = out.with_suffix(asking.FAILED)
     artifacts.write_jsonl(listed, failed)
     if not judged:
         raise errors.UserError(f"nothing was judged; {listed} says why.")
-    artifacts.write_jsonl(out.with_suffix(".verdicts.jsonl"), verdicts)
+    artifacts.write_jsonl(out.with_suffix(VERDICTS), verdicts)
     return judged, failed
 
 
 def main() -> None:
-    settings, out = asking.settings(), asking.output(OUT.value, ".json")
+    settings, out = asking.settings(), asking.output(OUT.value, ".json", (asking.FAILED, VERDICTS))
     for flag in (ANSWERS, MODELS):
         if not flag.value or not all(flag.value):
             raise errors.UserError(f"--{flag.name} must be names with commas between them.")
@@ -215,8 +216,8 @@ def main() -> None:
     head = {"mode": "pairwise" if PAIRWISE.value else "single", "answers": models}
     head |= {"judges": MODELS.value, "questions": len(ids), "failed": len(failed)}
     artifacts.write_json(out, head | results)
-    listed = f"; failures are listed in {out.with_suffix('.failed.jsonl')}" if failed else ""
-    print(f"wrote {out} and {out.with_suffix('.verdicts.jsonl')}{listed}")
+    listed = f"; failures are listed in {out.with_suffix(asking.FAILED)}" if failed else ""
+    print(f"wrote {out} and {out.with_suffix(VERDICTS)}{listed}")
 
 
 if __name__ == "__main__":

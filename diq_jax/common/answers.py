@@ -1,4 +1,4 @@
-"""What is asked of a language model and what its replies are worth: requests, checks and a cache.
+"""What is asked of a language model and what its replies are worth: requests and checks.
 
 Nothing here knows of a network (`endpoint` sends) or of what the answers are for.
 """
@@ -7,11 +7,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from diq_jax.common import artifacts
+from diq_jax.common import reading, replies
 
 # From one try to the next, so that a server with seeds does not repeat itself. The seeds between
 # are the caller's, for several answers to one question.
@@ -50,17 +49,6 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
-    """What a server sent, as it came, and what it counted."""
-
-    content: str
-    refusal: str
-    finish: str  # why it ended: stop, length, content_filter
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a request.
 
@@ -73,43 +61,6 @@ class Outcome:
     status: str
     value: dict[str, Any] | None = None
     detail: str = ""
-
-
-class Cache:
-    """Every reply that was paid for, in an append-only file: one process at a time.
-
-    Attributes:
-        usage: (replies, prompt tokens, completion tokens) so far.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self._journal = artifacts.Journal(path)
-        self._replies: dict[str, Reply] = {}
-        self.usage = (0, 0, 0)
-        for entry in self._journal.entries:
-            fields = {name: value for name, value in entry.items() if name != "key"}
-            self._add(entry["key"], Reply(**fields))
-
-    def get(self, request: Request) -> Reply | None:
-        return self._replies.get(request.key)
-
-    def put(self, request: Request, reply: Reply) -> None:
-        """Returns once the reply is on the disk."""
-        self._journal.append({"key": request.key} | dataclasses.asdict(reply))
-        self._add(request.key, reply)
-
-    def _add(self, key: str, reply: Reply) -> None:
-        self._replies[key] = reply
-        count, prompt, completion = self.usage
-        self.usage = (
-            count + 1, prompt + reply.prompt_tokens, completion + reply.completion_tokens
-        )  # fmt: skip
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.close()
 
 
 def choices_schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
@@ -151,7 +102,7 @@ def body(request: Request, structured: bool) -> dict:
     return fields | {"messages": messages}
 
 
-def settle(request: Request, cache: Cache, tries: int) -> Outcome | Request:
+def settle(request: Request, cache: replies.Cache, tries: int) -> Outcome | Request:
     """What the replies at hand decide, or else the request to send next.
 
     A refused or malformed reply is asked for again, `tries` times in all; the last one counts.
@@ -159,7 +110,7 @@ def settle(request: Request, cache: Cache, tries: int) -> Outcome | Request:
     outcome = None
     for number in range(tries):
         step = request.retry(number)
-        reply = cache.get(step)
+        reply = cache.get(step.key)
         if reply is None:
             return step
         outcome = judge(reply, request.schema)
@@ -169,7 +120,7 @@ def settle(request: Request, cache: Cache, tries: int) -> Outcome | Request:
 
 
 def split(
-    requests: Iterable[Request], cache: Cache, tries: int
+    requests: Iterable[Request], cache: replies.Cache, tries: int
 ) -> tuple[dict[str, Outcome], list[Request]]:
     """What the cache decides, by key, and the requests that it does not, equal ones once."""
     outcomes, missing = {}, []
@@ -182,7 +133,7 @@ def split(
     return outcomes, missing
 
 
-def judge(reply: Reply, schema: Mapping[str, Any]) -> Outcome:
+def judge(reply: replies.Reply, schema: Mapping[str, Any]) -> Outcome:
     """Whether the reply is an answer: one JSON object that fits the schema."""
     if reply.refusal or reply.finish == "content_filter":
         return Outcome("refused", detail=shorten(reply.refusal or "stopped by a content filter"))
@@ -206,10 +157,7 @@ def parse_object(text: str) -> Any:
     start, end = text.find("{"), text.rfind("}")
     if start < 0:
         raise ValueError("no JSON object")
-    try:
-        return json.loads(text[start : end + 1])
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON ({e})") from None
+    return reading.parse_json(text[start : end + 1], "it")
 
 
 def mistake(value: Any, schema: Mapping[str, Any], where: str) -> str:
@@ -232,6 +180,6 @@ def mistake(value: Any, schema: Mapping[str, Any], where: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """One line of at most 300 characters."""
-    text = " ".join(text.split())
+    """Returns one line of at most 300 characters, which any file can hold."""
+    text = " ".join(text.encode(errors="replace").decode().split())
     return text if len(text) <= 300 else text[:297] + "..."

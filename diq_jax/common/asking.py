@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from diq_jax.common import answers, endpoint, errors, progress
+from diq_jax.common import answers, endpoint, errors, progress, replies
 
 BASE_URL = flags.DEFINE_string("base_url", None, "The endpoint, such as http://localhost:8000/v1.")
 SEED = flags.DEFINE_integer("seed", 0, "Of any draw, and sent with each request.", lower_bound=0)
@@ -35,6 +35,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the estimate and one p
 YES = flags.DEFINE_bool("yes", False, "Start without asking.")
 
 CHARACTERS_PER_TOKEN = 4
+FAILED = ".failed.jsonl"  # what got no answer, beside --out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Answered:
     Attributes:
         outcomes: by the request's key.
         known: keys that the cache had answered before.
-        usage: replies, tokens in and tokens out of this run.
+        usage: replies, tokens in and out of this run, and replies without these counts.
     """
 
     outcomes: Mapping[str, answers.Outcome]
     known: frozenset[str]
-    usage: tuple[int, int, int]
+    usage: tuple[int, int, int, int]
     seconds: float
 
 
@@ -66,8 +67,11 @@ def settings() -> endpoint.Settings:
     )
 
 
-def output(path: str, extension: str) -> pathlib.Path:
-    """The file to write. Replies are kept beside it, under `cache_of` it.
+def output(path: str, extension: str, beside: Sequence[str] = (FAILED,)) -> pathlib.Path:
+    """Returns the file to write. Replies are kept beside it, under `cache_of` it.
+
+    Args:
+        beside: the extensions of further files that will be written.
 
     Raises:
         UserError: another extension, or a file that was not made here.
@@ -75,8 +79,15 @@ def output(path: str, extension: str) -> pathlib.Path:
     if not path.endswith(extension):
         raise errors.UserError(f"--out must end in {extension}; got {path!r}.")
     out = pathlib.Path(path)
-    if out.exists() and not cache_of(out).exists():
-        raise errors.UserError(f"--out: {out} exists and was not made here; name another file.")
+    cache = cache_of(out)
+    if cache.is_file() and cache.stat().st_size:
+        return out  # they were made here, if the cache was: replies.Cache finds out
+    for file in (out, *map(out.with_suffix, beside)):
+        if file.exists() and file.stat().st_size:
+            raise errors.UserError(
+                f"--out: {file} exists and was not made here (there is no {cache.name} beside "
+                "it): move it, or name another file."
+            )
     return out
 
 
@@ -118,10 +129,12 @@ def answer_all(
         UserError: as endpoint.ask_all; or the user does not start.
     """
     requests = list(requests)
-    with answers.Cache(cache_of(out)) as cache:
+    with replies.Cache(cache_of(out)) as cache:
         outcomes, missing = answers.split(requests, cache, chosen.answer_tries)
         known, before, started = frozenset(outcomes), cache.usage, time.perf_counter()
         models = dict.fromkeys(r.model for r in requests)
+        if cache.damaged:
+            print(f"{cache.damaged:,} damaged lines of {cache.path} are skipped, and left there")
         _print_estimate(", ".join(models), rows, len(known), missing, cache.usage, reply_tokens)
         if DRY_RUN.value:
             for message in requests[0].messages:
@@ -138,7 +151,7 @@ def answer_all(
 
 def _print_estimate(models, rows, cached, missing, usage, reply_tokens) -> None:
     characters = sum(len(m["content"]) for r in missing for m in r.messages)
-    replies, _, completion = usage
+    replies, _, completion, _ = usage
     each, source = (
         (completion / replies, "as so far")
         if completion
@@ -172,11 +185,11 @@ def _confirm() -> None:
 def _ask(name, missing, clients, chosen, cache, cached) -> dict[str, answers.Outcome]:
     outcomes = {}
     with progress.Progress(name, cached + len(missing), resumed=cached) as bar:
-        tokens, failed = sum(cache.usage[1:]), 0
+        tokens, failed = sum(cache.usage[1:3]), 0
 
         def done(outcome: answers.Outcome) -> None:
             nonlocal tokens, failed
-            before, tokens = tokens, sum(cache.usage[1:])
+            before, tokens = tokens, sum(cache.usage[1:3])
             failed += outcome.status != "answered"
             bar.update(1, tokens - before, failed=str(failed))
 
@@ -204,8 +217,10 @@ def print_failures(done: str, failed: Sequence[Mapping[str, Any]], cached: int) 
 
 
 def print_usage(answered: Answered) -> None:
-    replies, tokens_in, tokens_out = answered.usage
+    replies, tokens_in, tokens_out, uncounted = answered.usage
     print(
         f"{replies:,} replies in {answered.seconds:.1f} s: {tokens_in:,} tokens in, "
         f"{tokens_out:,} out, cost {_money(tokens_in, tokens_out)}"
     )
+    if uncounted:
+        print(f"the server gave no usable token counts for {uncounted:,} of them: add theirs")

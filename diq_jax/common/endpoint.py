@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import email.utils
 import itertools
-import json
 import math
 import os
 import random
@@ -17,13 +16,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from diq_jax.common import answers, errors
+from diq_jax.common import answers, errors, replies
 
 GIVE_UP_AFTER = 5  # requests in a row, each with all its tries, that got no reply;
 GIVE_UP_UNHEARD = 2  # fewer where nobody got one yet, but not at the first: it may be its own fault
 PASSING = (408, 409, 429)  # with all from 500, the statuses that another try may mend
 REFUSES_SCHEMA = (400, 422)
-NO_JSON = (json.JSONDecodeError, UnicodeDecodeError)  # from the client, of a reply's body
+MOST_BYTES = 2**24  # of a reply's body
 FATAL = (401, 403, 404)  # no request will fare better: key, rights, path or model
 KEPT = "replies so far are kept, and the same command continues"
 
@@ -88,7 +87,7 @@ def ask_all(
     client,
     requests: Sequence[answers.Request],
     settings: Settings,
-    cache: answers.Cache,
+    cache: replies.Cache,
     done: Callable[[answers.Outcome], None],
     say: Callable[[str], None],
 ) -> list[answers.Outcome]:
@@ -185,7 +184,7 @@ class _Session:
                     return None
                 self._count_unanswered(fault)
                 return answers.Outcome("unanswered", detail=str(fault))
-            self.cache.put(step, reply)
+            self.cache.put(step.key, reply)
             self._unanswered = 0
         return step
 
@@ -199,7 +198,7 @@ class _Session:
     def _is_fatal(self, fault: _Fault) -> bool:
         return fault.status in FATAL or fault.wait_s > self.settings.longest_wait_s
 
-    async def _send(self, request) -> answers.Reply:
+    async def _send(self, request) -> replies.Reply:
         """The first request finds out alone whether the server takes a schema."""
         if self._structured is None:
             async with self._deciding:
@@ -207,7 +206,7 @@ class _Session:
                     return await self._persist(lambda: self._decide(request))
         return await self._persist(lambda: self._create(request, self._structured))
 
-    async def _persist(self, send) -> answers.Reply:
+    async def _persist(self, send) -> replies.Reply:
         """Tries until there is a reply, or raises the last fault."""
         for number in itertools.count(1):
             try:
@@ -225,7 +224,7 @@ class _Session:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), wait)
 
-    async def _decide(self, request) -> answers.Reply:
+    async def _decide(self, request) -> replies.Reply:
         try:
             reply = await self._create(request, structured=True)
         except _Fault as fault:
@@ -238,7 +237,7 @@ class _Session:
         self._structured = True
         return reply
 
-    async def _create(self, request, structured: bool) -> answers.Reply:
+    async def _create(self, request, structured: bool) -> replies.Reply:
         """One HTTP request.
 
         Raises:
@@ -251,16 +250,30 @@ class _Session:
         fields = answers.body(request, structured)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                completion = await self.client.chat.completions.create(**fields)
+                body = await self._receive(fields)
         except (TimeoutError, openai.APITimeoutError):
             raise _Fault(f"no reply within {self.settings.timeout_s:g} s", passing=True) from None
         except openai.APIStatusError as e:
             raise _status_fault(e) from None
         except openai.APIConnectionError as e:
             raise _Fault(f"no connection ({e.__cause__ or e})", passing=True) from None
-        except (openai.APIResponseValidationError, *NO_JSON) as e:
-            raise _Fault(f"the reply is no JSON ({e})", passing=True) from None
-        return _reply(completion)
+        try:
+            return replies.read_completion(body.decode())
+        except UnicodeDecodeError as e:
+            raise _Fault(f"the reply is not UTF-8 ({e.reason})", passing=True) from None
+        except errors.UserError as e:
+            raise _Fault(str(e), passing=True) from None
+
+    async def _receive(self, fields) -> bytes:
+        """Sends one request and returns the body of its reply."""
+        body = b""
+        sent = self.client.chat.completions.with_streaming_response.create(**fields)
+        async with sent as response:
+            async for part in response.iter_bytes():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise _Fault(f"the reply is longer than {MOST_BYTES:,} bytes", passing=False)
+        return body
 
 
 def _status_fault(error) -> _Fault:
@@ -282,20 +295,3 @@ def retry_after(header: str, now: float) -> float:
         except ValueError:
             return 0.0
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
-
-
-def _reply(completion) -> answers.Reply:
-    """The client checks no types: a server may have sent anything."""
-    choices = getattr(completion, "choices", None)
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = getattr(choice, "message", None)
-    if message is None:
-        raise _Fault("the reply is no chat completion", passing=True)
-    usage = completion.usage
-    return answers.Reply(
-        content=str(getattr(message, "content", None) or ""),
-        refusal=str(getattr(message, "refusal", None) or ""),
-        finish=str(getattr(choice, "finish_reason", None) or ""),
-        prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
-        completion_tokens=getattr(usage, "completion_tokens", None) or 0,
-    )

@@ -26,12 +26,14 @@ _MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
 
 
-def parse_json(text: str, where: str, first_line: int | None = None) -> Any:
+def parse_json(text: str, where: str, first_line: int | None = None, mend: bool = False) -> Any:
     """Parses one JSON value that can be written again as JSON in UTF-8.
 
     Args:
         where: the place for messages: a file, or a sentence's subject such as "the reply".
         first_line: the line of `where`, a file, at which the text begins: messages say FILE:LINE.
+        mend: for what was paid for: half of a surrogate pair becomes U+FFFD, and a number that is
+            not finite null.
 
     Raises:
         UserError: no JSON; nested deeper than MOST_DEPTH; a number that is not finite or of more
@@ -54,6 +56,9 @@ def parse_json(text: str, where: str, first_line: int | None = None) -> Any:
     # Brackets in texts count too, so that this only says when a walk is needed.
     if text.count("[") + text.count("{") > MOST_DEPTH and _depth(value) > MOST_DEPTH:
         raise wrong(f"it is nested deeper than {MOST_DEPTH} levels")
+    if mend:
+        whole = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        return json.loads(whole.decode("utf-16", "replace"), parse_constant=lambda _: None)
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:

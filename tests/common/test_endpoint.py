@@ -9,7 +9,7 @@ import time
 import pytest
 from endpoint_server import Act, Server
 
-from diq_jax.common import answers, endpoint, errors
+from diq_jax.common import answers, endpoint, errors, replies
 
 SCHEMA = {
     "type": "object",
@@ -42,7 +42,7 @@ def settings(url, **changes):
 def ask(server, path, count=1, said=None, **changes):
     """The outcomes of `count` requests, through a cache file."""
     chosen = settings(server.url, **changes)
-    with answers.Cache(path / "cache.jsonl") as cache:
+    with replies.Cache(path / "cache.jsonl") as cache:
         asked = requests(count)
         outcomes, missing = answers.split(asked, cache, chosen.answer_tries)
         if missing:
@@ -86,6 +86,8 @@ def test_each_is_asked_once_in_order_and_never_more_than_the_bound_at_once(tmp_p
         Act(raw=b"[]"),
         Act(raw=b'{"choices": []}'),
         Act(raw=b'{"choices": [{"message": null}]}'),
+        Act(raw=b"[" * 101),
+        Act(raw=b"\xff"),
     ],
     ids=str,
 )
@@ -95,6 +97,14 @@ def test_a_passing_fault_is_waited_out(fault, tmp_path):
         [outcome] = ask(server, tmp_path, 1, said, timeout_s=0.3 if fault.hang else 20)
     assert outcome.status == "answered" and outcome.value["level"] == 2
     assert len(server.bodies) == 3 and len(said) == 1 and "trying again" in said[0]
+
+
+def test_a_reply_without_end_is_given_up_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "MOST_BYTES", 1000)
+    with Server(first([Act("x" * 1000)])) as server:
+        found = ask(server, tmp_path, 3, concurrency=1)
+    assert [outcome.status for outcome in found] == ["unanswered", "answered", "answered"]
+    assert found[0].detail == "the reply is longer than 1,000 bytes" and len(server.bodies) == 3
 
 
 def test_retry_after_is_honoured_in_seconds_and_as_a_date(tmp_path):
@@ -241,7 +251,7 @@ def test_the_key_is_of_the_question_not_of_the_server():
 
 
 def test_equal_requests_are_asked_once(tmp_path):
-    with answers.Cache(tmp_path / "c") as cache:
+    with replies.Cache(tmp_path / "c") as cache:
         outcomes, missing = answers.split(requests(3) + requests(4), cache, 1)
     assert outcomes == {} and [r.key for r in missing] == [r.key for r in requests(4)]
 

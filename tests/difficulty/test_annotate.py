@@ -1,5 +1,6 @@
 """Labelling a pool by a language model, as a user calls it, over a real local server."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -179,6 +180,67 @@ def test_a_file_of_the_users_is_not_overwritten(folder):
         ended = run(server, folder, "--yes")
     assert ended.returncode == 2 and "exists and was not made here" in ended.stderr
     assert (folder / "labels.jsonl").read_text() == "mine\n"
+
+
+def test_a_damaged_line_of_the_cache_is_paid_for_again_and_no_other(folder):
+    with Server() as server:
+        assert run(server, folder, "--yes").returncode == 0
+        first = (folder / "labels.jsonl").read_bytes()
+        kept = folder / "labels.cache.jsonl"
+        lines = kept.read_bytes().splitlines(keepends=True)
+        kept.write_bytes(b"".join([*lines[:2], b"x" + lines[2][1:], *lines[3:]]))
+        ended = run(server, folder, "--yes")
+        assert len(server.bodies) == 12 + 1
+    assert f"1 damaged lines of {kept} are skipped" in ended.stdout
+    assert (folder / "labels.jsonl").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["labels.cache.jsonl", "labels.failed.jsonl"])
+def test_files_of_the_users_beside_it_stay(name, folder):
+    (folder / name).write_text("my own notes\n")
+    with Server() as server:
+        ended = run(server, folder, "--yes")
+        assert server.bodies == []
+    assert ended.returncode == 2 and name in ended.stderr and ended.stderr.count("\n") == 1
+    assert (folder / name).read_text() == "my own notes\n"
+
+
+def test_two_runs_at_once_pay_once(folder):
+    slow = Server(
+        lambda number, body: Act(
+            endpoint_server.answer(endpoint_server.levels(endpoint_server.question(body))),
+            delay_s=0.2,
+        )
+    )
+    with slow as server:
+        both = [
+            subprocess.Popen(
+                command(server, folder, "--yes", "--concurrency=2"),
+                env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        said = [process.communicate()[1] for process in both]
+        assert len(server.bodies) == 12
+    refused, ended = sorted(both, key=lambda process: -process.returncode)
+    assert (refused.returncode, ended.returncode) == (2, 0)
+    assert "is in use by another run" in said[both.index(refused)]
+
+
+def test_odd_counts_are_said_and_cost_nothing_else(folder):
+    def plan(number, body):
+        found = endpoint_server.levels(endpoint_server.question(body))
+        message = {"role": "assistant", "content": endpoint_server.answer(found)}
+        usage = '"many"' if number % 2 else '{"prompt_tokens": NaN}'
+        choices = json.dumps([{"index": 0, "message": message, "finish_reason": "stop"}])
+        return Act(raw=f'{{"choices": {choices}, "usage": {usage}}}'.encode())
+
+    with Server(plan) as server:
+        ended = run(server, folder, "--yes")
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        assert run(server, folder).returncode == 0 and len(server.bodies) == 12
+    assert "no usable token counts for 12 of them" in ended.stdout
+    assert artifacts.read_jsonl(folder / "labels.jsonl") == [expected(row) for row in rows(12)]
 
 
 def test_the_script_starts_without_jax():
