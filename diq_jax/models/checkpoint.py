@@ -1,33 +1,42 @@
-"""Where weights come from and go to: safetensors folders, GGUF files, packages, the hub."""
+"""Where weights come from and go to: folders of safetensors or torch files, GGUF files, packages,
+the hub.
+"""
 
 import collections
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
 import numpy as np
-import safetensors
 import safetensors.numpy
+from absl import logging
 
-from diq_jax.common import artifacts, errors
-from diq_jax.models import gguf_file
+from diq_jax.common import artifacts, errors, reading
+from diq_jax.models import gguf_file, safetensors_file, stored, torch_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TORCH_WEIGHTS = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+# The first of these that a folder has is read, as transformers does.
+KINDS_OF_WEIGHTS = (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX)
+OPENERS = {".safetensors": safetensors_file.open_safetensors, ".bin": torch_file.open_torch}
 # "model*" leaves out second copies such as Mistral's consolidated.safetensors.
 HUB_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+# Downloaded where HUB_FILES brought no weights.
+HUB_TORCH_FILES = ("pytorch_model*.bin",)
+EMBEDDING, HEAD, TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 EXPECTED = (
-    "a hub id (org/name or org/name@revision), a local folder with config.json and safetensors,"
-    " a .gguf file, or package:NAME/FILE"
+    "a hub id (org/name or org/name@revision), a local folder with config.json and safetensors or"
+    " pytorch_model.bin, a .gguf file, or package:NAME/FILE"
 )
 
 
@@ -38,32 +47,37 @@ class Checkpoint:
     Attributes:
         path: the folder or .gguf file.
         config: config.json with Hugging Face names; for GGUF, made from its metadata.
-        shapes: shape of each tensor by Hugging Face name, (out, in) as Hugging Face stores it.
-        reader: name -> array, without a check of the name; call `read`.
-        files: what the numbers depend on: config.json and the weight files.
+            tie_word_embeddings is what the weights say where they differ.
+        tensors: by Hugging Face name.
+        files: what the numbers depend on: config.json, the index and the weight files.
     """
 
     path: pathlib.Path
     config: dict
-    shapes: dict[str, tuple[int, ...]]
-    reader: Callable[[str], np.ndarray] = dataclasses.field(repr=False)
+    tensors: dict[str, stored.Tensor]
     files: tuple[pathlib.Path, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.shapes)
+        return tuple(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise errors.UserError(
-                f"{self.path} has no tensor {name!r}.{errors.nearest(name, self.shapes)}"
-            )
-        return self.shapes[name]
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The numpy dtype that `read` gives, or the format's name of a type that numpy lacks."""
+        return self._tensor(name).dtype
 
     def read(self, name: str) -> np.ndarray:
         """A fresh array, dtype as stored (ml_dtypes.bfloat16); quantised GGUF types as float32."""
-        self.shape(name)
-        return self.reader(name)
+        return self._tensor(name).read()
+
+    def _tensor(self, name: str) -> stored.Tensor:
+        if name not in self.tensors:
+            raise errors.UserError(
+                f"{self.path} has no tensor {name!r}.{errors.nearest(name, self.tensors)}"
+            )
+        return self.tensors[name]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -81,19 +95,22 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
         field: the config field, for error messages.
 
     Raises:
-        UserError: nothing there, or not a model (a folder needs config.json and safetensors).
+        UserError: nothing there, or not a model (a folder needs config.json and weights).
     """
     text = os.fspath(path)
-    local = pathlib.Path(text).expanduser()
-    if text.startswith("package:"):
-        found = _in_package(text, field)
-    elif local.exists():
-        found = local
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) and local.suffix != ".gguf":
-        found = _from_hub(text, field)
-    else:
-        raise errors.UserError(f"{field}: {text!r} does not exist here; expected {EXPECTED}.")
-    _check_model(found, field)
+    try:
+        local = pathlib.Path(text).expanduser()
+        if text.startswith("package:"):
+            found = _in_package(text, field)
+        elif local.exists():
+            found = local
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) and local.suffix != ".gguf":
+            found = _from_hub(text, field)
+        else:
+            raise errors.UserError(f"{field}: {text!r} does not exist here; expected {EXPECTED}.")
+        _check_model(found, field)
+    except (OSError, RuntimeError) as e:  # no permission, a name too long, ~ of nobody
+        raise errors.UserError(f"{field}: {reading.shorten(text)} cannot be read: {e}.") from None
     return found
 
 
@@ -101,21 +118,36 @@ def open_checkpoint(path: str | os.PathLike, field: str) -> Checkpoint:
     """Opens what `resolve` finds. Raises UserError where a file is damaged or an index is wrong."""
     path = resolve(path, field)
     if path.is_file():
-        config, shapes, reader = gguf_file.open_gguf(path)
-        return Checkpoint(path, config, shapes, reader, (path,))
-    config = artifacts.read_json(path / CONFIG)
-    if (path / WEIGHTS).is_file():
-        handles = {WEIGHTS: _open_safetensors(path / WEIGHTS)}
-        shard_of = dict.fromkeys(handles[WEIGHTS].keys(), WEIGHTS)
+        config, tensors = gguf_file.open_gguf(path)
+        return Checkpoint(path, config, tensors, (path,))
+    config = reading.read_record(path / CONFIG, {})
+    weights = path / next(name for name in KINDS_OF_WEIGHTS if (path / name).is_file())
+    if weights.suffix == ".json":
+        shards, tensors = _open_shards(weights)
+        files = (path / CONFIG, weights, *shards)
     else:
-        shard_of, handles = _open_shards(path)
-    shapes = {
-        name: tuple(handles[shard].get_slice(name).get_shape()) for name, shard in shard_of.items()
-    }
-    files = (path / CONFIG, *(path / shard for shard in sorted(handles)))
-    return Checkpoint(
-        path, config, shapes, lambda name: handles[shard_of[name]].get_tensor(name), files
-    )
+        tensors = OPENERS[weights.suffix](weights)
+        files = (path / CONFIG, weights)
+    return Checkpoint(path, _with_its_head(path, config, tensors), tensors, files)
+
+
+def _with_its_head(path, config, tensors):
+    """The config, untied where it says tied and the file has a head that is not the embedding.
+
+    transformers decides alike. A config that says untied without a head in the file is refused when
+    the tensors are checked.
+    """
+    if config.get(TIED) is not True or HEAD not in tensors or EMBEDDING not in tensors:
+        return config
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    known = {head.dtype, embedding.dtype} <= set(stored.PLAIN)
+    if not known or (head.shape == embedding.shape and (head.read() == embedding.read()).all()):
+        return config
+    logging.warning(
+        "%s: config.json says %s, but %s differs from the embedding: the file's own head is used.",
+        path, TIED, HEAD,
+    )  # fmt: skip
+    return {**config, TIED: False}
 
 
 def save_checkpoint(
@@ -188,12 +220,19 @@ def _in_package(text: str, field: str) -> pathlib.Path:
 def _from_hub(text: str, field: str) -> pathlib.Path:
     repository, _, revision = text.partition("@")
     tried = f"{field}: {text!r} is no local path, and as a hub id"
-    try:
+
+    def download(patterns):
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(HUB_FILES)
+                repository, revision=revision or None, allow_patterns=list(patterns)
             )
         )
+
+    try:
+        found = download(HUB_FILES)
+        if not any((found / name).exists() for name in (WEIGHTS, INDEX)):
+            found = download(HUB_FILES + HUB_TORCH_FILES)
+        return found
     except hub_errors.GatedRepoError:
         reason = "it is gated: accept its terms on the hub and run `hf auth login`"
     except hub_errors.RepositoryNotFoundError:
@@ -218,63 +257,49 @@ def _check_model(path: pathlib.Path, field: str) -> None:
     hint = f" It holds {ggufs[0]}: name that file." if ggufs else ""
     if CONFIG not in entries:
         raise errors.UserError(f"{field}: the folder {path} has no {CONFIG}; expected one.{hint}")
-    if not entries & {WEIGHTS, INDEX}:
+    if not any((path / name).is_file() for name in KINDS_OF_WEIGHTS):
         raise errors.UserError(
-            f"{field}: the folder {path} has no safetensors weights; expected {WEIGHTS} or {INDEX}"
-            f" (.bin weights are not read: save them again with save_pretrained).{hint}"
+            f"{field}: the folder {path} has no weights; expected one of"
+            f" {', '.join(KINDS_OF_WEIGHTS)}.{hint}"
         )
 
 
-def _open_safetensors(file: pathlib.Path) -> safetensors.safe_open:
-    try:
-        return safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as e:
-        raise errors.UserError(
-            f"{file} is not a whole safetensors file: {_length_mismatch(file) or e}."
-        ) from None
-
-
-def _length_mismatch(file: pathlib.Path) -> str | None:
-    """What a too short or too long file is, from its header: 8 bytes of length, then JSON."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        promised = 8 + int.from_bytes(f.read(8), "little")
-        if 8 <= promised <= size:
-            try:
-                header = json.loads(f.read(promised - 8))
-                ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
-                promised += max(ends, default=0)
-            except (ValueError, AttributeError, TypeError, KeyError, IndexError):
-                return None
-    return (
-        f"it ends after {size} bytes, its header promises {promised}" if size != promised else None
-    )
-
-
-def _open_shards(path: pathlib.Path) -> tuple[dict[str, str], dict[str, safetensors.safe_open]]:
-    """The shard of each tensor, and the open shards. Every entry of the index is checked."""
-    index = artifacts.read_json(path / INDEX)
-    shard_of = index.get("weight_map") if isinstance(index, dict) else None
-    if not shard_of or not isinstance(shard_of, dict):
-        raise errors.UserError(f"{path / INDEX} has no weight_map (tensor name -> shard file).")
+def _open_shards(index: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, stored.Tensor]]:
+    """The shards, and the tensors of an index. Every entry of it is checked."""
+    shard_of = reading.read_record(index, {"weight_map": dict})["weight_map"]
     names = collections.defaultdict(list)
     for name, shard in shard_of.items():
+        # Another folder's file is never read. A link in the folder is: the hub's cache has those.
+        if not isinstance(shard, str) or not _is_shard(shard, index):
+            raise errors.UserError(
+                f"{index} puts {reading.shorten(name)} into {reading.shorten(shard)}; expected the"
+                f" name of a {index.suffixes[-3]} file beside it."
+            )
         names[shard].append(name)
-    missing = sorted(shard for shard in names if not (path / shard).is_file())
+    if not names:
+        raise errors.UserError(f"{index} has an empty weight_map (tensor name -> shard file).")
+    missing = sorted(shard for shard in names if not (index.parent / shard).is_file())
     if missing:
         raise errors.UserError(
-            f"{path / INDEX} lists {len(names)} shards, of which {len(missing)} are missing:"
+            f"{index} lists {len(names)} shards, of which {len(missing)} are missing:"
             f" {', '.join(missing[:3])}; expected them beside it."
         )
-    handles = {shard: _open_safetensors(path / shard) for shard in sorted(names)}
+    tensors = {}
     for shard, expected in names.items():
-        absent = sorted(set(expected) - set(handles[shard].keys()))
+        held = OPENERS[pathlib.PurePath(shard).suffix](index.parent / shard)
+        absent = sorted(set(expected) - set(held))
         if absent:
             raise errors.UserError(
-                f"{path / INDEX} puts {absent[0]!r} into {shard}, which does not hold it"
+                f"{index} puts {absent[0]!r} into {shard}, which does not hold it"
                 f" ({len(absent)} such entries)."
             )
-    return shard_of, handles
+        tensors |= {name: held[name] for name in expected}
+    return [index.parent / shard for shard in sorted(names)], tensors
+
+
+def _is_shard(name: str, index: pathlib.Path) -> bool:
+    plain = pathlib.PurePath(name).name == name and "\0" not in name and len(name) < 256
+    return plain and pathlib.PurePath(name).suffix == index.suffixes[-3]
 
 
 def _shards(

@@ -1,14 +1,44 @@
-"""Model shapes and constants, read from a checkpoint's config.json; nothing is assumed that it
-does not say.
+"""Model shapes and constants, read from a checkpoint's config.json and checked for type and range;
+nothing is assumed that neither it nor its family's documentation says.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from diq_jax.common import errors
+from diq_jax.common import errors, reading
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 ENCODERS = ("bert",)
+# What transformers documents for a config.json without the key, as early conversions are.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 1e4, "max_position_embeddings": 2048},
+    "mistral": {"rope_theta": 1e4, "sliding_window": 4096},
+    "qwen2": {"rope_theta": 1e4},
+    "qwen3": {"rope_theta": 1e4},
+    "bert": {},
+}
+# The largest that a size may be; a wrong one is refused before anything of that size is made.
+LARGEST = {
+    "num_hidden_layers": 2**12, "hidden_size": 2**20, "intermediate_size": 2**22,
+    "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
+    "vocab_size": 2**26, "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1,
+    "type_vocab_size": 2**16, "original_max_position_embeddings": 2**31 - 1,
+}  # fmt: skip
+# What each kind of rotary scaling reads.
+ROPE_SETTINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+    "gguf_factors": ("factors",),
+}  # fmt: skip
+# The rotary settings that are read apart, or that no kind above but llama3 uses.
+ROPE_COMMON = {
+    "rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,108 +88,179 @@ class EncoderConfig:
     activation: str  # gelu (exact) or gelu_tanh
 
 
-def family(config: dict[str, Any], field: str) -> str:
-    """The model family of a config.json; raises UserError for one that is not supported."""
-    name = config.get("model_type")
-    known = DECODERS + ENCODERS
-    if name not in known:
-        raise errors.UserError(
-            f"{field}: model family {name!r} is not supported; expected one of {', '.join(known)}."
-            f"{errors.nearest(str(name), known)}"
-        )
-    return name
-
-
 def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
-    """Reads a Hugging Face config of a Llama, Mistral, Qwen2 or Qwen3 decoder."""
-    name = family(config, field)
-    if name not in DECODERS:
-        raise errors.UserError(f"{field}: a decoder is needed ({', '.join(DECODERS)}); got {name}.")
-    get = _getter(config, field)
-    _expect(config, field, "hidden_act", ("silu",))
-    if config.get("use_sliding_window"):
-        raise errors.UserError(f"{field}: use_sliding_window=true is not supported for {name}.")
-    num_heads, model_dim = get("num_attention_heads"), get("hidden_size")
-    attention_bias = bool(config.get("attention_bias", False))
+    """Reads a Hugging Face config of a Llama, Mistral, Qwen2 or Qwen3 decoder.
+
+    Raises:
+        UserError: another family, quantised weights, something that is not built here, or a value
+            of a wrong type or range.
+    """
+    read = _Reader(config, field, DECODERS, "decoder")
+    name = read.family
+    read.expect("hidden_act", ("silu",))
+    read.expect("use_sliding_window", (False, None))
+    if name != "mistral" and set(read.get("layer_types", list, [])) - {"full_attention"}:
+        raise read.wrong("layer_types", "full_attention for each layer")
+    num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
+    num_kv_heads = read.size("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise read.wrong("num_key_value_heads", f"a divisor of the {num_heads} attention heads")
+    head_dim = read.size("head_dim", None) or read.head_dim(model_dim, num_heads)
+    if head_dim % 2:
+        raise errors.UserError(f"{field}: config.json gives heads of odd size {head_dim}.")
+    attention_bias = read.flag("attention_bias")
     return DecoderConfig(
         family=name,
-        num_layers=get("num_hidden_layers"),
+        num_layers=read.size("num_hidden_layers"),
         model_dim=model_dim,
-        ffn_dim=get("intermediate_size"),
+        ffn_dim=read.size("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or model_dim // num_heads,
-        vocab_size=get("vocab_size"),
-        norm_eps=float(get("rms_norm_eps")),
-        rope=_rope(config, field),
-        max_positions=get("max_position_embeddings"),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=read.size("vocab_size"),
+        norm_eps=read.epsilon("rms_norm_eps"),
+        rope=_rope(read, head_dim),
+        max_positions=read.size("max_position_embeddings"),
         # transformers leaves this key out where it equals the library's default, which is False for
         # all four.
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        tied_head=read.flag("tie_word_embeddings"),
         qkv_bias=name == "qwen2" or attention_bias,
         output_bias=name in ("llama", "qwen3") and attention_bias,
-        mlp_bias=name == "llama" and bool(config.get("mlp_bias", False)),
+        mlp_bias=name == "llama" and read.flag("mlp_bias"),
         qk_norm=name == "qwen3",
-        sliding_window=config.get("sliding_window") if name == "mistral" else None,
+        # null is no window; without the key there is the family's.
+        sliding_window=read.size("sliding_window", None) if name == "mistral" else None,
     )
 
 
 def encoder_config(config: dict[str, Any], field: str) -> EncoderConfig:
-    """Reads a Hugging Face config of a BERT encoder."""
-    name = family(config, field)
-    if name not in ENCODERS:
-        raise errors.UserError(
-            f"{field}: an encoder is needed ({', '.join(ENCODERS)}); got {name}."
-        )
-    get = _getter(config, field)
-    _expect(config, field, "hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"))
-    _expect(config, field, "position_embedding_type", ("absolute",))
+    """Reads a Hugging Face config of a BERT encoder. Raises UserError as `decoder_config`."""
+    read = _Reader(config, field, ENCODERS, "encoder")
+    read.expect("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"))
+    read.expect("position_embedding_type", ("absolute",))
+    read.expect("is_decoder", (False, None))
+    num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
     return EncoderConfig(
-        family=name,
-        num_layers=get("num_hidden_layers"),
-        model_dim=get("hidden_size"),
-        ffn_dim=get("intermediate_size"),
-        num_heads=get("num_attention_heads"),
-        head_dim=get("hidden_size") // get("num_attention_heads"),
-        vocab_size=get("vocab_size"),
-        max_positions=get("max_position_embeddings"),
-        num_token_types=get("type_vocab_size"),
-        norm_eps=float(get("layer_norm_eps")),
-        activation="gelu" if get("hidden_act") == "gelu" else "gelu_tanh",
+        family=read.family,
+        num_layers=read.size("num_hidden_layers"),
+        model_dim=model_dim,
+        ffn_dim=read.size("intermediate_size"),
+        num_heads=num_heads,
+        head_dim=read.head_dim(model_dim, num_heads),
+        vocab_size=read.size("vocab_size"),
+        max_positions=read.size("max_position_embeddings"),
+        num_token_types=read.size("type_vocab_size"),
+        norm_eps=read.epsilon("layer_norm_eps"),
+        activation="gelu" if read.get("hidden_act", str) == "gelu" else "gelu_tanh",
     )
 
 
-def _getter(config, field):
-    def get(key):
-        if config.get(key) is None:
-            raise errors.UserError(f"{field}: config.json has no {key!r}.")
-        return config[key]
-
-    return get
+_REQUIRED = object()
 
 
-def _expect(config, field, key, allowed):
-    value = config.get(key, allowed[0])
-    if value not in allowed:
-        raise errors.UserError(
-            f"{field}: config.json has {key}={value!r}; supported: {', '.join(map(str, allowed))}."
+class _Reader:
+    """Typed values of a config.json of one of `families`."""
+
+    def __init__(self, config: dict[str, Any], field: str, families: Sequence[str], what: str):
+        self.config, self.field = config, field
+        self.family = config.get("model_type")
+        if self.family not in families:
+            raise errors.UserError(
+                f"{field}: model family {reading.shorten(self.family)} is not supported here: a"
+                f" {what} is needed, one of {', '.join(families)}."
+            )
+        for key in ("quantization_config", "compression_config"):
+            if config.get(key):
+                method = config[key].get("quant_method") if isinstance(config[key], dict) else None
+                raise errors.UserError(
+                    f"{field}: config.json has {key} ({reading.shorten(method or config[key])}):"
+                    " quantised weights are not read; expected the model's float32, float16 or"
+                    " bfloat16 checkpoint, or a GGUF file."
+                )
+
+    def get(self, key: str, kinds: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+        """The value, of one of JSON's types `kinds`. Null is as good as no value."""
+        value = self.config.get(key)
+        if value is None:
+            if key in self.config and default is not _REQUIRED:
+                return default
+            default = FAMILY_DEFAULTS[self.family].get(key, default)
+            if default is _REQUIRED:
+                raise errors.UserError(f"{self.field}: config.json has no {key!r}.")
+            return default
+        reading.check_record(self.config, f"{self.field}: config.json", {}, {key: kinds})
+        return value
+
+    def size(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A whole number from 1 to LARGEST."""
+        value = self.get(key, int, default)
+        if value is not None and not 1 <= value <= LARGEST[key]:
+            raise self.wrong(key, f"between 1 and {LARGEST[key]:,}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        return self.get(key, bool, False)
+
+    def epsilon(self, key: str) -> float:
+        value = float(self.get(key, float))
+        if not 0 <= value < 1:
+            raise self.wrong(key, "a small number that is not negative")
+        return value
+
+    def head_dim(self, model_dim: int, num_heads: int) -> int:
+        if model_dim % num_heads:
+            raise self.wrong("hidden_size", f"a multiple of the {num_heads} attention heads")
+        return model_dim // num_heads
+
+    def expect(self, key: str, allowed: Sequence[Any]) -> None:
+        value = self.config.get(key, allowed[0])
+        if value not in allowed:
+            raise errors.UserError(
+                f"{self.field}: config.json has {key}={reading.shorten(value)}; supported:"
+                f" {', '.join(str(a) for a in allowed if a is not None)}."
+            )
+
+    def wrong(self, key: str, expected: str) -> errors.UserError:
+        shown = reading.shorten(self.config.get(key))
+        return errors.UserError(
+            f"{self.field}: config.json has {key}={shown}; it must be {expected}."
         )
 
 
-def _rope(config, field):
+def _rope(read: _Reader, head_dim: int) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    merged = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = merged.pop("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        raise errors.UserError(f"{field}: config.json has no 'rope_theta'.")
-    kind = merged.pop("rope_type", merged.pop("type", "default"))
-    merged.pop("type", None)
-    known = ("default", "linear", "llama3", "gguf_factors")
-    if kind not in known:
+    merged = {**read.get("rope_scaling", dict, {}), **read.get("rope_parameters", dict, {})}
+    config = {**read.config, **merged}
+    kind = merged.get("rope_type", merged.get("type", "default"))
+    if kind not in tuple(ROPE_SETTINGS):
         raise errors.UserError(
-            f"{field}: rope scaling {kind!r} is not supported; expected one of {', '.join(known)}."
+            f"{read.field}: rope scaling {reading.shorten(kind)} is not supported; expected one of"
+            f" {', '.join(ROPE_SETTINGS)}."
         )
-    if merged.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise errors.UserError(f"{field}: partial_rotary_factor other than 1 is not supported.")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+    inner = _Reader(config, read.field, (read.family,), "decoder")
+    if inner.get("partial_rotary_factor", float, 1.0) != 1.0:
+        raise inner.wrong("partial_rotary_factor", "1: others are not built here")
+    known = {*ROPE_COMMON, *ROPE_SETTINGS[kind]}
+    if unknown := sorted(k for k in merged if k not in known and merged[k] is not None):
+        raise errors.UserError(
+            f"{read.field}: config.json has the rope setting {unknown[0]!r}, which {kind!r} scaling"
+            f" does not read; it reads {', '.join(ROPE_SETTINGS[kind]) or 'none'}."
+        )
+    theta = inner.get("rope_theta", float)
+    settings = {}
+    for key in ROPE_SETTINGS[kind]:
+        if key == "original_max_position_embeddings":
+            settings[key] = inner.size(key)
+        elif key == "factors":
+            settings[key] = tuple(inner.get(key, list))
+        else:
+            settings[key] = inner.get(key, float)
+    for key, value in (("rope_theta", theta), *settings.items()):
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
+            raise inner.wrong(key, "positive")
+        if key == "factors" and len(values) != head_dim // 2:
+            raise inner.wrong(key, f"a list of {head_dim // 2} numbers")
+    if kind == "llama3" and not settings["low_freq_factor"] < settings["high_freq_factor"]:
+        raise inner.wrong("high_freq_factor", "larger than low_freq_factor")
     return Rope(theta=float(theta), kind=kind, settings=tuple(sorted(settings.items())))

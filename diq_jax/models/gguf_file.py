@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import gguf
-import ml_dtypes
 import numpy as np
 
-from diq_jax.common import errors
+from diq_jax.common import errors, reading
+from diq_jax.models import gguf_header, stored
 
 # general.architecture -> transformers class. Mistral files carry the architecture llama.
 ARCHITECTURES = {
@@ -36,106 +36,112 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+PLAIN = {
+    gguf.GGMLQuantizationType.F32: np.dtype("<f4"),
+    gguf.GGMLQuantizationType.F16: np.dtype("<f2"),
+    gguf.GGMLQuantizationType.BF16: stored.BFLOAT16,
+}
 
 
-def open_gguf(
-    path: pathlib.Path,
-) -> tuple[dict, dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+def open_gguf(path: pathlib.Path) -> tuple[dict, dict[str, stored.Tensor]]:
     """Opens a file without reading its weights.
 
     Returns:
-        The config (config.json with Hugging Face names), the shape (out, in) of each tensor by
-        Hugging Face name, and a function that reads one tensor by that name: float32, float16 and
-        bfloat16 as stored, quantised types dequantised to float32.
+        The config (config.json with Hugging Face names) and the tensors by Hugging Face name:
+        float32, float16 and bfloat16 as stored, quantised types dequantised to float32.
 
     Raises:
-        UserError: damaged file, unknown architecture or tensor, a type that gguf cannot dequantise.
+        UserError: damaged file, unknown architecture or tensor.
     """
-    metadata, stored = _read(path)
-    config = _config(path, metadata, stored)
-    tensors = {_name(path, t.name): t for t in stored.values() if t.name != ROPE_FACTORS}
-    shapes = {name: _shape(t) for name, t in tensors.items()}
+    header = gguf_header.read_header(path)
+    config = _config(path, header)
     # llama.cpp rotates neighbouring rows of llama models; Hugging Face rotates the two halves.
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     permuted = heads if config["model_type"] == "llama" else {}
 
-    def read(name: str) -> np.ndarray:
-        array = _values(path, tensors[name])
+    def tensor(name, listed):
         module = name.split(".")[-2]
-        return _half_split_rows(array, permuted[module]) if module in permuted else array
 
-    return config, shapes, read
+        def read():
+            array = _values(path, header, listed)
+            return _half_split_rows(array, permuted[module]) if module in permuted else array
+
+        return stored.Tensor(listed.shape, _dtype(listed.kind), read)
+
+    tensors = {}
+    for listed in header.tensors.values():
+        if listed.name != ROPE_FACTORS:
+            name = _name(path, listed.name)
+            tensors[name] = tensor(name, listed)
+    return config, tensors
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """All key-value pairs of the file. Raises UserError where it is damaged."""
-    return _read(path)[0]
+    """Reads all key-value pairs of the file. Raises UserError where it is damaged."""
+    return gguf_header.read_header(path).metadata
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as e:
-        raise errors.UserError(
-            f"{path} is not a whole GGUF file of version 2 or 3: it ends after"
-            f" {path.stat().st_size} bytes and cannot be read to the end of what its header lists"
-            f" ({e})."
-        ) from None
-    if reader.byte_order != "I":
-        raise errors.UserError(f"{path} has the byte order of another kind of machine.")
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _config(path: pathlib.Path, metadata: dict[str, Any], tensors: dict) -> dict:
+def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
+    metadata, tensors = header.metadata, header.tensors
     architecture = metadata.get("general.architecture", "")
-    if architecture not in ARCHITECTURES:
+    if architecture not in tuple(ARCHITECTURES):
         raise errors.UserError(
-            f"{path} has the architecture {architecture!r}; expected {', '.join(ARCHITECTURES)}."
-            f"{errors.nearest(architecture, ARCHITECTURES)}"
+            f"{path} has the architecture {reading.shorten(architecture)}, which is not supported;"
+            f" supported are {', '.join(ARCHITECTURES)}."
         )
 
-    def required(key: str) -> Any:
+    def required(key: str, kind: type) -> Any:
         if f"{architecture}.{key}" not in metadata:
             raise errors.UserError(f"{path} lacks the metadata key {architecture}.{key}.")
-        return metadata[f"{architecture}.{key}"]
+        return optional(key, kind)
 
-    def optional(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture}.{key}", default)
+    def optional(key: str, kind: type, default: Any = None) -> Any:
+        name = f"{architecture}.{key}"
+        reading.check_record(metadata, str(path), {}, {name: kind})
+        return metadata.get(name, default)
 
     if "token_embd.weight" not in tensors:
         raise errors.UserError(f"{path} holds no token_embd.weight: it is not a whole model.")
-    width, heads = required("embedding_length"), required("attention.head_count")
-    head_dim = optional("attention.key_length", optional("rope.dimension_count", width // heads))
+    width, heads = required("embedding_length", int), required("attention.head_count", int)
+    rotated = optional("rope.dimension_count", int, width // max(heads, 1))
+    head_dim = optional("attention.key_length", int, rotated)
+    if rotated != head_dim and "attention.key_length" in metadata:
+        raise errors.UserError(
+            f"{path} rotates {rotated} of the {head_dim} numbers of a head; expected all."
+        )
+    epsilon = required("attention.layer_norm_rms_epsilon", float)
     config = {
         "model_type": architecture,
         "architectures": [ARCHITECTURES[architecture]],
-        "vocab_size": _shape(tensors["token_embd.weight"])[0],
+        "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
-        "intermediate_size": required("feed_forward_length"),
-        "num_hidden_layers": required("block_count"),
+        "intermediate_size": required("feed_forward_length", int),
+        "num_hidden_layers": required("block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": optional("attention.head_count_kv", heads),
+        "num_key_value_heads": optional("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": required("context_length"),
-        "rms_norm_eps": _shortest_float(required("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest_float(optional("rope.freq_base", 10000.0)),  # the format's default
+        "max_position_embeddings": required("context_length", int),
+        "rms_norm_eps": _shortest_float(epsilon),
+        # 10,000 is the format's default.
+        "rope_theta": _shortest_float(optional("rope.freq_base", float, 10000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
     }
-    if (scaling := _rope_scaling(path, optional, tensors, config)) is not None:
+    if (scaling := _rope_scaling(path, optional, header, config)) is not None:
         config["rope_scaling"] = scaling
-    if (window := optional("attention.sliding_window")) is not None:
+    if (window := optional("attention.sliding_window", int)) is not None:
         config["sliding_window"] = window
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        if (token_id := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            config[f"{name}_token_id"] = token_id
+        stored_as = f"tokenizer.ggml.{key}_token_id"
+        reading.check_record(metadata, str(path), {}, {stored_as: int})
+        if stored_as in metadata:
+            config[f"{name}_token_id"] = metadata[stored_as]
     return config
 
 
 def _rope_scaling(
-    path: pathlib.Path, optional: Callable, tensors: dict, config: dict
+    path: pathlib.Path, optional: Callable, header: gguf_header.Header, config: dict
 ) -> dict | None:
     """Linear and YaRN scaling are metadata; Llama 3's is a tensor of divisors, one a frequency.
 
@@ -143,8 +149,13 @@ def _rope_scaling(
     transformers knows. Others get {"rope_type": "gguf_factors", "factors": [...]} with
     inverse_frequency[i] = rope_theta ** (-2 i / head_dim) / factors[i].
     """
-    if ROPE_FACTORS in tensors:
-        factors = _values(path, tensors[ROPE_FACTORS])
+    if ROPE_FACTORS in header.tensors:
+        factors = _values(path, header, header.tensors[ROPE_FACTORS])
+        if factors.shape != (config["head_dim"] // 2,) or not factors.min() > 0:
+            raise errors.UserError(
+                f"{path} has the divisors {ROPE_FACTORS} of shape {factors.shape}; expected"
+                f" {config['head_dim'] // 2} positive numbers."
+            )
         llama3 = {
             "rope_type": "llama3",
             "factor": float(factors.max()),
@@ -152,16 +163,18 @@ def _rope_scaling(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        known = _llama3_factors(config["rope_theta"], config["head_dim"], llama3)
-        if known.shape == factors.shape and np.allclose(known, factors, rtol=1e-4):
+        with np.errstate(all="ignore"):  # rope_theta is not checked yet
+            known = _llama3_factors(config["rope_theta"], config["head_dim"], llama3)
+        if np.allclose(known, factors, rtol=1e-4):
             return llama3
         return {"rope_type": "gguf_factors", "factors": factors.tolist()}
-    kind = optional("rope.scaling.type", "linear" if optional("rope.scale_linear") else "none")
+    old = optional("rope.scale_linear", float)
+    kind = optional("rope.scaling.type", str, "linear" if old else "none")
     if kind == "none":
         return None
     scaling = {"rope_type": kind}
-    scaling["factor"] = optional("rope.scaling.factor", optional("rope.scale_linear", 1.0))
-    if (length := optional("rope.scaling.original_context_length")) is not None:
+    scaling["factor"] = optional("rope.scaling.factor", float, old or 1.0)
+    if (length := optional("rope.scaling.original_context_length", int)) is not None:
         scaling["original_max_position_embeddings"] = length
     return scaling
 
@@ -194,21 +207,28 @@ def _name(path: pathlib.Path, stored: str) -> str:
     )
 
 
-def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    return tuple(int(n) for n in reversed(tensor.shape))
+def _dtype(kind: gguf.GGMLQuantizationType) -> str:
+    """The dtype that `_values` gives; the name of a type that is neither plain nor quantised."""
+    if kind in PLAIN:
+        return PLAIN[kind].name
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return "float32" if block > 1 else kind.name
 
 
-def _values(path: pathlib.Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    kind = gguf.GGMLQuantizationType
-    if tensor.tensor_type in (kind.F32, kind.F16):
-        return np.array(tensor.data)
-    if tensor.tensor_type == kind.BF16:
-        return np.array(tensor.data).view(ml_dtypes.bfloat16)
+def _values(
+    path: pathlib.Path, header: gguf_header.Header, listed: gguf_header.Listed
+) -> np.ndarray:
+    count = math.prod(listed.shape)
+    if listed.kind in PLAIN:
+        array = np.frombuffer(header.data, PLAIN[listed.kind], count, listed.start)
+        return array.reshape(listed.shape).copy()
+    rows = np.frombuffer(header.data, np.uint8, listed.size, listed.start)
     try:
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        shape = gguf.quants.quant_shape_to_byte_shape(listed.shape, listed.kind)
+        return gguf.quants.dequantize(rows.reshape(shape), listed.kind)
     except NotImplementedError:
         raise errors.UserError(
-            f"{path} stores {tensor.name} as {tensor.tensor_type.name}, which the gguf package"
+            f"{path} stores {listed.name} as {listed.kind.name}, which the gguf package"
             " cannot dequantise."
         ) from None
 

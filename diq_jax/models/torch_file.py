@@ -1,0 +1,366 @@
+"""Weights that torch.save wrote (pytorch_model.bin), read without torch and without running them.
+
+A pickle is a program. This one is run by an interpreter of our own that can make texts, numbers,
+tuples, lists, dicts and tensors and nothing else: a pickle that names anything else is refused
+before that name is looked up anywhere. Both formats of torch.save are read:
+
+    zip      (torch 1.6 and later) NAME/data.pkl, and each storage uncompressed in NAME/data/KEY
+    legacy   (before) five pickles: magic, version, machine, the object, keys of its storages; then
+             each storage behind its length
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import mmap
+import pathlib
+import pickletools
+import struct
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from diq_jax.common import errors, reading
+from diq_jax.models import stored
+
+MOST_PICKLE = 2**22  # bytes; a model of 800 tensors needs 100,000
+MOST_OPCODES = 2**20  # of one pickle; such a model needs 40,000
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_VERSION = 1001
+DTYPES = {
+    "torch DoubleStorage": np.dtype("<f8"),
+    "torch FloatStorage": np.dtype("<f4"),
+    "torch HalfStorage": np.dtype("<f2"),
+    "torch BFloat16Storage": stored.BFLOAT16,
+    "torch LongStorage": np.dtype("<i8"),
+    "torch IntStorage": np.dtype("<i4"),
+    "torch ShortStorage": np.dtype("<i2"),
+    "torch CharStorage": np.dtype("i1"),
+    "torch ByteStorage": np.dtype("u1"),
+    "torch BoolStorage": np.dtype("?"),
+}
+ORDERED_DICT = "collections OrderedDict"
+REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
+REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
+ADMITTED = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *DTYPES}
+
+
+class Refused(Exception):
+    """What a pickle does that a state dict does not; the end of a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A global of ADMITTED, as its two words; never the object."""
+
+    text: str
+
+
+class _Mark:
+    """Stands on the stack where the items of a list, tuple or dict begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A tensor: a view into a storage. Offset and strides count elements."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def open_torch(file: pathlib.Path) -> dict[str, stored.Tensor]:
+    """Opens a state dict without reading its weights; tensors may share storages and have strides.
+
+    Raises:
+        UserError: the file is damaged, of another format, or holds anything but a dict of tensors.
+    """
+    try:
+        data = stored.map_file(file)
+        if data[:4] == b"PK\3\4":
+            views, places = _open_zip(file, data)
+        else:
+            views, places = _open_legacy(data)
+        _check(views, places)
+    except OSError as e:
+        raise errors.UserError(f"{file} cannot be read: {e.strerror or e}.") from None
+    except Refused as e:
+        raise errors.UserError(f"{file} is not read: {e}.") from None
+
+    def tensor(view):
+        dtype, strides = view.storage.dtype, view.strides
+        place = places[view.storage.key][0] + view.offset * dtype.itemsize
+        steps = tuple(stride * dtype.itemsize for stride in strides)
+
+        def read():
+            if 0 in view.shape:
+                return np.zeros(view.shape, dtype)
+            return np.array(np.ndarray(view.shape, dtype, data, place, steps), order="C")
+
+        return stored.Tensor(view.shape, dtype.name, read)
+
+    return {name: tensor(view) for name, view in views.items()}
+
+
+def _open_zip(file, data):
+    """The views by name, and (offset, bytes) of each storage by key."""
+    entries = {}
+    for entry in _entries(file):
+        if entry.filename in entries:
+            raise Refused(f"its archive holds {entry.filename!r} twice")
+        entries[entry.filename] = entry
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise Refused("its archive holds no data.pkl, so that it is no file of torch.save")
+    folder = pickles[0].removesuffix("data.pkl")
+    places = {
+        name.removeprefix(f"{folder}data/"): _place(entry, data)
+        for name, entry in entries.items()
+        if name.startswith(f"{folder}data/")
+    }
+
+    def content(name):
+        start, size = _place(entries[folder + name], data)
+        if size > MOST_PICKLE:
+            raise Refused(f"its {name} has {size:,} bytes; expected at most {MOST_PICKLE:,}")
+        return data[start : start + size]
+
+    if f"{folder}byteorder" in entries and content("byteorder") != b"little":
+        raise Refused("it has the byte order of another kind of machine")
+    return _views(_run(io.BytesIO(content("data.pkl")))), places
+
+
+def _entries(file: pathlib.Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    # What damaged directories make it raise.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+        raise Refused(f"it is not a whole file of torch.save ({e})") from None
+
+
+def _place(entry: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
+    """(offset, bytes) of an entry's content, which torch stores as it is."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        raise Refused(f"its archive compresses or encrypts {entry.filename!r}, as torch never does")
+    header = data[entry.header_offset : entry.header_offset + 30]
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise Refused(f"its archive has no entry where it lists {entry.filename!r}")
+    start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+    if start + entry.file_size > len(data):
+        raise Refused(f"it ends after {len(data):,} bytes, within {entry.filename!r}")
+    return start, entry.file_size
+
+
+def _open_legacy(data):
+    """As `_open_zip`, for the format before torch 1.6."""
+    stream = io.BytesIO(data[:MOST_PICKLE])
+    try:
+        known = _run(stream) == LEGACY_MAGIC
+    except Refused:
+        known = False
+    if not known:
+        raise Refused("it is no file of torch.save: it begins neither as its zip nor as its pickle")
+    if _run(stream) != LEGACY_VERSION:
+        raise Refused(f"it is of another version than {LEGACY_VERSION} of torch's first format")
+    machine = _run(stream)
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise Refused("it has the byte order of another kind of machine")
+    views, keys = _views(_run(stream)), _run(stream)
+    sizes = {view.storage.key: view.storage for view in views.values()}
+    if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys):
+        raise Refused("its list of storages is damaged")
+    places, at = {}, stream.tell()
+    for key in keys:
+        if key not in sizes:
+            raise Refused(f"it lists a storage {reading.shorten(key)} that no tensor has")
+        count, dtype = int.from_bytes(data[at : at + 8], "little"), sizes[key].dtype
+        if at + 8 + count * dtype.itemsize > len(data):
+            raise Refused(f"it ends after {len(data):,} bytes, within the storage {key!r}")
+        places[key] = at + 8, count * dtype.itemsize
+        at += 8 + count * dtype.itemsize
+    return views, places
+
+
+def _views(value) -> dict[str, _View]:
+    if not isinstance(value, dict):
+        raise Refused("it holds no dict of tensors")
+    for name, view in value.items():
+        if not isinstance(name, str) or not isinstance(view, _View):
+            kind = type(view).__name__
+            raise Refused(
+                f"{reading.shorten(name)} is a {kind}; expected a dict of names and tensors"
+            )
+    return value
+
+
+def _check(views: dict[str, _View], places: dict[str, tuple[int, int]]) -> None:
+    """Refuses a view that leaves its storage, and a storage that the file does not hold whole."""
+    dtypes: dict[str, np.dtype] = {}
+    for name, view in views.items():
+        storage, shown = view.storage, reading.shorten(name)
+        if dtypes.setdefault(storage.key, storage.dtype) != storage.dtype:
+            raise Refused(f"the storage of {shown} has two types")
+        needed = storage.count * storage.dtype.itemsize
+        if storage.key not in places or places[storage.key][1] < needed:
+            raise Refused(f"the storage of {shown} is missing or shorter than {needed:,} bytes")
+        steps = zip(view.shape, view.strides, strict=True)
+        last = view.offset + sum((size - 1) * stride for size, stride in steps)
+        # A stride of 0 would make any size of few bytes.
+        too_large = math.prod(view.shape) > storage.count or last >= storage.count
+        if too_large and 0 not in view.shape:
+            raise Refused(f"{shown} reaches beyond its storage of {storage.count:,} numbers")
+
+
+def _run(stream: io.BytesIO) -> Any:
+    """Interprets one pickle and leaves the stream behind it.
+
+    Raises:
+        Refused: a damaged pickle, or one that does anything that a state dict does not need.
+    """
+    machine = _Machine()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MOST_OPCODES:
+                raise Refused(f"its pickle has over {MOST_OPCODES:,} opcodes")
+            machine.step(opcode.name, argument)
+        return machine.pop()
+    except (ValueError, IndexError, KeyError) as e:
+        raise Refused(f"its pickle is damaged ({type(e).__name__})") from None
+
+
+class _Machine:
+    """The stack and memo of a pickle."""
+
+    def __init__(self):
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop(self) -> Any:
+        return self.stack.pop()
+
+    def items(self) -> list[Any]:
+        """Takes what lies above the last mark."""
+        at = len(self.stack) - 1
+        while self.stack[at] is not _Mark:
+            at -= 1
+            if at < 0:
+                raise IndexError
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def step(self, name: str, argument: Any) -> None:
+        """Runs one opcode."""
+        stack = self.stack
+        if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name in _LITERALS:
+            stack.append(argument)
+        elif name in ("PROTO", "FRAME", "STOP"):
+            pass
+        elif name == "TUPLE":
+            stack.append(tuple(self.items()))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            items = [self.pop() for _ in range(count)][::-1]
+            stack.append(tuple(items))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_admitted(argument))
+        elif name == "STACK_GLOBAL":
+            inner, module = self.pop(), self.pop()
+            stack.append(_admitted(f"{module} {inner}"))
+        elif name == "BINPERSID":
+            stack.append(_storage(self.pop()))
+        elif name == "REDUCE":
+            arguments, function = self.pop(), self.pop()
+            stack.append(_call(function, arguments))
+        elif name == "BUILD":
+            self.pop()  # what a state dict says of its modules' versions
+            if not isinstance(stack[-1], collections.OrderedDict):
+                raise Refused("its pickle sets the state of an object, as no state dict does")
+        elif name in ("APPEND", "APPENDS"):
+            items = [self.pop()] if name == "APPEND" else self.items()
+            _is(stack[-1], list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [self.pop(), self.pop()][::-1] if name == "SETITEM" else self.items()
+            _set(_is(stack[-1], dict), items)
+        else:
+            raise Refused(f"its pickle uses the opcode {name}, as no state dict does")
+
+
+_CONSTANTS = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "MARK": lambda: _Mark,
+}  # fmt: skip
+_LITERALS = {
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+
+
+def _admitted(text: str) -> _Name:
+    if text not in ADMITTED:
+        raise Refused(
+            f"its pickle names {reading.shorten(text.replace(' ', '.'))}, and only tensors of plain"
+            " types are read from a pickle"
+        )
+    return _Name(text)
+
+
+def _storage(identity: Any) -> _Storage:
+    """The storage of a persistent id: ("storage", type, key, device, count[, None])."""
+    match identity:
+        case ("storage", _Name(text), str(key), str(), int(count)) if text in DTYPES and count >= 0:
+            return _Storage(key, DTYPES[text], count)
+        case ("storage", _Name(text), str(key), str(), int(count), None) if (
+            text in DTYPES and count >= 0
+        ):
+            return _Storage(key, DTYPES[text], count)
+    raise Refused("its pickle refers to something that is no storage of a plain type")
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    match function, arguments:
+        case _Name(text), () if text == ORDERED_DICT:
+            return collections.OrderedDict()
+        case _Name(text), (_Storage() as storage, int(offset), shape, strides, *_) if (
+            text == REBUILD_TENSOR
+        ):
+            sizes = (offset, *_is(shape, tuple), *_is(strides, tuple))
+            whole = all(type(n) is int and 0 <= n < 2**48 for n in sizes)
+            if whole and len(shape) == len(strides) <= 32:
+                return _View(storage, offset, shape, strides)
+        case _Name(text), (_View() as view, *_) if text == REBUILD_PARAMETER:
+            return view
+    raise Refused("its pickle calls a function in a way that no state dict does")
+
+
+def _set(target: dict, items: list[Any]) -> None:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        # Hashing a tuple of tuples of tuples can take forever.
+        if not isinstance(key, str | int):
+            raise Refused("its pickle has a dict whose keys are neither texts nor numbers")
+        target[key] = value
+
+
+def _is(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise Refused(f"its pickle uses a {type(value).__name__} as a {kind.__name__}")
+    return value
