@@ -23,7 +23,6 @@ def get_config():
     c.data.columns = "huatuo"
     c.data.template = "huatuo"
     c.data.targets_per_task = 20
-    # The hub's BiomedBERT comes as a pickle only: name a folder with safetensors (README).
     c.difficulty.encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     c.influence.batch_tokens = 16_384
     c.selection.retention_ratio = 0.01

@@ -23,7 +23,6 @@ def get_config(engine="projected"):
     c.data.template = "huatuo"
     c.data.targets = c.data.tests = "benchmark:all"
     c.data.targets_per_task = 20
-    # The hub's BiomedBERT comes as a pickle only: name a folder with safetensors (README).
     c.difficulty.encoder = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     c.influence.batch_tokens = 16_384
     if engine == "projected":

@@ -21,7 +21,7 @@ from diq_jax.evaluate import stage as evaluate
 from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
-from diq_jax.models import checkpoint, tokenizer
+from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.report import stage as report
 from diq_jax.selection import hygiene_stage
@@ -44,6 +44,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     cfg, data = context.config, context.config.data
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
     shape = model_config.decoder_config(source.config, "model.path")
+    hf.check_decoder(source, shape, "model.path")
     if cfg.model.max_tokens > shape.max_positions:
         raise errors.UserError(
             f"model.max_tokens must be at most {shape.max_positions}, the model's positions; got "

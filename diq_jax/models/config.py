@@ -95,7 +95,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         UserError: another family, quantised weights, something that is not built here, or a value
             of a wrong type or range.
     """
-    read = _Reader(config, field, DECODERS, "decoder")
+    read = _Reader(config, field, DECODERS, "a decoder")
     name = read.family
     read.expect("hidden_act", ("silu",))
     read.expect("use_sliding_window", (False, None))
@@ -135,7 +135,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
 
 def encoder_config(config: dict[str, Any], field: str) -> EncoderConfig:
     """Reads a Hugging Face config of a BERT encoder. Raises UserError as `decoder_config`."""
-    read = _Reader(config, field, ENCODERS, "encoder")
+    read = _Reader(config, field, ENCODERS, "an encoder")
     read.expect("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"))
     read.expect("position_embedding_type", ("absolute",))
     read.expect("is_decoder", (False, None))
@@ -166,7 +166,7 @@ class _Reader:
         self.family = config.get("model_type")
         if self.family not in families:
             raise errors.UserError(
-                f"{field}: model family {reading.shorten(self.family)} is not supported here: a"
+                f"{field}: model family {reading.shorten(self.family)} is not supported here:"
                 f" {what} is needed, one of {', '.join(families)}."
             )
         for key in ("quantization_config", "compression_config"):
@@ -237,7 +237,7 @@ def _rope(read: _Reader, head_dim: int) -> Rope:
             f"{read.field}: rope scaling {reading.shorten(kind)} is not supported; expected one of"
             f" {', '.join(ROPE_SETTINGS)}."
         )
-    inner = _Reader(config, read.field, (read.family,), "decoder")
+    inner = _Reader(config, read.field, (read.family,), "a decoder")
     if inner.get("partial_rotary_factor", float, 1.0) != 1.0:
         raise inner.wrong("partial_rotary_factor", "1: others are not built here")
     known = {*ROPE_COMMON, *ROPE_SETTINGS[kind]}

@@ -13,20 +13,28 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from diq_jax.common import artifacts, errors, trees
-from diq_jax.models import config, decoder
+from diq_jax.common import artifacts, errors, reading, trees
+from diq_jax.models import config, decoder, safetensors_file, stored
 
 PEFT_PREFIX = "base_model.model.model.layers."
 PEFT_MODULES = {"attn": "self_attn", "mlp": "mlp"}
-# Settings of PEFT under which an adapter computes something else, or trained more than A and B.
-PEFT_VARIANTS = (
-    "use_dora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+# Settings of PEFT that leave the adapter's function as it is. Others that are set change it, or
+# trained more than A and B, such as use_dora, rank_pattern or modules_to_save.
+PEFT_PLAIN = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying",
 )  # fmt: skip
+# Types and ranges of what is read.
+PEFT_TYPES = {
+    "peft_type": str, "r": int, "lora_alpha": float, "lora_dropout": float, "use_rslora": bool,
+    "fan_in_fan_out": bool, "bias": (str, type(None)),
+    "init_lora_weights": (bool, str, type(None)),
+}  # fmt: skip
+PEFT_LARGEST_RANK, PEFT_LARGEST_ALPHA = 2**16, 1e9
 # Initialisations that leave the base weights as they are; PiSSA, OLoRA and others change them.
 PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -146,23 +154,19 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
     """Reads a PEFT LoRA folder in float32.
 
     Raises:
-        UserError: not a LoRA folder, a variant that changes the formula (PEFT_VARIANTS, PEFT_INITS,
-            trained biases), or an adapter of another model.
+        UserError: not a LoRA folder, a variant that changes the formula (a setting that is neither
+            in PEFT_PLAIN nor in PEFT_TYPES, another of PEFT_INITS, trained biases), weights that
+            are quantised or not finite, or an adapter of another model.
     """
     folder = pathlib.Path(folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
             raise errors.UserError(f"{field}: {folder} has no {file}; expected a PEFT LoRA folder.")
-    settings = artifacts.read_json(folder / "adapter_config.json")
+    settings = reading.read_json(folder / "adapter_config.json")
     _check_plain(settings, folder, field)
     rank, alpha = settings["r"], settings["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    try:
-        tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-    except (safetensors.SafetensorError, OSError) as e:
-        raise errors.UserError(
-            f"{field}: {folder}/adapter_model.safetensors is broken ({e})."
-        ) from None
+    tensors = _peft_tensors(folder / "adapter_model.safetensors", field)
     tree: dict = {}
     for name, (n, n_in, n_out) in linear_shapes(cfg).items():
         _, group, module = name.split("/")
@@ -190,22 +194,46 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
     return tree
 
 
+def _peft_tensors(file: pathlib.Path, field: str) -> dict[str, np.ndarray]:
+    """All tensors of an adapter's file in float32, each of them finite."""
+    tensors = {}
+    for name, tensor in safetensors_file.open_safetensors(file).items():
+        shown = reading.shorten(name)
+        if tensor.dtype not in stored.PLAIN:
+            raise errors.UserError(
+                f"{field}: {shown} of {file} is stored as {tensor.dtype}, and only plain"
+                " floating-point weights are read."
+            )
+        with np.errstate(over="ignore"):  # said below
+            tensors[name] = tensor.read().astype(np.float32)
+        if not stored.all_finite(tensors[name]):
+            raise errors.UserError(
+                f"{field}: {shown} of {file} holds numbers that are NaN or infinite in float32."
+            )
+    return tensors
+
+
 def _check_plain(settings, folder, field):
-    odd = [f"{name}={settings[name]!r}" for name in PEFT_VARIANTS if settings.get(name)]
-    for name, plain in (("peft_type", ("LORA",)), ("bias", ("none", None))):
+    where = f"{field}: {folder}/adapter_config.json"
+    reading.check_record(settings, where, {}, PEFT_TYPES)
+    known = {*PEFT_PLAIN, *PEFT_TYPES}
+    # A setting that is empty or off is none, whatever it means.
+    odd = [name for name, value in settings.items() if value and name not in known]
+    for name, plain in (
+        ("peft_type", ("LORA",)),
+        ("bias", ("none", None)),
+        ("init_lora_weights", PEFT_INITS),
+        ("fan_in_fan_out", (False, None)),
+    ):
         if settings.get(name) not in plain:
-            odd.append(f"{name}={settings.get(name)!r}")
-    if settings.get("init_lora_weights") not in PEFT_INITS:
-        odd.append(f"init_lora_weights={settings['init_lora_weights']!r}")
-    odd += [
-        f"{name}={settings.get(name)!r}"
-        for name in ("r", "lora_alpha")
-        if not isinstance(settings.get(name), int | float) or settings[name] <= 0
-    ]
+            odd.append(name)
+    for name, largest in (("r", PEFT_LARGEST_RANK), ("lora_alpha", PEFT_LARGEST_ALPHA)):
+        if not 0 < settings.get(name, 0) <= largest:
+            odd.append(name)
     if odd:
+        shown = ", ".join(f"{name[:60]}={reading.shorten(settings.get(name))}" for name in odd[:8])
         raise errors.UserError(
-            f"{field}: {folder} is not a plain LoRA adapter: adapter_config.json has "
-            f"{', '.join(odd)}."
+            f"{field}: {folder} is not a plain LoRA adapter: adapter_config.json has {shown}."
         )
 
 

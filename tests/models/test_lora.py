@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import tiny
 import torch
 import transformers
@@ -141,7 +142,16 @@ def test_broken_folders_are_refused(adapter, tmp_path):
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     for changed, message in (
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"r": None}, "r=None"),
+        ({"r": None}, "r must be a whole number"),
+        ({"r": 1.5}, "r must be a whole number"),
+        ({"r": True}, "r must be a whole number"),
+        ({"r": 0}, "r=0"),
+        ({"r": 10**12}, "r=1000000000000"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a number"),
+        ({"lora_alpha": -1.0}, "lora_alpha=-1.0"),
+        ({"use_rslora": "yes"}, "use_rslora must be true or false"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"a_later_variant": {"x": 1}}, "not a plain LoRA adapter.*a_later_variant={'x': 1}"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, **changed}))
@@ -149,7 +159,25 @@ def test_broken_folders_are_refused(adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    refused("is broken")
+    refused("is not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((3, 32), np.nan, np.float32), "NaN or infinite"),
+        (np.full((3, 32), 1e300), "NaN or infinite"),  # float64: infinite in float32
+        (np.ones((3, 32), np.int8), "is stored as int8"),
+    ],
+)
+def test_weights_of_an_adapter_are_plain_and_finite(adapter, tmp_path, array, message):
+    lora.save_peft(tmp_path, adapter, alpha=6.0, dropout=0.0, base="tiny")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    safetensors.numpy.save_file(tensors | {name: array}, file)
+    with pytest.raises(errors.UserError, match=f"^test: .*lora_A.*{message}"):
+        lora.load_peft(tmp_path, CFG, "test")
 
 
 def test_targets_without_a_match_are_refused():
