@@ -28,7 +28,7 @@ def open_safetensors(file: pathlib.Path) -> dict[str, stored.Tensor]:
         handle = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as e:
         raise errors.UserError(
-            f"{file} is not a whole safetensors file: {_length_mismatch(file) or e}."
+            f"{file} is not a whole safetensors file: {_length_mismatch(file) or str(e)[:200]}."
         ) from None
     except OSError as e:
         raise errors.UserError(f"{file} cannot be read: {e}.") from None

@@ -17,6 +17,7 @@ import mmap
 import pathlib
 import pickletools
 import struct
+import warnings
 import zipfile
 from typing import Any
 
@@ -230,13 +231,18 @@ def _run(stream: io.BytesIO) -> Any:
     """
     machine = _Machine()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count == MOST_OPCODES:
-                raise Refused(f"its pickle has over {MOST_OPCODES:,} opcodes")
-            machine.step(opcode.name, argument)
-        return machine.pop()
+        with warnings.catch_warnings(action="ignore"):  # of an odd escape in a name
+            return _steps(machine, stream)
     except (ValueError, IndexError, KeyError) as e:
         raise Refused(f"its pickle is damaged ({type(e).__name__})") from None
+
+
+def _steps(machine: "_Machine", stream: io.BytesIO) -> Any:
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if count == MOST_OPCODES:
+            raise Refused(f"its pickle has over {MOST_OPCODES:,} opcodes")
+        machine.step(opcode.name, argument)
+    return machine.pop()
 
 
 class _Machine:

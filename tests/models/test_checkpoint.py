@@ -554,6 +554,17 @@ def test_gguf_k_quants(tmp_path, kind):
     assert opened.config["tie_word_embeddings"] is False
 
 
+def test_gguf_blocks_that_are_not_finite_are_refused_by_name(tmp_path):
+    file = tmp_path / "m.gguf"
+    _write_gguf(file, "qwen2", kind=KIND.Q8_0)
+    start = gguf_header.read_header(file).tensors["blk.0.ffn_up.weight"].start
+    raw = bytearray(file.read_bytes())
+    raw[start : start + 2] = b"\xff\x7f"  # the float16 scale of the first block: NaN
+    file.write_bytes(raw)
+    with pytest.raises(errors.UserError, match=r"layers.0.mlp.up_proj.weight of .* NaN"):
+        _load_decoder(file)
+
+
 def test_gguf_rope_scaling(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     import transformers

@@ -167,6 +167,7 @@ ODD = {
     "no dict": (b"\x80\x02]." , "no dict of tensors"),
     "a number": (b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", "'a' is a int"),
     "a name of its own": (b"\x80\x02cos\nsystem\n.", "names 'os.system'"),
+    "an escape": (b"\x80\x02cos\\q\nsystem\n.", "names"),
     "a dotted name": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.", "names"),
     "a name from the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "names 'os.system'"),
     "a name of numbers": (b"\x80\x04K\x01K\x02\x93.", "names '1.2'"),
