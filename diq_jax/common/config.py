@@ -32,7 +32,7 @@ METHODS = (
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: str = ""  # hub id, local folder (safetensors), a .gguf file, or package:NAME/FILE
+    path: str = ""  # hub id, local folder, a .gguf file, or package:NAME/FILE
     dtype: str = "float32"  # of parameters and activations: float32 or bfloat16
     max_tokens: int = 8192  # longest example, prompt and completion together
     # longer ones: error, drop, end (cut the completion), prompt (cut the prompt's start)
