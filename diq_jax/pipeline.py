@@ -53,6 +53,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     pool = sources.load_pool(data.pool, data.columns, data.pool_limit)
     targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
     tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
+    evaluate.groups(cfg.evaluate, {test.task for test in tests})
     if cfg.finetune.dpo.data:  # read again by the stage dpo: a wrong row shows now, not hours later
         preferences.load_preferences(cfg.finetune.dpo.data, cfg.finetune.dpo.limit, dpo.DATA)
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
@@ -115,7 +116,9 @@ def _write(context, name, examples, rows, columns):
     by_id = {e.example_id: e for e in examples}
     kept = [by_id[row.example_id] for row in rows]
     read = {
-        "row": lambda e: json.dumps(e.row, ensure_ascii=False, default=str),
+        "row": lambda e: json.dumps(e.row, ensure_ascii=False, allow_nan=False),
+        # Where the options stand apart, the question is the stem.
+        "question": lambda e: e.question if "choices" in columns else chat.question_text(e),
         "source": lambda e: str(e.row.get("source") or ""),
         "choices": _choices,
     }
@@ -201,7 +204,7 @@ EVALUATION = tuple(
     f"evaluate.{field}"
     for field in (
         "bootstrap_samples", "seed", "protocol", "max_new_tokens", "temperature", "top_p",
-        "samples", "stop",
+        "samples", "stop", "groups",
     )
 )  # fmt: skip
 

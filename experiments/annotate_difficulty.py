@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from diq_jax.common import answers, artifacts, asking, cli, config, errors
-from diq_jax.data import sources
+from diq_jax.data import chat, sources
 from diq_jax.difficulty import annotate
 
 ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.")
@@ -56,7 +56,9 @@ def make_requests(examples) -> list[list[answers.Request]]:
     """For each row --repeat requests, which differ in the seed."""
     return [
         [
-            asking.request(MODEL.value, annotate.messages(e.question), annotate.SCHEMA, draw)
+            asking.request(
+                MODEL.value, annotate.messages(chat.question_text(e)), annotate.SCHEMA, draw
+            )
             for draw in range(REPEAT.value)
         ]
         for e in examples

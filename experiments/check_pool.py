@@ -37,14 +37,19 @@ for _name in THRESHOLDS:
 
 def read_rows() -> tuple[list[hygiene.Row], list[hygiene.Row]]:
     """The pool's rows and those of --against, whose place is their task."""
+
+    def row(e, place, completion):
+        asked = hygiene.ask(e.question, (e.options or {}).values())
+        return hygiene.Row(e.example_id, place, asked, completion)
+
     pool = [
-        hygiene.Row(e.example_id, "pool", e.question, f"{e.reasoning}\n{e.answer}".strip())
+        row(e, "pool", f"{e.reasoning}\n{e.answer}".strip())
         for e in sources.load_pool(POOL.value, COLUMNS.value, 0, "--pool")
     ]
     if not AGAINST.value:
         return pool, []
     against = [
-        hygiene.Row(e.example_id, e.task, hygiene.ask(e.question, (e.options or {}).values()), "")
+        row(e, e.task, "")
         for e in sources.load_targets(AGAINST.value, 0, 0, COLUMNS.value, "--against", "tests")
     ]
     return pool, against

@@ -62,7 +62,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def write_jsonl(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """NaN and infinities are refused: they are not JSON."""
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
 
 
 def read_json(path: str | os.PathLike) -> Any:

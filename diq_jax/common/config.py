@@ -186,6 +186,13 @@ class Evaluate:
     top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
     samples: int = 1  # answers to each question, of which the majority counts
     stop: str = ""  # texts that end an answer, separated by |, beside the end of the turn
+    # accuracies averaged over tasks of the tests, each weighing the same: NAME=TASK+TASK, separated
+    # by ;, where a TASK may be a group before it; "" = none. These nine names are ours: of the
+    # paper it is known that three are standard and six challenging, not which
+    groups: str = (
+        "AvgS=medqa+medmcqa+mmlu_med;AvgC=pubmedqa+mmlu_pro_health+medbullets_op4+medbullets_op5"
+        "+medxpertqa+hle_biomed;AvgA=AvgS+AvgC"
+    )
 
     def __post_init__(self):
         for name in ("batch_tokens", "max_new_tokens", "samples"):
@@ -197,6 +204,7 @@ class Evaluate:
         ok = self.temperature >= 0
         errors.check("evaluate.temperature", ok, "at least 0", self.temperature)
         errors.check("evaluate.top_p", 0 < self.top_p <= 1, "in (0, 1]", self.top_p)
+        parse_groups(self.groups)
         if self.samples > 1 and self.temperature == 0:
             raise errors.UserError(
                 f"evaluate.samples={self.samples} draws different answers: evaluate.temperature "
@@ -206,6 +214,31 @@ class Evaluate:
     @property
     def stop_texts(self) -> tuple[str, ...]:
         return tuple(filter(None, self.stop.split("|")))
+
+    @property
+    def group_tasks(self) -> dict[str, tuple[str, ...]]:
+        """{group: its tasks}, in order."""
+        return parse_groups(self.groups)
+
+
+def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
+    """Reads evaluate.groups: {group: its tasks}.
+
+    Raises:
+        UserError: it is not written as it must be, or a name stands twice.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        name, _, members = (piece.strip() for piece in part.partition("="))
+        named = [task.strip() for task in members.split("+")]
+        tasks = [task for member in named for task in found.get(member, (member,))]
+        if not (name and all(tasks)) or name in found or len(set(tasks)) < len(tasks):
+            raise errors.UserError(
+                "evaluate.groups must be like AvgS=medqa+medmcqa;AvgC=medxpertqa, without a name "
+                f"that stands twice; got {part!r}."
+            )
+        found[name] = tuple(tasks)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

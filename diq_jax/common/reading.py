@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ MOST_DIGITS = 400  # of one number: no float has more, and Python takes quadrati
 MOST_BYTES = 2**28  # of a JSON file that is read as a whole
 _MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 # What a damaged file makes pyarrow raise; OSError is a codec's complaint.
-PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 def parse_json(text: str, where: str, first_line: int | None = None, mend: bool = False) -> Any:
@@ -37,7 +37,7 @@ def parse_json(text: str, where: str, first_line: int | None = None, mend: bool 
 
     Raises:
         UserError: no JSON; nested deeper than MOST_DEPTH; a number that is not finite or of more
-            than MOST_DIGITS digits; half of a surrogate pair in a text.
+            than MOST_DIGITS digits; half of a surrogate pair in a text; a name twice in an object.
     """
 
     def wrong(problem: str, line: int = 1) -> errors.UserError:
@@ -46,7 +46,7 @@ def parse_json(text: str, where: str, first_line: int | None = None, mend: bool 
 
     try:
         hooks = {"parse_int": _whole, "parse_float": _real} if _MANY_DIGITS.search(text) else {}
-        value = json.loads(text, **hooks)
+        value = json.loads(text, object_pairs_hook=_object, **hooks)
     except json.JSONDecodeError as e:
         raise wrong(f"{e.msg} at column {e.colno}", e.lineno) from None
     except RecursionError:
@@ -169,6 +169,33 @@ def read_table(
     return table
 
 
+def parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Reads a parquet file row by row.
+
+    Raises:
+        UserError: the file is missing or damaged, a text is not UTF-8, or two columns share a name.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_distinct(file.schema_arrow.names, f"{path}")
+            for batch in file.iter_batches():
+                batch.validate(full=True)
+                yield from batch.to_pylist()
+    except errors.UserError:
+        raise
+    except PARQUET_ERRORS as e:
+        said = " ".join(str(e).split())[:200]
+        raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
+
+
+def check_distinct(names: Iterable[str], where: str) -> None:
+    """Raises UserError where a name stands twice, since a row would keep one of the two."""
+    names = list(names)
+    for name in names:
+        if names.count(name) > 1:
+            raise errors.UserError(f"{where} names the column {name!r} twice; rename one.")
+
+
 def shorten(value: Any, most: int = 60) -> str:
     """Shows a value in a message, in one line."""
     text = repr(value)
@@ -238,6 +265,15 @@ _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 def _is_of(value, kinds):
     kind = type(value)
     return kind in kinds or (kind is int and float in kinds)
+
+
+def _object(pairs):
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object names {shorten(twice)} twice")
+    return made
 
 
 def _whole(digits):

@@ -3,10 +3,10 @@
 `benchmark:NAME` in data.targets or data.tests; `benchmark:NAME:FILE` reads a local copy of the same
 rows; `benchmark:standard`, `benchmark:challenging` and `benchmark:all` are lists of names.
 
-The groups: the paper (arXiv 2508.01450) averages over nine benchmarks: standard ones (AvgS),
-challenging ones (AvgC) and all (AvgA). Here four are standard, exams and abstracts that have long
-been in use, and five challenging, made to be harder or filtered for it. The paper's own lists
-could not be checked: compare averages with its tables only after you have.
+The groups: the paper (arXiv 2508.01450) averages over three standard benchmarks (AvgS), six
+challenging ones (AvgC) and all nine (AvgA); its tables satisfy AvgA = (3 AvgS + 6 AvgC) / 9. Which
+nine they are could not be checked: the names and groups here are ours, and `evaluate.groups` takes
+others. Compare averages with the paper's only after you have checked them.
 
 Targets steer the selection, so they are never test rows: they come from a training or validation
 split with answers where there is one, else from the tenth of the rows that is held out of the
@@ -18,11 +18,15 @@ import ast
 import dataclasses
 import hashlib
 import json
+import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from absl import logging
+
 from diq_jax.common import errors
+from diq_jax.data import example
 
 PREFIX = "benchmark:"
 MMLU_SUBJECTS = (
@@ -41,12 +45,16 @@ class Benchmark:
         convert: a row as published -> question, options, answer_idx and, where there are any, id
             and subject; None for a row that does not belong.
         tests, targets: as `sources` names them. Where they are the same, targets are held out.
+        counted: the column that holds the right option's number, from 0; "" where there is none.
+        told: where there is one: a row -> the right letter by another of its columns, or None.
     """
 
     group: str
     convert: Callable[[Mapping[str, Any]], dict[str, Any] | None]
     tests: str
     targets: str
+    counted: str = ""
+    told: Callable[[Mapping[str, Any]], str | None] = lambda row: None
 
 
 def _medqa(row):
@@ -54,32 +62,44 @@ def _medqa(row):
 
 
 def _medmcqa(row):
-    """cop: 0 to 3; -1 where the answer is withheld."""
-    options = {letter: row[f"op{letter.lower()}"] for letter in "ABCD"}
+    """cop: 0 to 3 on the hub, 1 to 4 in the files of the authors; -1 where it is withheld."""
+    options = [row[f"op{letter}"] for letter in "abcd"]
     known = {"id": row["id"], "subject": row["subject_name"]}
     return _row(row["question"], options, row["cop"]) | known
+
+
+def _told_medmcqa(row):
+    """The letter that most explanations begin with: "Ans. is 'c' i.e. ..."."""
+    found = re.match(
+        r"\s*(?:ans(?:wer)?|correct)\b[\W_]*(?:is\b)?[\W_]*([a-d])\b", str(row.get("exp")), re.I
+    )
+    return found and found[1].upper()
 
 
 def _mmlu_med(row):
     if row["subject"] not in MMLU_SUBJECTS:
         return None
-    options = dict(zip("ABCD", row["choices"], strict=True))
-    return _row(row["question"], options, row["answer"]) | {"subject": row["subject"]}
+    return _row(row["question"], row["choices"], row["answer"]) | {"subject": row["subject"]}
 
 
 def _pubmedqa(row):
     """The abstract without its conclusion, then the question."""
     decisions = ("yes", "no", "maybe")
     question = "\n\n".join([*row["context"]["contexts"], row["question"]])
-    options = dict(zip("ABC", decisions, strict=True))
-    return _row(question, options, decisions.index(row["final_decision"])) | {"id": row["pubid"]}
+    right = decisions.index(row["final_decision"])
+    return _row(question, list(decisions), right) | {"id": row["pubid"]}
 
 
 def _mmlu_pro_health(row):
     if row["category"] != "health":
         return None
-    options = dict(zip(string.ascii_uppercase, row["options"], strict=False))
-    return _row(row["question"], options, row["answer_index"]) | {"id": row["question_id"]}
+    made = _row(row["question"], row["options"], row["answer_index"]) | {"id": row["question_id"]}
+    if row.get("answer", made["answer_idx"]) != made["answer_idx"]:
+        raise ValueError(
+            f"answer_index {row['answer_index']} is {made['answer_idx']}, counted from 0, but "
+            f"answer is {row['answer']!r}"
+        )
+    return made
 
 
 def _medxpertqa(row):
@@ -102,9 +122,10 @@ def _biomed_eval(row):
 
 
 def _row(question, options, right):
-    letters = list(options)
-    if not 0 <= right < len(letters):
-        raise ValueError(f"the answer is number {right} of {len(letters)}")
+    options = example.lettered(options, "its row")
+    letters = string.ascii_uppercase
+    if type(right) is not int or not 0 <= right < len(letters) or letters[right] not in options:
+        raise ValueError(f"the answer is number {right} of {len(options)}, counted from 0")
     return {"question": question, "options": options, "answer_idx": letters[right]}
 
 
@@ -113,15 +134,20 @@ def _hub(name: str, *splits: str) -> tuple[str, str]:
     return f"hub:{name}:{splits[0]}", f"hub:{name}:{splits[-1]}"
 
 
+COUNTED = {
+    "medmcqa": ("cop", _told_medmcqa),
+    "mmlu_med": ("answer",),
+    "mmlu_pro_health": ("answer_index", lambda row: row.get("answer")),
+}
 BENCHMARKS = {
-    name: Benchmark(group, convert, *_hub(*hub))
+    name: Benchmark(group, convert, *_hub(*hub), *COUNTED.get(name, ()))
     for name, group, convert, *hub in (
         ("medqa", "standard", _medqa, "GBaker/MedQA-USMLE-4-options:", "test", "train"),
         # The test split has no answers.
         ("medmcqa", "standard", _medmcqa, "openlifescienceai/medmcqa:", "validation", "train"),
         ("mmlu_med", "standard", _mmlu_med, "cais/mmlu:all", "test", "validation"),
         # All thousand labelled rows: the hub has no split of them.
-        ("pubmedqa", "standard", _pubmedqa, "qiaojin/PubMedQA:pqa_labeled", "train"),
+        ("pubmedqa", "challenging", _pubmedqa, "qiaojin/PubMedQA:pqa_labeled", "train"),
         # Its validation split has five health questions.
         ("mmlu_pro_health", "challenging", _mmlu_pro_health, "TIGER-Lab/MMLU-Pro:", "test"),
         # MedBullets and the biomedical multiple-choice part of HLE as arXiv 2505.11462 collects
@@ -134,7 +160,6 @@ BENCHMARKS = {
         ("hle_biomed", "challenging", _biomed_eval, "zou-lab/BioMed-R1-Eval:hle_biomed", "test"),
     )
 }  # fmt: skip
-AVERAGES = {"AvgS": ("standard",), "AvgC": ("challenging",), "AvgA": ("standard", "challenging")}
 
 
 def expand(spec: str, field: str) -> list[tuple[str, str]]:
@@ -153,6 +178,36 @@ def expand(spec: str, field: str) -> list[tuple[str, str]]:
     return [(n, "") for n, b in BENCHMARKS.items() if name in ("all", b.group)]
 
 
+def convert_all(
+    name: str, rows: Iterable[tuple[dict, str]], is_target: bool, is_hub: bool
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Our rows of a benchmark's, each with its place, as `convert` makes them. Rows whose answer is
+    withheld (-1) are left out, and their number is said.
+
+    Args:
+        is_hub: the rows are the hub's, known to count answers from 0; copies may count from 1.
+
+    Raises:
+        UserError: as `convert`; a copy counts from 1, or does not show from where; or every answer
+            is withheld.
+    """
+    rows, counted = list(rows), BENCHMARKS[name].counted
+    known = [i for i, (row, _) in enumerate(rows) if not counted or row.get(counted) != -1]
+    if len(known) < len(rows):
+        place, count = rows[0][1], f"{len(rows) - len(known)} of {len(rows)}"
+        withheld = f"{place} and the rows after it: {count} withhold their answer ({counted} is -1)"
+        if not known:
+            raise errors.UserError(f"{withheld}: use a split with answers.")
+        logging.warning("%s and are left out.", withheld)
+    if counted and not is_hub:
+        _check_counting(name, rows)
+    for i in known:
+        row, where = rows[i]
+        made = convert(name, row, where, i, is_target)
+        if made is not None:
+            yield made, where
+
+
 def convert(
     name: str, row: Mapping[str, Any], where: str, index: int, is_target: bool
 ) -> dict[str, Any] | None:
@@ -168,8 +223,8 @@ def convert(
     benchmark = BENCHMARKS[name]
     try:
         made = benchmark.convert(row)
-    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as e:
-        problem = f"it lacks {e}" if isinstance(e, KeyError) else e
+    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError) as e:
+        problem = f"it lacks {e}" if isinstance(e, KeyError) else str(e).rstrip(".")
         raise errors.UserError(
             f"{where} is no row as {benchmark.tests} has it: {problem}; its columns are "
             f"{', '.join(row)}."
@@ -181,17 +236,32 @@ def convert(
     return made | {"id": f"{name}-{made.get('id', index)}", "task": name}
 
 
+def _check_counting(name: str, rows: list[tuple[dict, str]]) -> None:
+    """Raises UserError unless the rows show that their answers are counted from 0: one is 0, or -1,
+    the hub's word for a withheld one, or most agree with the letter that the row tells elsewhere.
+    """
+    benchmark, numbers, gaps = BENCHMARKS[name], set(), []
+    for row, _ in rows:
+        number, letter = row.get(benchmark.counted), benchmark.told(row)
+        if type(number) is int:
+            numbers.add(number)
+            if number >= 0 and isinstance(letter, str) and len(letter) == 1:
+                gaps.append(number - string.ascii_uppercase.find(letter))
+    from_zero, from_one = gaps.count(0), gaps.count(1)
+    if not numbers:
+        return  # `convert` refuses each row
+    if from_zero > from_one or (from_zero == from_one and not {0, -1}.isdisjoint(numbers)):
+        return
+    fact = (
+        "counts the options from 1" if from_one > from_zero else "is never 0, as if counted from 1"
+    )
+    raise errors.UserError(
+        f"{rows[0][1]} and the rows after it: {benchmark.counted} {fact}, but {benchmark.tests} "
+        f"counts from 0: subtract 1 from each, or give rows with options and answer_idx, a letter."
+    )
+
+
 def _held_out(question: str) -> bool:
     """By the question, so that repeats stand on one side."""
     digest = hashlib.sha256(str(question).strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT == 0
-
-
-def averages(tasks: Iterable[str]) -> dict[str, list[str]]:
-    """{AvgS, AvgC, AvgA: its tasks} of the tasks that are benchmarks; none is empty."""
-    known = [task for task in tasks if task in BENCHMARKS]
-    found = {
-        name: [task for task in known if BENCHMARKS[task].group in groups]
-        for name, groups in AVERAGES.items()
-    }
-    return {name: members for name, members in found.items() if members}

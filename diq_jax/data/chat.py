@@ -31,17 +31,14 @@ _MARK = "assistant-message"  # stands for a completion while its end is looked u
 
 def question_text(example: example_lib.Example) -> str:
     """The question; for multiple choice, a blank line and a line "A. text" for each option."""
-    if example.options is None:
-        return example.question
-    lines = [f"{letter}. {text}" for letter, text in example.options.items()]
-    return example.question + "\n\n" + "\n".join(lines)
+    return example_lib.ask(example.question, example.options)
 
 
 def completion_text(example: example_lib.Example, template: str) -> str:
     """Reasoning and answer in `template`, a name of `TEMPLATES` or a text with {answer}.
 
     An example without reasoning gets its answer alone where the template has {reasoning}. The
-    answer of a multiple-choice example is "B. text".
+    answer of a multiple-choice example is "B. text", or its own words.
     """
     if template not in TEMPLATES and "{answer}" not in template:
         raise errors.UserError(
@@ -50,8 +47,8 @@ def completion_text(example: example_lib.Example, template: str) -> str:
         )
     template = TEMPLATES.get(template, template)
     answer = example.answer
-    if example.options is not None:
-        answer = f"{example.answer_idx}. {example.options[example.answer_idx]}"
+    if example.options is not None and answer == example.options.get(example.answer_idx):
+        answer = f"{example.answer_idx}. {answer}"
     if "{reasoning}" in template and not example.reasoning.strip():
         return answer
     values = {"{reasoning}": example.reasoning, "{answer}": answer}

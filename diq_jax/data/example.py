@@ -1,7 +1,7 @@
 """What passes from file to model: an Example is text, an Encoded is token ids with a loss mask.
 
-The three `from_*` functions turn a row into an Example. For a row that does not hold what it must
-they raise UserError, which begins with `where`, the place that the row came from.
+The `from_*` functions turn a row into an Example. For a row that does not hold what it must they
+raise UserError, which begins with `where`, the place that the row came from.
 """
 
 import dataclasses
@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import errors
+from diq_jax.common import errors, reading
 
 IGNORED = -100  # a label that is not scored, as in transformers
+CONTRACT = {name: name for name in ("id", "question", "reasoning", "answer")}
+FILLERS = ("", "n/a")  # at the end of options, casefolded: MMLU-Pro fills its lists up to ten
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One row of a pool, a target set or a test set.
 
-    Multiple-choice examples have `options` (letter -> text) and `answer_idx` (a letter); their
-    `answer` is the text of the right option. Pre-tokenised examples have `input_ids` and `labels`;
-    their texts are "".
+    Multiple-choice examples have `options` (letter -> text). Their `answer_idx` is the right letter
+    and their `answer` the text of that option, unless the row answers in words of its own.
+    Pre-tokenised examples have `input_ids` and `labels`; their texts are "".
     """
 
     example_id: str
@@ -53,6 +55,15 @@ class Encoded:
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
+def from_row(row: dict, where: str, example_id: str, task: str, columns: Mapping) -> Example:
+    """An example of token ids, of choices, or of texts, by what the row has."""
+    if row.get("input_ids") is not None:
+        return from_tokens(row, where, example_id, task)
+    if isinstance(row.get("options"), dict | list) and row["options"]:
+        return from_choices(row, where, example_id, task, columns)
+    return from_text(row, where, example_id, task, columns)
+
+
 def from_text(row: dict, where: str, example_id: str, task: str, columns: Mapping) -> Example:
     """An example of the mapped columns question, answer and, which may be empty, reasoning."""
     return Example(
@@ -65,51 +76,89 @@ def from_text(row: dict, where: str, example_id: str, task: str, columns: Mappin
     )
 
 
-def from_choices(row: dict, where: str, example_id: str, task: str) -> Example:
-    """A question with options {letter: text}, or a list that is lettered from A, and answer_idx."""
-    options = row.get("options")
-    if isinstance(options, list):
-        options = dict(zip(string.ascii_uppercase, options, strict=False))
-    if not isinstance(options, dict):
-        got = repr(options) if "options" in row else f"columns {', '.join(row)}"
+def from_choices(
+    row: dict, where: str, example_id: str, task: str, columns: Mapping = CONTRACT
+) -> Example:
+    """A question with options {letter: text}, or a list that is lettered from A.
+
+    The right one is `answer_idx`, a letter, or else what the answer's column names: a letter or the
+    text of one option. An answer in words of its own is kept as it is.
+    """
+    options = lettered(row.get("options"), where)
+    letter, told = row.get("answer_idx"), row.get(columns["answer"])
+    if letter is None:
+        told = _text(row, columns["answer"], where)
+    elif letter not in list(options):
         raise errors.UserError(
-            f"{where}: options must be an object {{A: ...}} or a list; got {got}."
+            f"{where}: answer_idx must be one of {', '.join(options)}; got {letter!r}."
         )
-    # Parquet gives every row of a struct column the same letters, None where a row lacks one.
-    options = {letter: text for letter, text in options.items() if text is not None}
-    if len(options) < 2:
-        raise errors.UserError(f"{where}: options must be two or more, got {len(options)}.")
-    for letter, text in options.items():
-        if not isinstance(text, str) or not text.strip():
-            raise errors.UserError(f"{where}: option {letter} must be a text, got {text!r}.")
-    answer_idx = row.get("answer_idx")
-    if answer_idx not in list(options):
+    named = _named(options, told)
+    if len(named) > 1 if letter is None else named and letter not in named:
         raise errors.UserError(
-            f"{where}: answer_idx must be one of {', '.join(options)}; got {answer_idx!r}."
+            f"{where}: {columns['answer']} is {reading.shorten(told)}, option "
+            f"{' and option '.join(named)}; answer_idx must be the letter of the right one, got "
+            f"{letter!r}."
         )
+    letter = letter or "".join(named)
+    in_own_words = isinstance(told, str) and told.strip() and not named
     return Example(
         example_id,
-        question=_text(row, "question", where),
-        reasoning=_text(row, "reasoning", where, required=False),
-        answer=options[answer_idx],
+        question=_text(row, columns["question"], where),
+        reasoning=_text(row, columns.get("reasoning", ""), where, required=False),
+        answer=told if in_own_words else options[letter],
         row=row,
         task=task,
         options=options,
-        answer_idx=answer_idx,
+        answer_idx=letter,
     )
 
 
+def lettered(options: Any, where: str) -> dict[str, str]:
+    """The options {letter: text} of a row, without the fillers at their end.
+
+    Raises:
+        UserError: neither an object nor a list, fewer than two or more than 26, or one is no text.
+    """
+    if isinstance(options, list):
+        names = [*string.ascii_uppercase, *range(len(string.ascii_uppercase), len(options))]
+        options = dict(zip(names, options, strict=False))
+    if not isinstance(options, dict):
+        raise errors.UserError(
+            f"{where}: options must be an object {{A: ...}} or a list; got "
+            f"{reading.shorten(options)}."
+        )
+    # Parquet gives every row of a struct column the same letters, None where a row lacks one.
+    options = {letter: text for letter, text in options.items() if text is not None}
+    while options and _is_filler(options[last := next(reversed(options))]):
+        del options[last]
+    if not 2 <= len(options) <= len(string.ascii_uppercase):
+        raise errors.UserError(
+            f"{where}: options must be two to {len(string.ascii_uppercase)}, a letter each; got "
+            f"{len(options)}."
+        )
+    for letter, text in options.items():
+        if not isinstance(text, str) or not text.strip():
+            raise errors.UserError(f"{where}: option {letter} must be a text, got {text!r}.")
+    return options
+
+
 def from_tokens(row: dict, where: str, example_id: str, task: str) -> Example:
-    """Token ids and labels as they are; at least one label after the first is scored."""
-    for name in ("input_ids", "labels"):
+    """Token ids and labels without the padding that `attention_mask`, where there is one, marks; at
+    least one label after the first is scored.
+    """
+    names = ["input_ids", "labels"]
+    names += [name for name in ("attention_mask", "position_ids") if row.get(name) is not None]
+    for name in names:
         value = row.get(name)
         if not isinstance(value, list) or not all(type(token) is int for token in value):
             raise errors.UserError(f"{where}: {name} must be a list of whole numbers.")
-    input_ids, labels = row["input_ids"], row["labels"]
-    if len(input_ids) != len(labels):
-        raise errors.UserError(
-            f"{where}: labels must be as long as input_ids; got {len(labels)} and {len(input_ids)}."
-        )
+        if len(value) != len(row["input_ids"]):
+            raise errors.UserError(
+                f"{where}: {name} must be as long as input_ids; got {len(value)} and "
+                f"{len(row['input_ids'])}."
+            )
+    real = _unpadded(row, where)
+    input_ids, labels = row["input_ids"][real], row["labels"][real]
     # Whether the vocabulary has such a token is for the caller to say, who has the model.
     if not all(0 <= t < 2**31 for t in (*input_ids, *(t for t in labels if t != IGNORED))):
         raise errors.UserError(
@@ -119,6 +168,7 @@ def from_tokens(row: dict, where: str, example_id: str, task: str) -> Example:
         raise errors.UserError(
             f"{where}: labels must score a token after the first; all are {IGNORED}."
         )
+    _check_labels(input_ids, labels, where)
     return Example(
         example_id, "", "", "", row, task, input_ids=tuple(input_ids), labels=tuple(labels)
     )
@@ -158,3 +208,62 @@ def _text(row: dict, columns: str, where: str, required: bool = True) -> str:
             raise errors.UserError(f"{where}: {column} {problem}.{near}")
         parts.append(value or "")
     return "\n\n".join(part for part in parts if part.strip())
+
+
+def ask(question: str, options: Mapping[str, str] | None) -> str:
+    """The question; for multiple choice, a blank line and a line "A. text" for each option."""
+    if options is None:
+        return question
+    return question + "\n\n" + "\n".join(f"{letter}. {text}" for letter, text in options.items())
+
+
+def _named(options: Mapping[str, str], told: Any) -> list[str]:
+    """The letters of the options that an answer names by letter, by text, or by both."""
+    words = told.strip().casefold() if isinstance(told, str) else ""
+    return [
+        letter
+        for letter, text in options.items()
+        if words
+        in (name.casefold() for name in (letter, text.strip(), f"{letter}. {text.strip()}"))
+    ]
+
+
+def _is_filler(text: Any) -> bool:
+    return isinstance(text, str) and text.strip().casefold() in FILLERS
+
+
+def _unpadded(row: dict, where: str) -> slice:
+    """Which positions of a pre-tokenised row are no padding."""
+    mask = row.get("attention_mask")
+    if mask is None:
+        mask = [1] * len(row["input_ids"])
+    start, length = (mask.index(1) if 1 in mask else 0), sum(mask)
+    real = slice(start, start + length)
+    if mask != [0] * start + [1] * length + [0] * (len(mask) - start - length):
+        raise errors.UserError(
+            f"{where}: attention_mask must be ones in one piece, with zeros before or after it."
+        )
+    positions = row.get("position_ids")
+    if positions is not None and positions[real] != list(range(length)):
+        raise errors.UserError(
+            f"{where}: position_ids must count the tokens from 0: a row holds one example, not "
+            "several packed ones."
+        )
+    return real
+
+
+def _check_labels(input_ids: list[int], labels: list[int], where: str) -> None:
+    scored = [t for t, label in enumerate(labels) if label != IGNORED]
+    wrong = next((t for t in scored if labels[t] != input_ids[t]), None)
+    if wrong is None:
+        return
+    following = [*input_ids[1:], None]
+    if all(labels[t] == following[t] for t in scored if t + 1 < len(labels)):
+        raise errors.UserError(
+            f"{where}: labels are shifted already (each is the token after its place); give them "
+            f"as input_ids has the tokens, with {IGNORED} where none is scored."
+        )
+    raise errors.UserError(
+        f"{where}: labels must be the tokens of input_ids, or {IGNORED} where they are not scored; "
+        f"at place {wrong} they are {labels[wrong]} and {input_ids[wrong]}."
+    )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from diq_jax.common import errors
+from diq_jax.common import errors, reading
 from diq_jax.data import chat, sources
 from diq_jax.data import example as example_lib
 
@@ -38,8 +38,10 @@ def load_preferences(
 ) -> list[tuple[example_lib.Example, example_lib.Example]]:
     """Loads (chosen, rejected) examples: the first `limit` rows, or all for 0.
 
-    A row has id, question, chosen and rejected; each of the two is a text, or an object with
-    `answer` and, which may be empty, `reasoning`.
+    A row has id, question (or prompt), chosen and rejected; each of the two is a text, or an object
+    with `answer` and, which may be empty, `reasoning`; or both are lists of messages that end with
+    the assistant's and share what stands before it, one message of the user. `options` belong to
+    the question.
 
     Raises:
         UserError: naming `field`, the file and the line, where a row is not like that, prefers a
@@ -89,6 +91,10 @@ def _same(left, right):
 
 def _from_row(row, where, position):
     example_id = example_lib.row_id(row, where, position)
+    if any(isinstance(row.get(name), list) for name in SIDES):
+        row = _from_messages(row, where)
+    elif "question" not in row and "prompt" in row:
+        row = {**row, "question": row["prompt"]}
     sides = [_side(row, name, where, example_id) for name in SIDES]
     if all(getattr(sides[0], k) == getattr(sides[1], k) for k in ("reasoning", "answer")):
         raise errors.UserError(f"{where}: chosen and rejected are the same.")
@@ -99,7 +105,51 @@ def _side(row, name, where, example_id):
     """One side as an example of the row's question; it may be a text or an object."""
     columns = {"question": "question", "answer": name}
     side = row.get(name)
+    # A side answers for itself: which option is right says nothing about the other one.
+    asked = {k: row[k] for k in row if k not in ("answer_idx", "input_ids")}
     if isinstance(side, dict):
         columns = {"question": "question", "reasoning": "reasoning", "answer": "answer"}
-        row, where = {**side, "question": row.get("question")}, f"{where}: {name}"
-    return example_lib.from_text(row, where, example_id, "", columns)
+        kept = {k: asked[k] for k in ("question", "options") if k in asked}
+        asked, where = {**side, **kept}, f"{where}: {name}"
+    return example_lib.from_row(asked, where, example_id, "", columns)
+
+
+def _from_messages(row, where):
+    """The row with a question and two objects instead of messages."""
+    made, contexts = dict(row), []
+    given = row.get("prompt") or row.get("question")
+    if given is not None:
+        asked = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        contexts.append(_messages(asked, f"{where}: prompt"))
+    for name in SIDES:
+        *before, (role, text) = _messages(row.get(name), f"{where}: {name}")
+        if role != "assistant":
+            raise errors.UserError(
+                f"{where}: {name} must end with a message of the assistant; got one of {role}."
+            )
+        contexts += [before] if before else []
+        made[name] = {"answer": text, "reasoning": row[name][-1].get("reasoning_content")}
+    if not contexts or any(context != contexts[0] for context in contexts):
+        raise errors.UserError(
+            f"{where}: chosen and rejected must answer the same messages (and the prompt, where "
+            "there is one)."
+        )
+    roles = [role for role, _ in contexts[0]]
+    if roles != ["user"]:
+        raise errors.UserError(
+            f"{where}: one message of the user must stand before the answer; got "
+            f"{', '.join(roles)}."
+        )
+    return {**made, "question": contexts[0][0][1]}
+
+
+def _messages(value, where) -> list[tuple[str, str]]:
+    """(role, content) of each message."""
+    if not isinstance(value, list) or not value:
+        raise errors.UserError(
+            f"{where} must be a list of messages, as the other side is; got "
+            f"{reading.shorten(value)}."
+        )
+    for i, message in enumerate(value):
+        reading.check_record(message, f"{where} message {i}", {"role": str, "content": str})
+    return [(message["role"], message["content"]) for message in value]

@@ -7,7 +7,9 @@ several are separated by commas. Targets and tests may also be `benchmark:NAME[:
 the hub from 0, as `dataset[17]` does.
 """
 
+import base64
 import csv
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -15,6 +17,7 @@ import importlib.resources
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -23,10 +26,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from absl import logging
 
-from diq_jax.common import artifacts, errors
+from diq_jax.common import artifacts, errors, reading
 from diq_jax.data import benchmarks
 from diq_jax.data import example as example_lib
 
@@ -44,7 +46,7 @@ MAPPINGS = {
     # hongzhouyu/FineMed-SFT: uncertain, from one public loader. It has no column of reasoning.
     "finemed": {"question": "instruction", "answer": "response"},
 }
-CONTRACT = {name: name for name in ("id", "question", "reasoning", "answer")}
+CONTRACT = example_lib.CONTRACT
 # A file of such a name says nothing about its task: the folder does.
 SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "validation"}
 
@@ -83,7 +85,9 @@ def load_pool(
     Args:
         columns: "" (id, question, reasoning, answer), a name of `MAPPINGS`, or
             "question=Q,reasoning=R,answer=A[,id=ID]". A row without an id is named after its
-            position in the pool, counted from 0: "row-000017". Pre-tokenised rows need no mapping.
+            position in the pool, counted from 0: "row-000017". Pre-tokenised rows need no mapping;
+            rows of choices have `options` and `answer_idx` under these names, and then need no
+            answer (example.from_choices).
     """
     sources = _resolve(spec, field, sample="pool")
     rows = itertools.chain.from_iterable(_rows(source, field) for source in sources)
@@ -91,7 +95,7 @@ def load_pool(
     mapping = _mapping(columns)
     _check_columns(mapping, rows)
     examples = [
-        _from_pool_row(row, f"{field}: {where}", position, "", mapping)
+        _from_row(row, f"{field}: {where}", position, "", mapping)
         for position, (row, where) in enumerate(rows)
     ]
     check_ids(examples, [where for _, where in rows], spec, field)
@@ -106,7 +110,7 @@ def load_targets(
     field: str = "data.targets",
     sample: str = "targets",
 ) -> list[example_lib.Example]:
-    """Loads the target examples: multiple choice, or like the pool's, pre-tokenised ones included.
+    """Loads the target examples, rows like the pool's: choices, texts, or pre-tokenised ones.
 
     Draws `per_task` examples of every task (0: all; fewer where a task has fewer), in the order of
     the file. The draw depends on the seed, the task's name and its ids, not on the order of rows or
@@ -118,10 +122,8 @@ def load_targets(
     mapping = _mapping(columns)
 
     def parse(row: dict, where: str, position: int, task: str) -> example_lib.Example:
-        if isinstance(row.get("options"), dict | list):
-            return _from_choices(row, where, position, task)
         fits = set(mapping["question"].split("+")) <= row.keys()
-        return _from_pool_row(row, where, position, task, mapping if fits else CONTRACT)
+        return _from_row(row, where, position, task, mapping if fits else CONTRACT)
 
     return _load_tasks(spec, per_task, seed, field, sample, parse)
 
@@ -130,7 +132,7 @@ def load_tests(
     spec: str, per_task: int, seed: int, field: str = "data.tests"
 ) -> list[example_lib.Example]:
     """Loads multiple-choice rows (id, task, question, options, answer_idx), drawn as targets."""
-    return _load_tasks(spec, per_task, seed, field, "tests", _from_choices)
+    return _load_tasks(spec, per_task, seed, field, "tests", _from_test)
 
 
 def _load_tasks(
@@ -214,17 +216,21 @@ def _check_columns(mapping: dict[str, str], rows: list[tuple[dict, str]]) -> Non
             )
 
 
-def _from_pool_row(
+def _from_row(
     row: dict, where: str, position: int, task: str, mapping: dict[str, str]
 ) -> example_lib.Example:
     example_id = example_lib.row_id(row, where, position, mapping.get("id", "id"))
-    if row.get("input_ids") is not None:
-        return example_lib.from_tokens(row, where, example_id, task)
-    return example_lib.from_text(row, where, example_id, task, mapping)
+    return example_lib.from_row(row, where, example_id, task, mapping)
 
 
-def _from_choices(row: dict, where: str, position: int, task: str) -> example_lib.Example:
-    return example_lib.from_choices(row, where, example_lib.row_id(row, where, position), task)
+def _from_test(row: dict, where: str, position: int, task: str) -> example_lib.Example:
+    """A row of choices with one right letter, which is what tests ask for."""
+    example_id = example_lib.row_id(row, where, position)
+    example = example_lib.from_choices(row, where, example_id, task)
+    if not example.answer_idx:
+        letters = ", ".join(example.options)
+        raise errors.UserError(f"{where}: answer_idx must be one of {letters}; got None.")
+    return dataclasses.replace(example, answer=example.options[example.answer_idx])
 
 
 def _resolve(spec: str, field: str, sample: str = "") -> list[str]:
@@ -289,10 +295,9 @@ def _rows(source: str, field: str) -> Rows:
         yield from _plain_rows(source, field)
         return
     _, role, name, _ = head.split(":")
-    for index, (row, where) in enumerate(_plain_rows(file, field)):
-        made = benchmarks.convert(name, row, f"{field}: {where}", index, role == "targets")
-        if made is not None:
-            yield made, where
+    rows = ((row, f"{field}: {where}") for row, where in _plain_rows(file, field))
+    made = benchmarks.convert_all(name, rows, role == "targets", file.startswith("hub:"))
+    yield from ((row, where.removeprefix(f"{field}: ")) for row, where in made)
 
 
 def _plain_rows(source: str, field: str) -> Rows:
@@ -300,26 +305,63 @@ def _plain_rows(source: str, field: str) -> Rows:
     read = _read_hub if is_hub else next((READERS[e] for e in READERS if source.endswith(e)), None)
     if read is None:
         raise errors.UserError(f"{field}: {source} must end in {', '.join(READERS)}.")
+    said: set[str] = set()
     try:
         for row, where in read(source):
             if not isinstance(row, dict):
-                raise errors.UserError(f"{where} must be an object, got {str(row)[:60]!r}.")
-            yield row, where
+                raise errors.UserError(f"{where} must be an object, got {reading.shorten(row)}.")
+            yield _as_json(row, where, said), where
     except errors.UserError as e:
         raise errors.UserError(f"{field}: {e}") from None
-    except (EOFError, OSError, zlib.error, csv.Error, pa.ArrowException) as e:
+    except (EOFError, OSError, zlib.error, csv.Error) as e:
         raise errors.UserError(f"{field}: {source} cannot be read: {e}.") from None
+
+
+def _as_json(row: dict, where: str, said: set[str]) -> dict:
+    """The row with JSON's types only, as it is written again later. NaN and infinities become null,
+    times and numbers of other types text, bytes Base64; each column of which that happens is said
+    once, and added to `said`.
+    """
+    try:
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError:
+        raise errors.UserError(f"{where}: a text holds half of a surrogate pair.") from None
+    except (TypeError, ValueError):
+        made = {str(name): _plain_value(value) for name, value in row.items()}
+    for name, value in row.items():
+        if name not in said and made[str(name)] != value:
+            said.add(name)
+            got = reading.shorten(made[str(name)])
+            logging.warning("%s: %s is no JSON (%s): it is kept as %s, and so in all rows.",
+                            where, name, reading.shorten(value), got)  # fmt: skip
+    return made
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value if isinstance(value, str | int | None) else str(value)
 
 
 def _read_jsonl(path: str) -> Rows:
     with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as f:
-        for number, line in enumerate(f, start=1):
+        lines = iter(lambda: f.readline(reading.MOST_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > reading.MOST_BYTES:
+                raise errors.UserError(f"{path}:{number} is over {reading.MOST_BYTES:,} bytes.")
             if text := _decode(line, path, number).strip():
-                yield _parse_json(text, path, number), f"{path}:{number}"
+                yield reading.parse_json(text, path, number), f"{path}:{number}"
 
 
 def _read_json(path: str) -> Rows:
-    rows = _parse_json(_decode(pathlib.Path(path).read_bytes(), path), path)
+    rows = reading.parse_json(_decode(pathlib.Path(path).read_bytes(), path), path, 1)
     if not isinstance(rows, list):
         raise errors.UserError(f"{path} must hold a list of objects (one a line: name it .jsonl).")
     return ((row, f"{path} row {i}") for i, row in enumerate(rows))
@@ -329,6 +371,7 @@ def _read_csv(path: str) -> Rows:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
     text = _decode(pathlib.Path(path).read_bytes(), path)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reading.check_distinct(reader.fieldnames or [], f"{path}:1")
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row or None in row.values():
@@ -339,10 +382,7 @@ def _read_csv(path: str) -> Rows:
 
 
 def _read_parquet(path: str) -> Rows:
-    with pq.ParquetFile(path) as file:
-        batches = (batch.to_pylist() for batch in file.iter_batches())
-        for i, row in enumerate(itertools.chain.from_iterable(batches)):
-            yield row, f"{path} row {i}"
+    return ((row, f"{path} row {i}") for i, row in enumerate(reading.parquet_rows(path)))
 
 
 def _read_hub(source: str) -> Rows:
@@ -364,14 +404,6 @@ def _decode(data: bytes, path: str, first_line: int = 1) -> str:
     except UnicodeDecodeError as e:
         line = first_line + data.count(b"\n", 0, e.start)
         raise errors.UserError(f"{path}:{line} is not UTF-8: {e.reason}.") from None
-
-
-def _parse_json(text: str, path: str, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        place = f"{path}:{first_line + e.lineno - 1}"
-        raise errors.UserError(f"{place} is not JSON: {e.msg} at column {e.colno}.") from None
 
 
 READERS: dict[str, Callable[[str], Rows]] = {

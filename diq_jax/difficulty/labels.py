@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from diq_jax.common import config, errors
-from diq_jax.data import sources
+from diq_jax.data import example, sources
 
 FIELD = "difficulty.source"
 LEVELS = 5
@@ -63,7 +63,8 @@ def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
     A row holds the columns difficulty_knowledge, difficulty_reasoning and difficulty_overall
     (integers), or `p_correct`, the share of those asked (people or models) who answered right: its
     overall level is 1 + 4 (1 - p), so that the levels meet at 0.875, 0.625, 0.375 and 0.125, and
-    the other two are nan, unknown. `options` ({letter: text}) are part of the question.
+    the other two are nan, unknown. `options` ({letter: text}, or a list) are part of the question,
+    as they are of a pool row's.
 
     Raises:
         UserError: no rows, a row without a question, a level that is no integer in 1..5, a
@@ -76,10 +77,8 @@ def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
         if not isinstance(question, str) or not question.strip():
             got = repr(question) if "question" in row else f"columns {', '.join(row)}"
             raise errors.UserError(f"{place}: question must be a text; got {got}.")
-        options = row.get("options")
-        if isinstance(options, Mapping):
-            choices = [f"{letter}. {text}" for letter, text in options.items()]
-            question = "\n".join([question, *choices])
+        if isinstance(row.get("options"), dict | list) and row["options"]:
+            question = example.ask(question, example.lettered(row["options"], place))
         measured = P_CORRECT in row and not any(column in row for column in COLUMNS.values())
         levels.append(_from_share(row, place) if measured else _likert(row, place))
         questions.append(question)

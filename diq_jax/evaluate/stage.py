@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax.common import artifacts, devices, errors, progress, stages
+from diq_jax.common import config as config_lib
 from diq_jax.data import batches, benchmarks, encoded, example
 from diq_jax.evaluate import generation, intervals, options
 from diq_jax.models import checkpoint, load, lora, loss
@@ -99,6 +100,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             f"Stage 'evaluate' needs at least one target and one test question; got {len(targets)} "
             f"and {len(questions)} from data.targets and data.tests."
         )
+    groups(config.evaluate, {question.task for question in questions})  # refused before hours
     model = load.load(config.model.path, config.model.dtype, context.placement)
     parts = make_parts(targets, questions, model.cfg, context.placement)
     scored = [(part, score) for part in parts]
@@ -134,6 +136,24 @@ def run(context: stages.Context) -> dict[str, Any]:
         "resumed_tokens": tokens - bar.tokens,
         "models": names,
     }
+
+
+def groups(settings: config_lib.Evaluate, tasks: Collection[str]) -> dict[str, list[str]]:
+    """{group of evaluate.groups: those of its tasks that are tested}, without empty ones.
+
+    Raises:
+        UserError: a task is neither tested nor a benchmark.
+    """
+    found = {}
+    for name, members in settings.group_tasks.items():
+        for task in members:
+            if task not in tasks and task not in benchmarks.BENCHMARKS:
+                raise errors.UserError(
+                    f"evaluate.groups: {name} names {task!r}, which is no task of data.tests "
+                    f"({', '.join(sorted(tasks))}).{errors.nearest(task, tasks)}"
+                )
+        found[name] = [task for task in members if task in tasks]
+    return {name: members for name, members in found.items() if members}
 
 
 def _done(journal) -> dict[tuple[str, str, int], list[float]]:
@@ -268,6 +288,7 @@ def _write(context, names, questions, tables) -> None:
     versus = {name: [BASE] if name != BASE else [] for name in names}
     if SELECTED in versus:
         versus[SELECTED] += [name for name in names if name not in (BASE, SELECTED)]
+    found = groups(settings, {question.task for question in questions})
     results = intervals.results(
         names,
         np.stack(losses, axis=1),
@@ -277,7 +298,7 @@ def _write(context, names, questions, tables) -> None:
         settings.bootstrap_samples,
         settings.seed,
         metrics,
-        benchmarks.averages(sorted({question.task for question in questions})),
+        found,
     )
     artifacts.write_jsonl(
         context.path("evaluate/predictions.jsonl"), [row for of in predictions for row in of]
@@ -285,5 +306,10 @@ def _write(context, names, questions, tables) -> None:
     models = {name: count | results[name] for name, count in zip(names, counts, strict=True)}
     artifacts.write_json(
         context.path("evaluate/results.json"),
-        {"tests": len(questions), "targets": len(losses[0]), "models": models},
+        {
+            "tests": len(questions),
+            "targets": len(losses[0]),
+            "group_sizes": {name: len(settings.group_tasks[name]) for name in found},
+            "models": models,
+        },
     )

@@ -167,8 +167,15 @@ def averages(results: Mapping[str, Any]) -> Table | None:
             if gaps and arm != reference:
                 rows.append(row(f"{arm} − {reference}", gaps, sign=True))
     marks = {"accuracy": "%", "accuracy_norm": "%, length-normalised"}
-    headers = [f"{group}, {found[group]['tasks']} tasks ({marks[m]})" for group, m in columns]
+    headers = [f"{_group_title(results, group, found)} ({marks[m]})" for group, m in columns]
     return Table(["Mean over tasks", *headers], rows)
+
+
+def _group_title(results, group, found):
+    """The group and how many of its tasks were tested: fewer make another average."""
+    tested = found[group]["tasks"]
+    size = results.get("group_sizes", {}).get(group, tested)
+    return f"{group}, {tested} tasks" if tested == size else f"{group}, {tested} of {size} tasks"
 
 
 def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]], bool]]:

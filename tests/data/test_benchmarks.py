@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diq_jax.common import errors
+from diq_jax.common import config, errors
 from diq_jax.data import benchmarks, sources
 
 ABCD = {"A": "one", "B": "two", "C": "three", "D": "four"}
@@ -77,7 +77,7 @@ def test_rows_that_do_not_belong_or_hold_no_answer():
         row = PUBLISHED[name][0] | change
         assert all(benchmarks.convert(name, row, "here", 0, t) is None for t in (False, True))
     withheld = PUBLISHED["medmcqa"][0] | {"cop": -1}
-    with pytest.raises(errors.UserError, match="the answer is number -1 of 4"):
+    with pytest.raises(errors.UserError, match="the answer is number -1 of 4, counted from 0"):
         benchmarks.convert("medmcqa", withheld, "here", 0, False)
     broken = PUBLISHED["hle_biomed"][0] | {"options": "A: one"}
     with pytest.raises(errors.UserError, match="here is no row as hub:zou-lab"):
@@ -112,11 +112,11 @@ def test_nine_names_in_two_groups_from_the_hub(monkeypatch):
     assert [e.example_id for e in against] == [e.example_id for e in tests]
     expanded = benchmarks.expand("benchmark:all", "data.tests")
     groups = [benchmarks.expand(f"benchmark:{g}", "x") for g in ("standard", "challenging")]
-    assert len(expanded) == 9 and [*groups[0], *groups[1]] == expanded and len(groups[0]) == 4
+    assert len(expanded) == 9 and [*groups[0], *groups[1]] == expanded and len(groups[0]) == 3
 
 
 def test_a_local_copy(tmp_path):
-    rows = [PUBLISHED["medmcqa"][0] | {"id": f"r{i}"} for i in range(3)]
+    rows = [PUBLISHED["medmcqa"][0] | {"id": f"r{i}", "cop": 2 * (i < 2)} for i in range(3)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = f"benchmark:medmcqa:{path}"
@@ -145,8 +145,67 @@ def test_a_name_that_is_none():
             sources.load_tests(spec, 0, 0)
 
 
-def test_averages_hold_the_tasks_that_are_benchmarks():
-    assert benchmarks.averages(["medqa", "mine"]) == {"AvgS": ["medqa"], "AvgA": ["medqa"]}
-    assert benchmarks.averages(["mine"]) == {}
-    found = benchmarks.averages(["medqa", "medxpertqa"])
-    assert found == {"AvgS": ["medqa"], "AvgC": ["medxpertqa"], "AvgA": ["medqa", "medxpertqa"]}
+def load(tmp_path, name, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sources.load_tests(f"benchmark:{name}:{path}", 0, 0)
+
+
+def medmcqa(*numbers, told=()):
+    """Rows with these cops, whose explanations begin with these letters."""
+    row, told = PUBLISHED["medmcqa"][0], [*told, *[None] * len(numbers)]
+    return [
+        row | {"id": f"r{i}", "cop": cop, "exp": told[i] and f"Ans. is '{told[i]}' i.e. so"}
+        for i, cop in enumerate(numbers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told", "message"),
+    [
+        ((1, 3), "ac", "cop counts the options from 1, .* subtract 1"),
+        ((1, 4), "", "cop is never 0, as if counted from 1, .* subtract 1"),
+        ((1, 3), "", "cop is never 0"),
+        ((0, 4), "", r"2 is no row as .* the answer is number 4 of 4, counted from 0"),
+        ((-1, -1), "", r"2 of 2 withhold their answer \(cop is -1\)"),
+    ],
+)
+def test_answers_that_count_from_one_or_are_withheld_are_refused(tmp_path, numbers, told, message):
+    with pytest.raises(errors.UserError, match=rf"^data\.tests: .*rows\.jsonl:.*{message}"):
+        load(tmp_path, "medmcqa", medmcqa(*numbers, told=told))
+
+
+def test_answers_that_count_from_zero_are_taken(tmp_path, caplog):
+    assert [e.answer for e in load(tmp_path, "medmcqa", medmcqa(0, 2))] == ["one", "three"]
+    told = load(tmp_path, "medmcqa", medmcqa(1, 2, 3, told="bca"))  # two of three explanations
+    assert [e.answer_idx for e in told] == ["B", "C", "D"] and not caplog.records
+    kept = load(tmp_path, "medmcqa", medmcqa(1, -1, 2))
+    assert [(e.example_id, e.answer_idx) for e in kept] == [
+        ("medmcqa-r0", "B"),
+        ("medmcqa-r2", "C"),
+    ]
+    assert "1 of 3 withhold their answer" in caplog.text and "cop is -1" in caplog.text
+
+
+def test_a_letter_holds_the_number(tmp_path):
+    row = next(
+        PUBLISHED["mmlu_pro_health"][0] | {"question": f"{i}?"}
+        for i in range(99)
+        if not benchmarks._held_out(f"{i}?")
+    )
+    padded = row | {"options": ["a", "b", "N/A", "N/A"]}
+    assert load(tmp_path, "mmlu_pro_health", [padded])[0].options == {"A": "a", "B": "b"}
+    for change in ({"answer": "C"}, {"answer_index": 2}):
+        with pytest.raises(errors.UserError, match=r"answer_index (is never|counts the)"):
+            load(tmp_path, "mmlu_pro_health", [row | change])
+    with pytest.raises(errors.UserError, match="options must be two to 26, a letter each; got 30"):
+        load(tmp_path, "mmlu_pro_health", [row | {"options": [f"o{i}" for i in range(30)]}])
+
+
+def test_the_default_groups_are_three_and_six():
+    groups = config.Evaluate().group_tasks
+    assert {name: len(tasks) for name, tasks in groups.items()} == {"AvgS": 3, "AvgC": 6, "AvgA": 9}
+    for name, group in (("AvgS", "standard"), ("AvgC", "challenging")):
+        assert groups[name] == tuple(
+            n for n, b in benchmarks.BENCHMARKS.items() if b.group == group
+        )

@@ -4,7 +4,7 @@ import folders
 import pytest
 
 from diq_jax.common import errors
-from diq_jax.data import preferences
+from diq_jax.data import chat, preferences
 
 GOOD = {"id": "a", "question": "why?", "chosen": "because", "rejected": "no"}
 
@@ -27,6 +27,47 @@ def test_a_side_is_a_text_or_an_object(tmp_path):
     assert reasoned.example_id == rejected.example_id == "b"
     assert unnamed.example_id == "row-000002"
     assert len(load(tmp_path, rows, limit=2)) == 2
+
+
+def message(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+def test_sides_as_messages(tmp_path):
+    asked = [message("user", "why?")]
+    sides = {
+        "chosen": [message("assistant", "because", reasoning_content="we think")],
+        "rejected": [message("assistant", "no")],
+    }
+    whole = {name: asked + side for name, side in sides.items()}
+    rows = [
+        {"id": "a"} | whole,
+        {"id": "b", "prompt": "why?"} | whole,
+        {"id": "c", "prompt": asked} | sides,
+        {"id": "d", "prompt": "why?", "chosen": "because", "rejected": "no"},
+    ]
+    for chosen, rejected in load(tmp_path, rows):
+        assert {chosen.question, rejected.question} == {"why?"}
+        assert (chosen.answer, rejected.answer) == ("because", "no")
+        assert chosen.reasoning == ("" if chosen.example_id == "d" else "we think")
+    for change, expected in (
+        ({"prompt": "when?"}, "must answer the same messages"),
+        ({"rejected": "no"}, "rejected must be a list of messages"),
+        ({"rejected": sides["rejected"][:0]}, "rejected must be a list of messages"),
+        ({"rejected": asked}, "rejected must end with a message of the assistant; got one of user"),
+        ({"rejected": [{"role": "assistant"}]}, "rejected message 0 has no field 'content'"),
+        ({k: [message("system", "s"), *v] for k, v in whole.items()}, "got system, user"),
+        (sides, "must answer the same messages"),
+    ):
+        with pytest.raises(errors.UserError, match=rf"pairs\.jsonl:1: .*{expected}"):
+            load(tmp_path, [whole | change])
+
+
+def test_options_belong_to_the_question(tmp_path):
+    row = GOOD | {"options": {"A": "no", "B": "so"}, "answer_idx": "B", "chosen": "so"}
+    for side, text in zip(*load(tmp_path, [row]), ("B. so", "A. no"), strict=True):
+        assert chat.question_text(side) == "why?\n\nA. no\nB. so"
+        assert chat.completion_text(side, "plain") == text
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Sources: what is read is what was written; a mistake is a sentence that names its place."""
 
 import collections
+import datetime
+import decimal
 import gzip
 import json
+import math
 
 import datasets
 import hypothesis
@@ -12,7 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from diq_jax.common import errors
-from diq_jax.data import sources
+from diq_jax.data import chat, sources
 
 ROWS = [
     {"id": f"r{i}", "question": f"Why {i}?", "reasoning": "", "answer": f"Because\u2028 {i}."}
@@ -109,7 +112,13 @@ BAD_FILES = {
     "csv not UTF-8": ("a.csv", b"id\n\xff\n", r"a\.csv:2 is not UTF-8"),
     "csv with too many cells": ("a.csv", "id,answer\n1,2\n1,2,3\n", r"a\.csv:3 must have 2 cells"),
     "csv with an open quote": ("a.csv", 'id,answer\n1,"2\n', r"a\.csv cannot be read"),
-    "no parquet": ("a.parquet", "PAR1 not", r"a\.parquet cannot be read"),
+    "no parquet": ("a.parquet", "PAR1 not", r"a\.parquet is not a readable parquet file"),
+    "half a surrogate": ("a.jsonl", '{"id": "\\ud800"}', r"a\.jsonl:1 .* half of a surrogate pair"),
+    "deep": ("a.jsonl", '{"id": ' + "[" * 20000 + "]" * 20000 + "}", r"a\.jsonl:1 .*nested deeper"),
+    "long number": ("a.jsonl", '{"id": ' + "9" * 5000 + "}", r"a\.jsonl:1 .*has 5,000 digits"),
+    "NaN": ("a.jsonl", '\n{"id": NaN}', r"a\.jsonl:2 .*NaN or infinite"),
+    "a name twice": ("a.jsonl", '{"id": 1, "id": 2}', r"a\.jsonl:1 .*names 'id' twice"),
+    "csv with a name twice": ("a.csv", "id,answer,answer\n1,2,3\n", r"a\.csv:1 .*'answer' twice"),
     "no gzip": ("a.jsonl.gz", "{}", r"a\.jsonl\.gz cannot be read"),
     "truncated gzip": (
         "a.jsonl.gz",
@@ -202,6 +211,13 @@ BAD_POOL_ROWS = {
     "negative token": (TOKENS | {"input_ids": [1, -2, 3]}, r"must be in \[0, 2"),
     "negative label": (TOKENS | {"labels": [-100, -1, 3]}, r"must be in \[0, 2"),
     "huge token": (TOKENS | {"input_ids": [1, 2**31, 3]}, r"must be in \[0, 2"),
+    "short mask": (TOKENS | {"attention_mask": [1]}, "attention_mask must be as long"),
+    "mask with a hole": (TOKENS | {"attention_mask": [1, 0, 1]}, "must be ones in one piece"),
+    "mask of segments": (TOKENS | {"attention_mask": [1, 1, 2]}, "must be ones in one piece"),
+    "mask of nothing": (TOKENS | {"attention_mask": [0, 0, 0]}, "must score a token after"),
+    "packed": (TOKENS | {"position_ids": [0, 1, 0]}, "position_ids must count the tokens from 0"),
+    "shifted": (TOKENS | {"labels": [2, 3, -100]}, "labels are shifted already"),
+    "other labels": (TOKENS | {"labels": [-100, 2, 1]}, "at place 2 they are 1 and 3"),
     "nothing scored": (TOKENS | {"labels": [1, -100, -100]}, "must score a token after the first"),
 }
 
@@ -224,6 +240,89 @@ def test_pre_tokenised_rows_are_used_as_they_are(tmp_path):
     assert sources.load_targets(path, 0, 0, "")[0].labels == (-100, 2, 3)
 
 
+def test_padding_is_left_out_on_either_side(tmp_path):
+    rows = [
+        {"id": f"{k}", "input_ids": [9] * left + [1, 2, 3] + [9] * right,
+         "labels": [-100] * left + [-100, 2, 3] + [last] * right,
+         "attention_mask": [0] * left + [1] * 3 + [0] * right}
+        for k, (left, right, last) in enumerate([(2, 0, 0), (0, 2, -100), (0, 1, 9), (1, 1, -100)])
+    ]  # fmt: skip
+    for example in sources.load_pool(write(tmp_path / "a.jsonl", rows), "", 0):
+        assert (example.input_ids, example.labels) == ((1, 2, 3), (-100, 2, 3))
+
+
+def test_pool_rows_with_options_are_what_targets_are(tmp_path):
+    choices = {"question": "Which?", "options": ["x", "y", "N/A"]}
+    rows = [
+        choices | {"id": "idx", "answer_idx": "B"},
+        choices | {"id": "both", "answer_idx": "B", "answer": "Y", "reasoning": "so"},
+        choices | {"id": "text", "answer": "y"},
+        choices | {"id": "letter", "answer": "b"},
+        choices | {"id": "words", "answer_idx": "B", "answer": "It is y, of course."},
+        choices | {"id": "only words", "answer": "None is right."},
+        {"id": "none", "question": "Why?", "options": None, "answer": "So."},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    pool, targets = sources.load_pool(path, "", 0), sources.load_targets(path, 0, 0, "")
+    assert [chat.completion_text(e, "plain") for e in pool] == [
+        "B. y", "so\n\nB. y", "B. y", "B. y", "It is y, of course.", "None is right.", "So.",
+    ]  # fmt: skip
+    assert {chat.question_text(e) for e in pool[:6]} == {"Which?\n\nA. x\nB. y"}
+    for text in (chat.question_text, lambda e: chat.completion_text(e, "plain")):
+        assert [text(e) for e in pool] == [text(e) for e in targets]
+    for change, message in (
+        ({"answer_idx": "C"}, "answer_idx must be one of A, B; got 'C'"),
+        ({"answer_idx": "B", "answer": "x"}, "answer is 'x', option A; .* got 'B'"),
+        ({"answer": "x", "options": ["x", "X"]}, "answer is 'x', option A and option B"),
+        ({"answer": 1}, "answer must be a text, got 1"),
+        ({}, "answer is missing"),
+        (
+            {"answer_idx": "C", "options": [f"o{i}" for i in range(27)]},
+            "options must be two to 26, .* got 27",
+        ),
+    ):
+        write(tmp_path / "a.jsonl", [choices | change])
+        with pytest.raises(errors.UserError, match=rf"^data\.pool: .*:1: {message}"):
+            sources.load_pool(path, "", 0)
+
+
+def test_rows_are_json_whatever_parquet_holds(tmp_path, caplog):
+    made = pa.table(
+        {
+            "id": ["a", "b"],
+            "score": [math.nan, 0.5],
+            "image": [b"\xff\xd8", None],
+            "when": [datetime.date(2024, 1, 2), None],
+            "price": [decimal.Decimal("1.10"), None],
+            "inner": [{"x": [math.inf, 1.0]}, None],
+        }
+    )
+    pq.write_table(made, tmp_path / "a.parquet")
+    rows = [row for row, _ in sources.read_rows(str(tmp_path / "a.parquet"), "data.pool")]
+    assert rows[0] == {
+        "id": "a", "score": None, "image": "/9g=", "when": "2024-01-02", "price": "1.10",
+        "inner": {"x": [None, 1.0]},
+    }  # fmt: skip
+    assert rows[1]["score"] == 0.5
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 5 and "a.parquet row 0: score is no JSON (nan)" in said[0]
+
+
+def test_parquet_that_cannot_be_rows_is_a_user_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
+    for table in (
+        pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["id", "id"]),
+        pa.table({"question": text}),
+        pa.table({"when": pa.array([2**31 - 1], pa.date32())}),
+    ):
+        pq.write_table(table, path)
+        with pytest.raises(errors.UserError, match=r"^data\.pool: .*a\.parquet"):
+            sources.load_pool(str(path), "", 0)
+
+
 def test_choices_come_as_an_object_a_list_or_a_parquet_struct(tmp_path):
     as_object = choice(0, options={"A": "x", "B": "y"})
     as_list = choice(1, options=["x", "y"])
@@ -241,7 +340,8 @@ def test_choices_come_as_an_object_a_list_or_a_parquet_struct(tmp_path):
         ({"answer_idx": "E"}, "answer_idx must be one of A, B; got 'E'"),
         ({"answer_idx": 1}, "answer_idx must be one of A, B; got 1"),
         ({"answer_idx": ["A"]}, "answer_idx must be one of"),
-        ({"options": {"A": "x"}}, "options must be two or more, got 1"),
+        ({"answer_idx": None, "answer": "so"}, "answer_idx must be one of A, B; got None"),
+        ({"options": {"A": "x"}}, "options must be two to 26, a letter each; got 1"),
         ({"options": "A. x"}, "options must be an object"),
         ({"options": {"A": "x", "B": 3}}, "option B must be a text, got 3"),
         ({"question": ""}, "question is empty"),

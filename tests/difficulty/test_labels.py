@@ -37,7 +37,7 @@ def test_a_share_of_right_answers_is_a_level(tmp_path):
     options = {"A": "this", "B": "that"}
     rows = [{"question": "Why?", "p_correct": p, "options": options} for p in (1, 0.7, 0.0)]
     questions, levels = labels.labelled_rows(write(tmp_path / "l.jsonl", rows))
-    assert questions == ["Why?\nA. this\nB. that"] * 3
+    assert questions == ["Why?\n\nA. this\nB. that"] * 3
     np.testing.assert_allclose(levels[:, 2], [1, 2.2, 5], rtol=1e-6)
     assert np.isnan(levels[:, :2]).all()
     for bad in (1.1, True, "0.5", None):
@@ -64,7 +64,7 @@ def test_sample_is_the_shipped_pool():
         ({"difficulty_overall": True}, r"l.jsonl:2: difficulty_overall .* got True"),
         ({"difficulty_overall": None}, r"l.jsonl:2: difficulty_overall .* got None"),
         ({"difficulty_overall": "hard"}, r"l.jsonl:2: difficulty_overall .* got 'hard'"),
-        ({"difficulty_overall": float("nan")}, r"l.jsonl:2: difficulty_overall .* got nan"),
+        ({"difficulty_overall": float("nan")}, r"l.jsonl:2 is not JSON .* NaN or infinite"),
         ({"question": " "}, r"l.jsonl:2: question must be a text; got ' '"),
         ({"question": 7}, r"l.jsonl:2: question must be a text; got 7"),
     ],
