@@ -42,13 +42,21 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Brings the names of a folder's files to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: str | os.PathLike) -> None:
+    """Syncs all files and folders below, which other libraries wrote, and the folder itself."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(os.path.join(place, name))
+        sync(place)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -119,7 +119,7 @@ class Cache:
         self.damaged = len(found) - len(good)
         self._torn = bool(lines) and not lines[-1].endswith(b"\n")
         if not lines:
-            artifacts.sync_folder(self.path.parent)
+            artifacts.sync(self.path.parent)
 
     def get(self, key: str) -> Reply | None:
         """Returns the reply to the request of this key."""

@@ -41,6 +41,17 @@ def partition_like(tree, other):
     return partition(tree, named_leaves(other).__contains__)
 
 
+def not_finite(tree) -> list[str]:
+    """Returns the paths of the leaves that hold NaN or an infinity."""
+    finite = jax.device_get(_finite(tree))
+    return [name for name, good in named_leaves(finite).items() if not good]
+
+
+@jax.jit
+def _finite(tree):
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
 def combine(left, right):
     """Undoes `partition`."""
     return jax.tree.map(

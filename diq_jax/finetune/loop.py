@@ -5,15 +5,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from diq_jax.common import errors, progress
+from diq_jax.common import errors, progress, trees
 from diq_jax.data import steps as steps_lib
+from diq_jax.finetune import states
 
 Record = dict[str, float]  # a step's metrics by name
+ADVICE = "Try a lower learning_rate, finetune.clip_norm=1 or model.dtype=float32."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,13 +49,14 @@ def train(run: Run, state, train_step: Callable) -> tuple[Any, list[Record], int
         The last state, the metrics of every step, the tokens of this call.
 
     Raises:
-        UserError: a loss that is not finite, naming the step and its examples.
+        UserError: a loss that is not finite, naming the step and its examples, or trained
+            parameters that are not; or all checkpoints are damaged.
     """
     # The next step is on its way before a loss is fetched; `waiting` is the step to fetch.
     waiting: list[tuple[int, Any]] = []
     total = len(run.steps)
-    with _checkpoints(run.folder) as saved:
-        state, records = _restore(saved, state)
+    with states.States(run.folder, run.name) as saved:
+        state, records = saved.restore(state)
         logged = done = len(records)
         sizes = [len(step.indices) for step in run.steps]
         with progress.Progress(run.name, sum(sizes), resumed=sum(sizes[:done])) as bar:
@@ -75,11 +75,15 @@ def train(run: Run, state, train_step: Callable) -> tuple[Any, list[Record], int
                 waiting.append((number, metrics))
                 if run.eval_every and _is_due(number, run.eval_every, total):
                     fetch()
+                    _check_trained(state, run, number)
                     before = [r["target_loss"] for r in records if "target_loss" in r]
-                    records[-1]["target_loss"] = run.evaluate(state, before)
+                    records[-1]["target_loss"] = _check_target_loss(
+                        run.evaluate(state, before), run, number
+                    )
                 if _is_due(number, run.checkpoint_every, total):
                     fetch()
-                    _save(saved, state, records)
+                    _check_trained(state, run, number)
+                    saved.save(state, records)
                     if run.log is not None:
                         run.log(logged, records[logged:])
                     logged = len(records)
@@ -97,38 +101,22 @@ def _finite(metrics, run, number) -> Record:
     ids = ", ".join(run.ids[i] for i in run.steps[number].indices)
     raise errors.UserError(
         f"{run.name} has loss {record['loss']} and gradient norm {record['gradient_norm']} at step "
-        f"{number} (examples {ids}). Try a lower learning_rate, finetune.clip_norm=1 or "
-        "model.dtype=float32."
+        f"{number} (examples {ids}). {ADVICE}"
     )
 
 
-def _checkpoints(folder) -> ocp.CheckpointManager:
-    folder.mkdir(parents=True, exist_ok=True)
-    # Training is the first process's work: it waits for no other.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-    )
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=1,
-        enable_async_checkpointing=False,
-        create=False,
-        multiprocessing_options=alone,
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+def _check_trained(state, run, number) -> None:
+    """Raises UserError where the update of a step has ruined what it trains."""
+    if bad := trees.not_finite(state.factors):
+        raise errors.UserError(
+            f"{run.name} has parameters that are not finite after step {number} ({bad[0]}), though "
+            f"its loss was. {ADVICE}"
+        )
 
 
-def _save(saved, state, records) -> None:
-    state = jax.tree.map(np.asarray, state)
-    items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(records)}
-    saved.save(len(records), args=ocp.args.Composite(**items))
-
-
-def _restore(saved, state):
-    """The last checkpoint, or the state given and no records."""
-    last = saved.latest_step()
-    if last is None:
-        return state, []
-    template = jax.tree.map(np.asarray, state)
-    items = {"state": ocp.args.StandardRestore(template), "records": ocp.args.JsonRestore()}
-    found = saved.restore(last, args=ocp.args.Composite(**items))
-    return jax.tree.map(jnp.asarray, found["state"]), found["records"]
+def _check_target_loss(value, run, number) -> float:
+    if not np.isfinite(value):
+        raise errors.UserError(
+            f"{run.name} has the target loss {value} after step {number}. {ADVICE}"
+        )
+    return value

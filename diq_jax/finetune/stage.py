@@ -129,7 +129,7 @@ def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]])
 def _keep_best(context, model, folder, evaluate, frozen, state, before) -> float:
     """The targets' loss; a state that beats all `before` is exported beside `folder`."""
     now = evaluate(state.factors, frozen)
-    if all(now < loss for loss in before):
+    if np.isfinite(now) and all(now < loss for loss in before):
         _export(context, model, folder.with_name(f"best_{folder.name}"), state, frozen)
     return now
 

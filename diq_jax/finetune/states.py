@@ -1,0 +1,119 @@
+"""Train states on disk: two are kept, each with the checksums of its files, and the newest that is
+whole is taken.
+
+    finetune/state/selected/120/{state, records}/..     by orbax
+    finetune/state/selected/120/checksums.json          written last: a state without it is no state
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from diq_jax.common import artifacts, errors
+
+KEPT = 2
+CHECKSUMS = "checksums.json"
+
+
+class States:
+    """The train states of one training, a context manager.
+
+    Args:
+        name: of the training, for messages.
+
+    Raises:
+        UserError: there are states and each is damaged.
+    """
+
+    def __init__(self, folder: pathlib.Path, name: str):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._last = _newest(folder, name)
+        # Training is the first process's work: it waits for no other.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT,
+            enable_async_checkpointing=False,
+            create=False,
+            multiprocessing_options=alone,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state, records: list[dict[str, float]]) -> None:
+        """Keeps the state after len(records) steps; it is on the disk when this returns."""
+        state = jax.tree.map(np.asarray, state)
+        items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(records)}
+        self._manager.save(len(records), args=ocp.args.Composite(**items))
+        folder = self._folder / str(len(records))
+        artifacts.sync_tree(folder)
+        artifacts.sync(self._folder)
+        artifacts.write_json(folder / CHECKSUMS, _checksums(folder))
+
+    def restore(self, state) -> tuple[Any, list[dict[str, float]]]:
+        """Returns the last state and the records of its steps; without one `state` and no record.
+
+        Args:
+            state: nested and shaped like the ones that were saved.
+        """
+        if self._last is None:
+            return state, []
+        template = jax.tree.map(np.asarray, state)
+        items = {"state": ocp.args.StandardRestore(template), "records": ocp.args.JsonRestore()}
+        found = self._manager.restore(self._last, args=ocp.args.Composite(**items))
+        return jax.tree.map(jnp.asarray, found["state"]), found["records"]
+
+    def __enter__(self) -> "States":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+
+def _newest(folder, name) -> int | None:
+    """The step of the newest state that is whole. Newer ones are removed, which is said."""
+    steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    wrong: dict[int, str] = {}
+    whole = None
+    for step in steps:
+        if not (problem := _problem(folder / str(step))):
+            whole = step
+            break
+        wrong[step] = problem
+    found = "; ".join(f"{folder / str(step)}: {problem}" for step, problem in wrong.items())
+    if whole is None and any((folder / str(step) / CHECKSUMS).exists() for step in wrong):
+        raise errors.UserError(
+            f"{name}: every checkpoint is damaged ({found}). Remove {folder}, and the same command "
+            "trains from the start."
+        )
+    if wrong:
+        begin = "the start" if whole is None else f"the older one, after step {whole}"
+        logging.warning("%s: a checkpoint is left out (%s): going on from %s.", name, found, begin)
+    for step in wrong:
+        artifacts.remove(folder / str(step))
+    return whole
+
+
+def _problem(folder) -> str:
+    """What makes a state unfit to go on from, or ""."""
+    if not (folder / CHECKSUMS).exists():
+        return "it was not finished"
+    try:
+        expected = artifacts.read_json(folder / CHECKSUMS)
+    except errors.UserError:
+        return f"{CHECKSUMS} is damaged"
+    found = _checksums(folder)
+    if not isinstance(expected, dict) or found.keys() != expected.keys():
+        return "files are missing or too many"
+    return next((f"{f} is not as it was written" for f in found if found[f] != expected[f]), "")
+
+
+def _checksums(folder) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / CHECKSUMS)
+    return {p.relative_to(folder).as_posix(): artifacts.sha256(p) for p in files}
