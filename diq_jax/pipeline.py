@@ -15,8 +15,9 @@ import pyarrow as pa
 from absl import logging
 
 from diq_jax.common import artifacts, config, devices, errors, processes, stages
-from diq_jax.data import chat, encoded, example, preferences, sources
+from diq_jax.data import chat, encoded, example, sources
 from diq_jax.difficulty import stage as difficulty
+from diq_jax.evaluate import generation
 from diq_jax.evaluate import stage as evaluate
 from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
@@ -33,7 +34,8 @@ POOL, TARGETS, TESTS = (f"prepare/{name}.parquet" for name in ("pool", "targets"
 def prepare_fingerprints(context: stages.Context) -> dict[str, str]:
     cfg = context.config
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
-    return {"model.path": source.fingerprint} | {
+    tokens = tokenizer.fingerprints(cfg.model.path, "model.path")
+    return {"model.path": source.fingerprint, **tokens} | {
         f"data.{name}": sources.fingerprint(getattr(cfg.data, name), f"data.{name}", name)
         for name in ("pool", "targets", "tests")
     }
@@ -54,21 +56,17 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
     tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
     evaluate.groups(cfg.evaluate, {test.task for test in tests})
+    layout = _layout(cfg, shape.vocab_size)
     if cfg.finetune.dpo.data:  # read again by the stage dpo: a wrong row shows now, not hours later
-        preferences.load_preferences(cfg.finetune.dpo.data, cfg.finetune.dpo.limit, dpo.DATA)
-    tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
-    if chat.uses_plain_template(tok):
-        logging.warning(
-            "%s has no chat template: prompts are 'Question: ... Answer: ...'.", cfg.model.path
-        )
+        dpo.load_pairs(cfg, layout)
 
     counts = {}
 
     def encode(name: str, examples: list[example.Example]) -> list[example.Encoded]:
-        _check_tokens(examples, shape.vocab_size, f"data.{name}")
         rows, outcomes, dropped = chat.encode_all(
-            examples, tok, data.template, cfg.model.max_tokens, cfg.model.truncation
-        )
+            examples, layout, data.template, cfg.model.max_tokens, cfg.model.truncation,
+            where=f"data.{name}: example",
+        )  # fmt: skip
         counts[name] = {k: outcomes[k] for k in ("whole", "cut", "dropped")}
         if dropped:
             counts[name]["dropped_ids"] = dropped
@@ -90,8 +88,10 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     _write(context, POOL, pool, pool_rows, ("source", "question", "reasoning", "answer", "row"))
     target_rows = encode("targets", targets)
     _write(context, TARGETS, targets, target_rows, ("task", "question", "choices"))
-    options = [chat.encode_options(test, tok, cfg.model.max_tokens) for test in tests]
-    _write_tests(context, tests, options, chat.end_ids(tok))
+    options = chat.encode_options(tests, layout, cfg.model.max_tokens)
+    if cfg.evaluate.protocol == "generate":  # asked again by the stage evaluate
+        generation.ask(tests, layout)
+    _write_tests(context, tests, options, layout.end_ids)
     encoded_rows = [*pool_rows, *target_rows, *(row for rows in options for row in rows)]
     return {
         "rows": len(pool_rows) + len(target_rows) + len(tests),
@@ -102,13 +102,20 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     }
 
 
-def _check_tokens(examples, vocab_size, field):
-    for row in examples:
-        if row.input_ids is not None and max(row.input_ids) >= vocab_size:
-            raise errors.UserError(
-                f"{field}: example {row.example_id!r} has token {max(row.input_ids)}; the model's "
-                f"vocabulary ends at {vocab_size - 1}."
-            )
+def _layout(cfg, vocab_size) -> chat.Layout:
+    tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    layout = chat.make_layout(tok, vocab_size, cfg.data.date, "model.path")
+    if layout.render is None:
+        logging.warning(
+            "%s has no chat template: prompts are 'Question: ... Answer: ...'.", cfg.model.path
+        )
+    elif layout.opened and chat.OPEN not in chat.TEMPLATES.get(cfg.data.template, ""):
+        logging.warning(
+            "%s opens %s at the end of its prompts. data.template=%s closes it at once; "
+            "data.template=think puts the reasoning into it.",
+            cfg.model.path, chat.OPEN, cfg.data.template,
+        )  # fmt: skip
+    return layout
 
 
 def _write(context, name, examples, rows, columns):
@@ -238,11 +245,11 @@ STAGES = {
         ),
         stages.Stage(
             "dpo", ("model.dtype", "model.max_tokens", "model.truncation", "data.template",
-                    *PREFERRING),
+                    "data.date", *PREFERRING),
             dpo.reads, dpo.fingerprints, dpo.run,
         ),
         stages.Stage(
-            "evaluate", ("model.dtype", *EVALUATION),
+            "evaluate", ("model.dtype", "data.date", *EVALUATION),
             lambda context: (TARGETS, TESTS), evaluate.fingerprints, evaluate.run,
         ),
         stages.Stage(

@@ -86,8 +86,9 @@ def main() -> None:
     placement = devices.make_placement(config.Parallel(data=1))
     model = load.load(MODEL.value, "float32", placement, "--model")
     tok = tokenizer.load_tokenizer(MODEL.value, "--model")
+    layout = chat.make_layout(tok, model.cfg.vocab_size, config.Data().date, "--model")
     tests = sources.load_tests(TESTS.value, 0, 0, "--tests")[: BATCH.value]
-    ids = chat.prompt_ids(tests, tok)
+    ids = chat.prompt_ids(tests, layout)
     prompts = [
         generate.Prompt(t.example_id, 0, np.array(i)) for t, i in zip(tests, ids, strict=True)
     ]

@@ -81,10 +81,11 @@ def encode(cfg: config.Config) -> tuple[list, list, list]:
     nearly all of a tiny model's cost is its vocabulary.
     """
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    layout = chat.make_layout(tok, len(tok), cfg.data.date, "model.path")
     found = sources.load_pool(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
     goals = sources.load_targets(cfg.data.targets, 0, cfg.data.seed, cfg.data.columns)
     rows, goals = (
-        chat.encode_all(part, tok, cfg.data.template, TOKENS.value, "end")[0]
+        chat.encode_all(part, layout, cfg.data.template, TOKENS.value, "end")[0]
         for part in (found, goals)
     )
     if len(rows) < ROWS.value + BATCH or len(goals) < TARGETS.value:

@@ -24,7 +24,7 @@ from diq_jax.common import artifacts, cli, config, devices, errors, progress
 from diq_jax.data import sources
 from diq_jax.difficulty import labels
 from diq_jax.evaluate import generation
-from diq_jax.models import checkpoint, generate, load
+from diq_jax.models import checkpoint, generate, load, tokenizer
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")
@@ -60,8 +60,10 @@ def made_from(cfg: config.Config, settings: config.Evaluate) -> str:
     """A hash of all that decides the answers: what a run that continues must share."""
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint
     rows = sources.fingerprint(ROWS.value, "--rows", "tests")
+    tokens = tokenizer.fingerprints(cfg.model.path, "model.path")
     settings = dataclasses.asdict(settings)
-    decisive = [source, rows, cfg.model.dtype, settings, generation.INSTRUCTION]
+    asking = [generation.INSTRUCTION, cfg.data.date]
+    decisive = [source, tokens, rows, cfg.model.dtype, settings, asking]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
@@ -95,7 +97,7 @@ def main() -> None:
     tests = sources.load_tests(ROWS.value, 0, 0, "--rows")
     placement = devices.make_placement(cfg.parallel)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
-    part = generation.make_part(tests, model, settings, placement)
+    part = generation.make_part(tests, model, settings, cfg.data.date, placement)
     out = pathlib.Path(OUT.value)
     partial = partial_of(out)
     with devices.matmul_precision(cfg.model.dtype):

@@ -12,6 +12,7 @@ top_p). Prints the harness's table and, with --out, writes its numbers as JSON.
 from absl import flags
 
 from diq_jax.common import artifacts, cli, config, devices, errors
+from diq_jax.data import chat
 from diq_jax.evaluate import harness_generation
 from diq_jax.models import load, lora, tokenizer
 
@@ -25,6 +26,7 @@ BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of one batch."
 LIMIT = flags.DEFINE_integer("limit", 0, "The first so many rows of a task; 0 = all.", 0)
 FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Unset = the task's own.", lower_bound=0)
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask as the chat template writes it.")
+DATE = flags.DEFINE_string("date", config.Data().date, "As data.date.")
 SEED = flags.DEFINE_integer("seed", 0, "Of texts that a task draws.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.")
 
@@ -43,10 +45,11 @@ def open_model(harness):
             f"{MAX_TOKENS.value}."
         )
     tok = tokenizer.load_tokenizer(MODEL.value, "--model")
+    layout = chat.make_layout(tok, model.cfg.vocab_size, DATE.value, "--model")
     tokens = MAX_TOKENS.value or longest
     shape = placement, tokens, BATCH_TOKENS.value
-    generate = harness_generation.make_generate(model, tok, *shape, SEED.value, adapter)
-    return harness.HarnessModel(model, tok, *shape, adapter, generate)
+    generate = harness_generation.make_generate(model, layout, *shape, SEED.value, adapter)
+    return harness.HarnessModel(model, layout, *shape, adapter, generate)
 
 
 def main() -> None:

@@ -58,9 +58,10 @@ def main() -> None:
     context = stages.Context(cfg, workdir, placement)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
     found = sources.load_targets(TARGETS.value, 0, 0, cfg.data.columns)
     rows, _, _ = chat.encode_all(
-        found, tok, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
+        found, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
     )
     tasks = {target.example_id: target.task for target in found}
     groups = influence.group_targets("task", rows, [tasks[row.example_id] for row in rows])

@@ -29,11 +29,12 @@ def main() -> None:
     placement = devices.make_placement(cfg.parallel)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
     bound = {"cfg": model.cfg, "reduction": cfg.influence.loss_reduction}
 
     def encode(examples):
         return chat.encode_all(
-            examples, tok, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
+            examples, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
         )[0]
 
     pool = encode(sources.load_pool(cfg.data.pool, cfg.data.columns, EXAMPLES.value))

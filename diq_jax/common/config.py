@@ -7,6 +7,7 @@ that into the dataclasses, which check ranges and combinations. Flags override f
 """
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +60,9 @@ class Data:
     columns: str = ""
     # the completion: plain, huatuo, think, or a text with {reasoning} and {answer}
     template: str = "plain"
+    # YYYY-MM-DD: the day that chat templates take for today, whenever they run; Llama 3.1's own
+    # fallback
+    date: str = "2024-07-26"
     seed: int = 0  # of the draws above
 
     def __post_init__(self):
@@ -66,6 +70,7 @@ class Data:
             errors.check(
                 f"data.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
             )
+        errors.check("data.date", _is_date(self.date), "a day as YYYY-MM-DD", self.date)
         for name in ("pool", "targets", "tests"):
             errors.check(
                 f"data.{name}", bool(getattr(self, name)), "a path, a glob, hub:NAME or sample", ""
@@ -295,6 +300,13 @@ class Config:
                 f"{field}={method} needs the base model's gradient store: set influence.engine to "
                 "projected or factored, and influence.warmup.epochs to 0."
             )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def default() -> ml_collections.ConfigDict:

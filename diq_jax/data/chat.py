@@ -1,21 +1,36 @@
 """Text -> token ids with a loss mask: the prompt is read, the completion is scored.
 
-The prompt is what the tokenizer's chat template makes of the question, as at generation time. The
-completion is ours (`TEMPLATES`) and ends with the token that the chat template puts after a message
-of the assistant. It never passes through the chat template, because some (Qwen3) rewrite what they
-take for reasoning. The two are tokenised apart, so that the mask is exact. A tokenizer without a
-chat template gets "Question: ... Answer: ..." and its end-of-sequence token.
+prompt + completion + end is one text, tokenised as a whole, as the tokenizer would read a rendered
+conversation. `make_layout` finds out once how the chat template writes one, and refuses a template
+of which prompt and completion cannot be told apart.
+
+The prompt is what the chat template makes of the question, as at generation time. The completion
+is ours (`TEMPLATES`). It never passes through the chat template, because some (Qwen3) rewrite what
+they take for reasoning. The end is what the template puts after a message of the assistant, up to
+its first special token. A tokenizer without a chat template gets "Question: ... Answer: ..." and
+its end-of-sequence token.
+
+**The border.** Scored tokens are what a model has to generate after the prompt's tokens, and those
+are the prompt's alone, since generation has nothing else. So the whole is cut after as many tokens
+as the prompt has, which must be the prompt's. Where they are not, a token stands across the border
+(a prompt that ends with a line break before a completion that begins with one), and the completion
+is tokenised as it is after another text (`ANCHORS`): its tokens spell the completion, and nothing
+of the prompt, but not as the tokenizer would spell the whole. The same holds at the end.
+
+**Reasoning.** A prompt that opens <think> is continued: a completion with tags loses its own
+opening tag, and one without tags comes after the block, which is closed at once.
 """
 
 import collections
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import jinja2
 import numpy as np
 import transformers
 
 from diq_jax.common import errors
+from diq_jax.data import chat_template
 from diq_jax.data import example as example_lib
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -26,7 +41,43 @@ TEMPLATES = {
     "think": "<think>\n{reasoning}\n</think>\n\n{answer}",
 }
 TRUNCATIONS = ("error", "drop", "end", "prompt")
-_MARK = "assistant-message"  # stands for a completion while its end is looked up
+ANCHORS = ("\n", "a", ".")  # texts of which no token goes on into most completions
+OPEN, CLOSE = "<think>", "\n</think>\n\n"
+_USER, _ASSISTANT = "what-the-user-says", "what-the-assistant-says"  # stand for messages
+_EMPTY_BLOCK = r"\s*<think>\s*</think>\s*"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """How a tokenizer and its chat template lay out a question and its answer (`make_layout`).
+
+    Attributes:
+        render: (messages, add_generation_prompt) -> text; None without a chat template.
+        field: the config field or flag that names the model, for messages.
+        vocab_size: the tokens that the model has an embedding for.
+        parts: the template reads content as a list of parts, not as a text.
+        derived: the template has no generation prompt; a prompt is what it writes before the
+            assistant's message.
+        opened: the opening tag of reasoning that prompts end with, with its white space, or "".
+        close: what ends that block.
+        lead: what stands between a prompt and a completion.
+        end: what ends a completion, as text; "" where end_ids do not come of a text.
+        end_ids: its tokens.
+        first: tokens before a prompt: a chat template writes its own.
+    """
+
+    tokenizer: Tokenizer
+    render: Callable[[list[dict], bool], str] | None
+    field: str
+    vocab_size: int
+    parts: bool = False
+    derived: bool = False
+    opened: str = ""
+    close: str = ""
+    lead: str = ""
+    end: str = ""
+    end_ids: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
 
 
 def question_text(example: example_lib.Example) -> str:
@@ -37,8 +88,9 @@ def question_text(example: example_lib.Example) -> str:
 def completion_text(example: example_lib.Example, template: str) -> str:
     """Reasoning and answer in `template`, a name of `TEMPLATES` or a text with {answer}.
 
-    An example without reasoning gets its answer alone where the template has {reasoning}. The
-    answer of a multiple-choice example is "B. text", or its own words.
+    An example without reasoning gets its answer alone where the template has {reasoning}.
+    Reasoning that brings its own tags is not tagged twice. The answer of a multiple-choice example
+    is "B. text", or its own words.
     """
     if template not in TEMPLATES and "{answer}" not in template:
         raise errors.UserError(
@@ -46,31 +98,113 @@ def completion_text(example: example_lib.Example, template: str) -> str:
             f"got {template!r}.{errors.nearest(template, TEMPLATES)}"
         )
     template = TEMPLATES.get(template, template)
-    answer = example.answer
+    answer, reasoning = example.answer, example.reasoning
     if example.options is not None and answer == example.options.get(example.answer_idx):
         answer = f"{example.answer_idx}. {answer}"
-    if "{reasoning}" in template and not example.reasoning.strip():
+    if OPEN in template:  # reasoning that brings its own tags
+        reasoning = re.sub(r"^\s*<think>\n*|\n*</think>\s*$", "", reasoning)
+    if "{reasoning}" in template and not reasoning.strip():
         return answer
-    values = {"{reasoning}": example.reasoning, "{answer}": answer}
+    values = {"{reasoning}": reasoning, "{answer}": answer}
     # Not str.format: templates hold other braces (\boxed{}), and so do texts.
     return re.sub(r"\{reasoning\}|\{answer\}", lambda match: values[match[0]], template)
 
 
-def uses_plain_template(tokenizer: Tokenizer) -> bool:
-    return not tokenizer.chat_template
+def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) -> Layout:
+    """Finds out how the chat template writes a conversation, by rendering one of marked messages.
+
+    Args:
+        vocab_size: of the model, which may be smaller than the tokenizer's.
+        date: the day, YYYY-MM-DD, that a template takes for today.
+        field: the config field or flag that names the model, for messages.
+
+    Raises:
+        UserError: the template fails, leaves out a message whether its content is a text or a list
+            of parts, or has a generation prompt that is not how it begins an assistant's message.
+    """
+    template = chat_template.of_tokenizer(tokenizer, date, field)
+    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    layout = Layout(tokenizer, template and template.render, field, vocab_size)
+    if template is None:
+        return dataclasses.replace(layout, lead=" ", end_ids=eos, first=_bos(layout))
+    layout, prompt, whole = _readable(layout)
+    before, after = _around(whole)
+    asked = _as_parts(_messages(_USER, None), layout.parts)
+    derived = prompt == layout.render(asked, False)
+    layout = dataclasses.replace(layout, derived=derived)
+    [prompt] = _prompts([_USER], layout)
+    opened = re.search(r"<think>\s*$", prompt)
+    opened = opened[0] if opened else ""
+    start = prompt.removesuffix(opened)
+    if not before.startswith(start):
+        raise errors.UserError(
+            f"{field} has a chat template whose generation prompt is not how it begins an "
+            f"assistant's message: the prompt ends with {prompt[-40:]!r}, the message follows "
+            f"{before[-40:]!r}."
+        )
+    gap = before[len(start) :]
+    close = gap.removeprefix(opened)
+    # An empty block of reasoning is how Qwen3 writes an answer that has none of its own.
+    layout = dataclasses.replace(
+        layout,
+        opened=opened,
+        close=close if opened and "</think>" in close else CLOSE,
+        lead="" if opened or re.fullmatch(_EMPTY_BLOCK, gap) else gap,
+        end=_end_text(after, tokenizer),
+    )
+    ends = _after(before + _ASSISTANT, layout.end, layout) if layout.end else list(eos)
+    return dataclasses.replace(layout, end_ids=tuple(ends or _tokenize([layout.end], layout)[0]))
 
 
-def prompt_ids(examples: Sequence[example_lib.Example], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each prompt, up to where the model is to answer: what `encode` scores after."""
-    return _tokenize(_prompts(examples, tokenizer), tokenizer, _bos(tokenizer))
+def prompt_ids(examples: Sequence[example_lib.Example], layout: Layout) -> list[list[int]]:
+    """Token ids of each prompt, up to where the model is to answer: what `encode_all` scores after.
+
+    Raises:
+        UserError: the model has no embedding for a token.
+    """
+    found = _tokenize(_prompts([question_text(e) for e in examples], layout), layout)
+    for example, ids in zip(examples, found, strict=True):
+        check_tokens(ids, layout, f"The prompt of example {example.example_id!r}")
+    return [[*layout.first, *ids] for ids in found]
+
+
+def write_conversation(
+    messages: Sequence[dict], layout: Layout, add_generation_prompt: bool
+) -> str:
+    """Messages with role and content, a text, as the chat template writes them: up to where the
+    assistant is to answer, or else to the end of the last message's content.
+
+    Raises:
+        UserError: the model has no chat template, or it fails.
+    """
+    if layout.render is None:
+        raise errors.UserError(f"{layout.field} has no chat template.")
+    if add_generation_prompt:
+        return _ask(list(messages), layout)
+    last = messages[-1]["content"].strip()
+    before, _, _ = layout.render(_as_parts(messages, layout.parts), False).rpartition(last)
+    return before + last
+
+
+def check_tokens(ids: Sequence[int], layout: Layout, where: str) -> None:
+    """Raises UserError, which begins with `where`, for a token that the model does not have."""
+    largest = max(ids, default=0)
+    if largest >= layout.vocab_size:
+        token = layout.tokenizer.convert_ids_to_tokens(largest)
+        named = "" if token is None else f" ({token!r})"
+        raise errors.UserError(
+            f"{where} has token {largest}{named}; the model's vocabulary ends at "
+            f"{layout.vocab_size - 1}: the tokenizer of {layout.field} is not that of its weights."
+        )
 
 
 def encode_all(
     examples: Sequence[example_lib.Example],
-    tokenizer: Tokenizer,
+    layout: Layout,
     template: str,
     max_tokens: int,
     truncation: str,
+    where: str = "Example",
 ) -> tuple[list[example_lib.Encoded], collections.Counter, list[str]]:
     """Encodes examples; pre-tokenised ones are used as they are, but for their length.
 
@@ -78,25 +212,28 @@ def encode_all(
         truncation: what to do with an example over `max_tokens`: `error`, `drop`, cut the `end` of
             the completion, or cut the beginning of the `prompt`. One with nothing left to score, or
             whose completion alone is too long for `prompt`, is dropped.
+        where: what the examples are, for messages.
 
     Returns:
         The encoded examples in order, the counts of whole, cut and dropped, the dropped ids.
 
     Raises:
-        UserError: with `error`, naming the first example that is too long.
+        UserError: with `error`, naming the first example that is too long; or the model has no
+            embedding for a token.
     """
     errors.check_choice("model.truncation", truncation, TRUNCATIONS)
     texts = [example for example in examples if example.input_ids is None]
-    end = end_ids(tokenizer)
-    tokens = iter(_pairs(texts, [completion_text(e, template) for e in texts], tokenizer))
+    end = list(layout.end_ids)
+    tokens = iter(_pairs(texts, [[completion_text(e, template)] for e in texts], layout))
     encoded, outcomes, dropped = [], collections.Counter(), []
     for example in examples:
         if example.input_ids is None:
-            prompt, completion = next(tokens)
+            prompt, [completion] = next(tokens)
             ids = prompt + completion + end
             labels = [example_lib.IGNORED] * len(prompt) + completion + end
         else:
             ids, labels = example.input_ids, example.labels
+        check_tokens([*ids, *labels], layout, f"{where} {example.example_id!r}")
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
         whole = len(ids) <= max_tokens
         if not whole and truncation == "error":
@@ -117,56 +254,57 @@ def encode_all(
 
 def encode(
     example: example_lib.Example,
-    tokenizer: Tokenizer,
+    layout: Layout,
     template: str,
     max_tokens: int,
     truncation: str,
 ) -> tuple[example_lib.Encoded | None, str]:
     """Encodes one example as `encode_all` does; the outcome is whole, cut, or dropped (None)."""
-    encoded, outcomes, _ = encode_all([example], tokenizer, template, max_tokens, truncation)
+    encoded, outcomes, _ = encode_all([example], layout, template, max_tokens, truncation)
     return (encoded[0] if encoded else None), next(iter(outcomes))
 
 
 def encode_options(
-    example: example_lib.Example, tokenizer: Tokenizer, max_tokens: int
-) -> list[example_lib.Encoded]:
-    """One prompt and each option as its answer, "B. text", named "ID#B".
+    examples: Sequence[example_lib.Example], layout: Layout, max_tokens: int
+) -> list[list[example_lib.Encoded]]:
+    """For each example one prompt and each option as its answer, "B. text", named "ID#B".
 
     The token that ends a turn is left out, so that likelihoods compare the answers only. A prompt
     too long for the longest option is cut from its beginning, for all options alike.
+
+    Raises:
+        UserError: an option leaves no room for its prompt, or has a token that the model has no
+            embedding for.
     """
-    answers = [f"{letter}. {text}" for letter, text in example.options.items()]
-    pairs = _pairs([example] * len(answers), answers, tokenizer)
-    room = max_tokens - max(len(completion) for _, completion in pairs)
+    answers = [[f"{letter}. {text}" for letter, text in e.options.items()] for e in examples]
+    pairs = _pairs(examples, answers, layout)
+    return [_options(e, *pair, layout, max_tokens) for e, pair in zip(examples, pairs, strict=True)]
+
+
+def _options(example, prompt, completions, layout, max_tokens) -> list[example_lib.Encoded]:
+    check_tokens(prompt, layout, f"The prompt of question {example.example_id!r}")
+    room = max_tokens - max(map(len, completions))
     if room < 1:
         raise errors.UserError(
             f"model.max_tokens = {max_tokens} has no room for an option of {example.example_id!r}."
         )
-    prompt = pairs[0][0][-room:]
+    prompt = prompt[-room:]
     ignored = [example_lib.IGNORED] * len(prompt)
+    for letter, ids in zip(example.options, completions, strict=True):
+        check_tokens(ids, layout, f"Option {letter} of question {example.example_id!r}")
     return [
         example_lib.Encoded(
             f"{example.example_id}#{letter}",
-            np.array(prompt + completion, np.int32),
-            np.array(ignored + completion, np.int32),
+            np.array(prompt + ids, np.int32),
+            np.array(ignored + ids, np.int32),
         )
-        for letter, (_, completion) in zip(example.options, pairs, strict=True)
+        for letter, ids in zip(example.options, completions, strict=True)
     ]
 
 
-def end_ids(tokenizer: Tokenizer) -> list[int]:
-    """The end of an assistant's turn: what the template puts there, to its first special token."""
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if uses_plain_template(tokenizer):
-        return eos
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-    _, found, text = _render(tokenizer, messages, generate=False).rpartition(_MARK)
-    tail = _tokenize([text.strip()], tokenizer)[0] if found else []
-    added = tokenizer.added_tokens_decoder
-    for i, token in enumerate(tail):
-        if token == tokenizer.eos_token_id or (token in added and added[token].special):
-            return tail[: i + 1]
-    return tail or eos
+def count_tokens(texts: Sequence[str], layout: Layout) -> list[int]:
+    """The tokens of each text where it stands inside of another."""
+    return [len(_inside(text, layout)) for text in texts]
 
 
 def _kept(labels: np.ndarray, max_tokens: int, truncation: str) -> slice:
@@ -179,53 +317,137 @@ def _kept(labels: np.ndarray, max_tokens: int, truncation: str) -> slice:
     return slice(excess, None) if fits else slice(0)
 
 
-def _prompts(examples: Sequence[example_lib.Example], tokenizer: Tokenizer) -> list[str]:
-    if uses_plain_template(tokenizer):
-        return [f"Question: {question_text(example)}\n\nAnswer:" for example in examples]
-    messages = [[{"role": "user", "content": question_text(example)}] for example in examples]
-    return [_render(tokenizer, m, generate=True) for m in messages]
+def _readable(layout: Layout) -> tuple[Layout, str, str]:
+    """The layout with `parts` set, the prompt and the whole of a conversation of marks."""
+    problem = None
+    for parts in (False, True):
+        try:
+            prompt = layout.render(_as_parts(_messages(_USER, None), parts), True)
+            whole = layout.render(_as_parts(_messages(_USER, _ASSISTANT), parts), False)
+        except errors.UserError as e:
+            problem = problem or e
+            continue
+        if _USER in prompt and _USER in whole.rpartition(_ASSISTANT)[0]:
+            return dataclasses.replace(layout, parts=parts), prompt, whole
+    raise problem or errors.UserError(
+        f"{layout.field} has a chat template that leaves out what the user or the assistant says."
+    )
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict], generate: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generate, tokenize=False
-        )
-    except jinja2.TemplateError as e:
-        raise errors.UserError(f"model.path has a chat template that fails: {e}.") from None
+def _messages(question: str, answer: str | None) -> list[dict]:
+    said = {"user": question} | ({} if answer is None else {"assistant": answer})
+    return [{"role": role, "content": text} for role, text in said.items()]
+
+
+def _as_parts(messages: Sequence[dict], parts: bool) -> list[dict]:
+    if not parts:
+        return list(messages)
+    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def _around(whole: str) -> tuple[str, str]:
+    """What a rendered conversation has before and after the assistant's message."""
+    before, _, after = whole.rpartition(_ASSISTANT)
+    return before, after
+
+
+def _end_text(after: str, tokenizer: Tokenizer) -> str:
+    """What ends a message of the assistant: up to the first special token, or all but white space
+    at its end where there is none.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {tokenizer.eos_token} - {None}
+    found = [(after.find(token), -len(token)) for token in special if token and token in after]
+    if not found:
+        return after.rstrip()
+    place, length = min(found)
+    return after[: place - length]
+
+
+def _prompts(questions: Sequence[str], layout: Layout) -> list[str]:
+    if layout.render is None:
+        return [f"Question: {question}\n\nAnswer:" for question in questions]
+    return [_ask(_messages(question, None), layout) for question in questions]
+
+
+def _ask(messages: list[dict], layout: Layout) -> str:
+    """The text up to where the assistant is to answer."""
+    if not layout.derived:
+        return layout.render(_as_parts(messages, layout.parts), True)
+    messages = [*messages, {"role": "assistant", "content": _ASSISTANT}]
+    before, _ = _around(layout.render(_as_parts(messages, layout.parts), False))
+    # A space belongs to the word that follows it: the completion begins with it (`lead`).
+    return re.sub(rf"{_EMPTY_BLOCK}$", "", before).rstrip(" ")
+
+
+def _completion(text: str, layout: Layout) -> str:
+    """A completion as it stands after a prompt."""
+    if not layout.opened:
+        return layout.lead + text
+    if text.lstrip().startswith(OPEN):
+        inside = text.lstrip().removeprefix(OPEN)
+        return inside.lstrip("\n") if layout.opened.endswith("\n") else inside
+    return text if CLOSE.strip() in text else layout.close + text
 
 
 def _pairs(
-    examples: Sequence[example_lib.Example], completions: Sequence[str], tokenizer: Tokenizer
-) -> list[tuple[list[int], list[int]]]:
-    """Prompt and completion ids. The completion carries on where the prompt ends."""
-    prompts = _prompts(examples, tokenizer)
-    if uses_plain_template(tokenizer):
-        completions = [f" {text}" for text in completions]
-    else:  # some templates open the reasoning themselves, at the end of the prompt
-        opened = "<think>\n"
-        completions = [
-            text.removeprefix(opened) if prompt.endswith(opened) else text
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
-    ids = _tokenize(prompts, tokenizer, _bos(tokenizer)), _tokenize(completions, tokenizer)
-    return list(zip(*ids, strict=True))
+    examples: Sequence[example_lib.Example], completions: Sequence[Sequence[str]], layout: Layout
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompt ids, and the ids of each of its completions, for each example; ends are left out."""
+    prompts = _prompts([question_text(example) for example in examples], layout)
+    written = [[_completion(text, layout) for text in texts] for texts in completions]
+    wholes = [
+        prompt + text + layout.end
+        for prompt, texts in zip(prompts, written, strict=True)
+        for text in texts
+    ]
+    ids = iter(_tokenize(wholes, layout))
+    end = list(layout.end_ids) if layout.end else []
+    found = []
+    for tokens, texts in zip(_tokenize(prompts, layout), written, strict=True):
+        cut = [_between(tokens, next(ids), end) for _ in texts]
+        kept = [own or _inside(text, layout) for own, text in zip(cut, texts, strict=True)]
+        found.append(([*layout.first, *tokens], kept))
+    return found
 
 
-def _tokenize(
-    texts: Sequence[str], tokenizer: Tokenizer, first: Sequence[int] = ()
-) -> list[list[int]]:
+def _between(prompt: list[int], ids: list[int], end: list[int]) -> list[int]:
+    """What stands between the two in `ids`; nothing where `ids` do not begin and end with them."""
+    stop = len(ids) - len(end)
+    return ids[len(prompt) : stop] if ids[: len(prompt)] == prompt and ids[stop:] == end else []
+
+
+def _after(before: str, text: str, layout: Layout) -> list[int]:
+    """The tokens of `text` after `before`; none where a token stands across."""
+    head, whole = _tokenize([before, before + text], layout)
+    return _between(head, whole, [])
+
+
+def _inside(text: str, layout: Layout) -> list[int]:
+    """The tokens of a text that does not begin a text, as a sentence's start has its own in some
+    vocabularies.
+    """
+    for anchor in ANCHORS:
+        if found := _after(anchor, text, layout):
+            return found
+    return _tokenize([text], layout)[0]
+
+
+def _tokenize(texts: Sequence[str], layout: Layout) -> list[list[int]]:
     if not texts:
         return []
-    rows = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    return [[*first, *ids] for ids in rows["input_ids"]]
+    try:
+        rows = layout.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+    except Exception as e:  # tokenizers raises no narrower one for a vocabulary that lacks a token
+        raise errors.UserError(
+            f"{layout.field} has a tokenizer that fails on a text: {type(e).__name__}: {e}."
+        ) from None
+    return rows["input_ids"]
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    """The token to begin a prompt with: a chat template writes its own."""
-    bos = tokenizer.bos_token_id
-    if not uses_plain_template(tokenizer) or bos is None:
-        return []
-    return [bos] if tokenizer("a")["input_ids"][0] == bos else []
+def _bos(layout: Layout) -> tuple[int, ...]:
+    """The token that a prompt without a chat template begins with."""
+    bos = layout.tokenizer.bos_token_id
+    return (bos,) if bos is not None and layout.tokenizer("a")["input_ids"][:1] == [bos] else ()

@@ -57,23 +57,25 @@ def load_preferences(
 
 def encode(
     pairs: Sequence[tuple[example_lib.Example, example_lib.Example]],
-    tokenizer: chat.Tokenizer,
+    layout: chat.Layout,
     template: str,
     max_tokens: int,
     truncation: str,
+    field: str,
 ) -> tuple[list[Pair], list[str]]:
-    """Tokenises pairs as `chat.encode_all` does examples.
+    """Tokenises pairs as `chat.encode_all` does examples; `field` is for messages.
 
     Returns:
         The pairs in order, and the ids of those left out: a side has nothing to score within
         `max_tokens`, or both are the same once they are cut.
     """
+    sides = (f"{field}: the {name} side of pair" for name in SIDES)
     chosen, rejected = (
         {
             row.example_id: row
-            for row in chat.encode_all(side, tokenizer, template, max_tokens, truncation)[0]
+            for row in chat.encode_all(side, layout, template, max_tokens, truncation, where)[0]
         }
-        for side in zip(*pairs, strict=True)
+        for where, side in zip(sides, zip(*pairs, strict=True), strict=True)
     )
     made, dropped = [], []
     for id_ in (pair[0].example_id for pair in pairs):

@@ -53,7 +53,8 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     """What the scores depend on beside artifacts: the model, and the dtype that it runs in."""
     settings = context.config.model
     opened = checkpoint.open_checkpoint(settings.path, "model.path")
-    return {"model.path": opened.fingerprint, "model.dtype": settings.dtype}
+    tokens = tokenizer.fingerprints(settings.path, "model.path")
+    return {"model.path": opened.fingerprint, **tokens, "model.dtype": settings.dtype}
 
 
 def run(context: stages.Context) -> dict[str, int]:
@@ -63,7 +64,7 @@ def run(context: stages.Context) -> dict[str, int]:
       exp (float64, as is ifd, since float32 ends at a loss of 88);
     - ifd and similarity: see above; task_similarity: the mean over tasks of the mean cosine with
       the targets of each;
-    - answer_tokens: scored tokens; reasoning_tokens: those of the reasoning, tokenised on its own
+    - answer_tokens: scored tokens; reasoning_tokens: those of the reasoning, tokenised apart
       (at a seam a token may belong to both sides), at most answer_tokens. 0 where the template
       leaves the reasoning out, and for pre-tokenised rows, which do not tell it apart.
 
@@ -91,7 +92,8 @@ def run(context: stages.Context) -> dict[str, int]:
     losses = np.array([with_prompt.entries[row.example_id]["loss"] for row in pool])
     cosines = np.array([with_prompt.entries[row.example_id]["cosines"] for row in pool], np.float32)
     answers = np.array([row.answer_tokens for row in pool], np.int32)
-    reasoning = reasoning_tokens(table["reasoning"].to_pylist(), tok, cfg.data.template)
+    layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
+    reasoning = reasoning_tokens(table["reasoning"].to_pylist(), layout, cfg.data.template)
     artifacts.write_table(
         context.path(SCORES),
         {
@@ -160,12 +162,13 @@ def without_prompt(row: example.Encoded, bos: int | None) -> example.Encoded | N
     return result if result.answer_tokens else None
 
 
-def reasoning_tokens(texts: Sequence[str], tok: chat.Tokenizer, template: str) -> np.ndarray:
-    """(n,) int32: the tokens of each text on its own; 0 where the template has no {reasoning}."""
+def reasoning_tokens(texts: Sequence[str], layout: chat.Layout, template: str) -> np.ndarray:
+    """(n,) int32: the tokens of each text, as inside of another; 0 where the template has no
+    {reasoning}.
+    """
     if "{reasoning}" not in chat.TEMPLATES.get(template, template):
         return np.zeros(len(texts), np.int32)
-    found = tok(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return np.array([len(ids) for ids in found["input_ids"]], np.int32)
+    return np.array(chat.count_tokens(texts, layout), np.int32)
 
 
 def _ifd(pool, alone, with_prompt, direct) -> np.ndarray:

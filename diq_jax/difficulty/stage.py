@@ -48,6 +48,7 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
         return found | {labels.FIELD: trained.fingerprint(settings.source)}
     return found | {
         FIELD: checkpoint.open_checkpoint(settings.encoder, FIELD).fingerprint,
+        **tokenizer.fingerprints(settings.encoder, FIELD),
         labels.FIELD: labels.fingerprint(settings.source),
     }
 

@@ -51,23 +51,22 @@ def make_part(
     tests: Sequence[example.Example],
     model: load.Model,
     settings: config_lib.Evaluate,
+    date: str,
     placement: devices.Placement,
 ) -> Part:
     """The prompts and how they are answered; nothing runs yet.
+
+    Args:
+        date: the day, YYYY-MM-DD, that a chat template takes for today.
 
     Raises:
         UserError: a prompt leaves too few of the model's positions for an answer.
     """
     tok = tokenizer.load_tokenizer(model.path, "model.path")
-    asked = [
-        dataclasses.replace(
-            test, question=f"{chat.question_text(test)}\n\n{INSTRUCTION}", options=None
-        )
-        for test in tests
-    ]
+    layout = chat.make_layout(tok, model.cfg.vocab_size, date, "model.path")
     prompts = [
         generate.Prompt(test.example_id, sample, np.asarray(ids, np.int32))
-        for test, ids in zip(tests, chat.prompt_ids(asked, tok), strict=True)
+        for test, ids in zip(tests, ask(tests, layout), strict=True)
         for sample in range(settings.samples)
     ]
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
@@ -92,13 +91,24 @@ def make_part(
     generator = generate.make_generator(
         model.cfg,
         drawn,
-        end_tokens(model, tok),
+        end_tokens(model, layout),
         settings.stop_texts,
         lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
         placement,
     )
     options = [test.options for test in tests]
     return Part("answer", prompts, options, settings.samples, streams, generator)
+
+
+def ask(tests: Sequence[example.Example], layout: chat.Layout) -> list[list[int]]:
+    """The prompts' token ids: each question with its options, and INSTRUCTION."""
+    asked = [
+        dataclasses.replace(
+            test, question=f"{chat.question_text(test)}\n\n{INSTRUCTION}", options=None
+        )
+        for test in tests
+    ]
+    return chat.prompt_ids(asked, layout)
 
 
 def from_table(table: pa.Table) -> list[example.Example]:
@@ -118,11 +128,11 @@ def from_table(table: pa.Table) -> list[example.Example]:
     ]
 
 
-def end_tokens(model: load.Model, tok: chat.Tokenizer) -> tuple[int, ...]:
+def end_tokens(model: load.Model, layout: chat.Layout) -> tuple[int, ...]:
     """What ends an answer: the model's and the tokenizer's end tokens, and that of a turn."""
     eos = model.hf_config.get("eos_token_id")
-    found = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    return tuple(sorted((found | set(chat.end_ids(tok)[-1:])) - {None}))
+    found = {layout.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    return tuple(sorted((found | set(layout.end_ids[-1:])) - {None}))
 
 
 def answers(part: Part, name, weights, done, _) -> Iterator[tuple[list[int], list]]:

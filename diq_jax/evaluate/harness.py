@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax.common import devices, errors, progress
-from diq_jax.data import batches
+from diq_jax.data import batches, chat
 from diq_jax.evaluate import harness_generation, options
 from diq_jax.models import decoder, load, loss
 
@@ -50,14 +50,14 @@ def run(
     manager: task_lib.TaskManager,
     limit: int,
     num_fewshot: int | None,
-    chat: bool,
+    as_chat: bool,
 ) -> tuple[dict[str, Any], str]:
     """What the harness finds, and its table.
 
     Args:
         limit: the first so many rows of a task; 0 = all.
         num_fewshot: None = the task's own.
-        chat: whether the chat template writes the prompts.
+        as_chat: whether the chat template writes the prompts.
     """
     found = lm_eval.simple_evaluate(
         model=model,
@@ -65,7 +65,7 @@ def run(
         task_manager=manager,
         limit=limit or None,
         num_fewshot=num_fewshot,
-        apply_chat_template=chat,
+        apply_chat_template=as_chat,
         torch_random_seed=None,  # or it imports torch
     )
     return found, utils.make_table(found)
@@ -86,7 +86,7 @@ class HarnessModel(lm_model.TemplateLM):
     def __init__(
         self,
         model: load.Model,
-        tokenizer,
+        layout: chat.Layout,
         placement: devices.Placement,
         max_tokens: int,
         batch_tokens: int,
@@ -94,11 +94,13 @@ class HarnessModel(lm_model.TemplateLM):
         generate: harness_generation.Generate | None = None,
     ):
         super().__init__()
+        tokenizer = layout.tokenizer
         if tokenizer.eos_token_id is None:
             raise errors.UserError(
                 f"{model.path} has no end-of-sequence token; the harness needs one."
             )
-        self.model, self.tokenizer, self.placement = model, tokenizer, placement
+        self.model, self.layout, self.placement = model, layout, placement
+        self.tokenizer = tokenizer
         self.max_length, self.batch_tokens = max_tokens, batch_tokens
         self.adapter, self._generate = adapter, generate
         bos = tokenizer.bos_token_id
@@ -126,16 +128,12 @@ class HarnessModel(lm_model.TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """A text that begins with the BOS token, as chat templates write it, gets no second one."""
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        chat.check_tokens(ids, self.layout, f"A text that begins with {string[:40]!r}")
         first = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
         return [*first, *ids]
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return chat.write_conversation(chat_history, self.layout, add_generation_prompt)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Of each text the log-likelihood in nats, in windows where it is too long."""

@@ -22,7 +22,7 @@ Generate = Callable[[Sequence[Sequence[int]], Mapping[str, Any]], list[str]]
 
 def make_generate(
     model: load.Model,
-    tokenizer: chat.Tokenizer,
+    layout: chat.Layout,
     placement: devices.Placement,
     max_tokens: int,
     batch_tokens: int,
@@ -39,7 +39,7 @@ def make_generate(
         seed: of texts that a task draws.
         adapter: a LoRA adapter that `placement` has replicated.
     """
-    ends = generation.end_tokens(model, tokenizer)
+    ends, tokenizer = generation.end_tokens(model, layout), layout.tokenizer
 
     def text(ids):
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -13,7 +13,7 @@ from diq_jax.common import artifacts, devices, errors, progress, stages
 from diq_jax.common import config as config_lib
 from diq_jax.data import batches, benchmarks, encoded, example
 from diq_jax.evaluate import generation, intervals, options
-from diq_jax.models import checkpoint, load, lora, loss
+from diq_jax.models import checkpoint, load, lora, loss, tokenizer
 
 MAX_SHAPES = 4  # batch shapes of the targets, and of the tests: each is a compilation
 PARTIAL = "evaluate/scores.partial.jsonl"
@@ -76,7 +76,8 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     path = context.config.model.path
     adapters = [folder for _, folder in arms(context) if folder is not None]
     files = sorted(file for folder in adapters for file in folder.iterdir() if file.is_file())
-    return {"model.path": checkpoint.open_checkpoint(path, "model.path").fingerprint} | {
+    tokens = tokenizer.fingerprints(path, "model.path")
+    return {"model.path": checkpoint.open_checkpoint(path, "model.path").fingerprint, **tokens} | {
         str(file.relative_to(context.workdir)): artifacts.sha256(file) for file in files
     }
 
@@ -106,7 +107,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     scored = [(part, score) for part in parts]
     if config.evaluate.protocol == "generate":
         tests = generation.from_table(table)
-        answers = generation.make_part(tests, model, config.evaluate, context.placement)
+        answers = generation.make_part(
+            tests, model, config.evaluate, config.data.date, context.placement
+        )
         scored.append((answers, generation.answers))
     models = arms(context)
     names = [name for name, _ in models]

@@ -6,10 +6,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax.common import artifacts, devices, errors, finetune_config, progress, stages, trees
-from diq_jax.data import batches, preferences, sources
+from diq_jax.common import (
+    artifacts,
+    config,
+    devices,
+    errors,
+    finetune_config,
+    progress,
+    stages,
+    trees,
+)  # fmt: skip
+from diq_jax.data import batches, chat, preferences, sources
 from diq_jax.finetune import curves, dpo, loop, sft
 from diq_jax.models import checkpoint, load, lora, tokenizer
+from diq_jax.models import config as model_config
 
 DATA = "finetune.dpo.data"
 SFT = "finetune/adapter"
@@ -25,7 +35,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         dropped_ids where some pairs are too long; first and last loss, margin and accuracy.
     """
     settings = context.config.finetune
-    pairs, dropped = _pairs(context)
+    pairs, dropped = load_pairs(context.config, _layout(context.config))
     training = _as_sft(settings)
     planned = sft.plan(
         [pair.longer for pair in pairs], {"dpo": range(len(pairs))}, training,
@@ -70,16 +80,27 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     if not spec:
         raise errors.UserError(f"Stage 'dpo' needs preference rows: set {DATA}.")
     opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
-    return {"model.path": opened.fingerprint, DATA: sources.fingerprint(spec, DATA)}
+    tokens = tokenizer.fingerprints(context.config.model.path, "model.path")
+    return {"model.path": opened.fingerprint, **tokens, DATA: sources.fingerprint(spec, DATA)}
 
 
-def _pairs(context) -> tuple[list[preferences.Pair], list[str]]:
-    cfg = context.config
+def _layout(cfg) -> chat.Layout:
+    opened = checkpoint.open_checkpoint(cfg.model.path, "model.path")
+    shape = model_config.decoder_config(opened.config, "model.path")
+    tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
+    return chat.make_layout(tok, shape.vocab_size, cfg.data.date, "model.path")
+
+
+def load_pairs(cfg: config.Config, layout: chat.Layout) -> tuple[list[preferences.Pair], list[str]]:
+    """The preferences, tokenised, and the ids of those left out (preferences.encode).
+
+    Raises:
+        UserError: a wrong row, a token that the model does not have, or no pair that fits.
+    """
     found = preferences.load_preferences(cfg.finetune.dpo.data, cfg.finetune.dpo.limit, DATA)
     pairs, dropped = preferences.encode(
-        found, tokenizer.load_tokenizer(cfg.model.path, "model.path"), cfg.data.template,
-        cfg.model.max_tokens, cfg.model.truncation,
-    )  # fmt: skip
+        found, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation, DATA
+    )
     if not pairs:
         raise errors.UserError(
             f"{DATA}: none of the {len(found)} pairs fits model.max_tokens = "

@@ -1,18 +1,31 @@
-"""Tokenizers of checkpoint folders and GGUF files, without torch."""
+"""Tokenizers of checkpoint folders and GGUF files, without torch.
 
+What a file says is what counts: a tokenizer.json is used as it stands. transformers' classes for
+single model families would put a pre-tokenizer and a normalizer of their own in its place.
+"""
+
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from diq_jax.common import errors
+from diq_jax.common import artifacts, errors, reading
 from diq_jax.models import checkpoint, gguf_file
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+FILE = "tokenizer.json"
+FILES = (FILE, "tokenizer.model", "vocab.json", "vocab.txt")
+CONFIG = "tokenizer_config.json"
+# What decides token ids beside CONFIG, and where chat templates stand beside it.
+DECISIVE = (*FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 
 # tokenizer.ggml.token_type
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
@@ -40,16 +53,18 @@ class PreTokenizer:
 
 
 # tokenizer.ggml.pre, as llama.cpp (src/llama-vocab.cpp) reads it; NFC as in Qwen's tokenizer.json.
+_GPT2 = PreTokenizer((GPT2,))
+_DIGITS = PreTokenizer((r"\p{N}", GPT2))
 _LLAMA3 = PreTokenizer((LLAMA3,), ignore_merges=True, add_bos=True)
+_QWEN2 = PreTokenizer((LLAMA3.replace("{1,3}", ""),), nfc=True)
 PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer((GPT2,)),
-    "smollm": PreTokenizer((r"\p{N}", GPT2)),
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": PreTokenizer((LLAMA3.replace("{1,3}", ""),), nfc=True),
+    "smaug-bpe": PreTokenizer((LLAMA3,)),
     "tekken": PreTokenizer((TEKKEN,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "exaone4", "trillion"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b", "exaone"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3", "falcon3", "pixtral", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
 }
 
 
@@ -59,28 +74,85 @@ def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrain
     `chat_template` is None where the checkpoint has none.
 
     Raises:
-        UserError: no tokenizer there, or one of a kind that would give other ids.
+        UserError: no tokenizer there, a damaged one, or one of a kind that would give other ids.
     """
     path = checkpoint.resolve(path, field)
     if path.is_file():
-        return _from_gguf(path, gguf_file.read_metadata(path), field)
+        with _loading(path, field):
+            return _from_gguf(path, gguf_file.read_metadata(path), field)
     if not any((path / name).exists() for name in FILES):
         # transformers would hand out a tokenizer with an empty vocabulary.
         raise errors.UserError(
             f"{field}: the folder {path} has no tokenizer; expected one of {', '.join(FILES)}."
         )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as e:
-        raise errors.UserError(
-            f"{field}: the folder {path} has no tokenizer that transformers can load; expected"
-            f" a whole tokenizer.json ({type(e).__name__}: {str(e).strip().splitlines()[0]})."
-        ) from None
+    _read_config(path)
+    with _loading(path, field):
+        if (path / FILE).exists():
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+            _restore_added_tokens(tokenizer, path / FILE)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     if not tokenizer.is_fast:
         raise errors.UserError(
             f"{field}: {path} has a slow tokenizer only; expected tokenizer.json."
         )
     return tokenizer
+
+
+def fingerprints(path: str | os.PathLike, field: str) -> dict[str, str]:
+    """Hashes of what decides token ids beside a text: the tokenizer, and its chat templates.
+
+    A GGUF file holds both, and checkpoint.Checkpoint.fingerprint covers it: it has none here.
+    """
+    path = checkpoint.resolve(path, field)
+    if path.is_file():
+        return {}
+    config = _read_config(path)
+    templates = [json.dumps(config.pop("chat_template", None))]
+    templates += [
+        artifacts.sha256(file) for pattern in TEMPLATES for file in sorted(path.glob(pattern))
+    ]
+    rest = [json.dumps(config, sort_keys=True)]
+    rest += [artifacts.sha256(path / name) for name in DECISIVE if (path / name).is_file()]
+    return {
+        f"{field} tokenizer": hashlib.sha256("\n".join(rest).encode()).hexdigest(),
+        f"{field} chat template": hashlib.sha256("\n".join(templates).encode()).hexdigest(),
+    }
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    """tokenizer_config.json, {} where there is none; the files beside it are checked too."""
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (path / name).exists():
+            reading.read_record(path / name, {})
+    return reading.read_record(path / CONFIG, {}) if (path / CONFIG).exists() else {}
+
+
+@contextlib.contextmanager
+def _loading(path: pathlib.Path, field: str) -> Iterator[None]:
+    """Turns what the two libraries raise for a damaged file into a UserError.
+
+    They raise anything: tokenizers knows Exception itself, and for a panic of its Rust code a
+    BaseException.
+    """
+    try:
+        yield
+    except (errors.UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        said = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise errors.UserError(
+            f"{field}: {path} has no tokenizer that can be loaded; expected a whole tokenizer.json,"
+            f" or a GGUF file with one ({said})."
+        ) from None
+
+
+def _restore_added_tokens(tokenizer, file: pathlib.Path) -> None:
+    """Gives the added tokens of `file` back the properties that tokenizer_config.json changed."""
+    added = tokenizers.Tokenizer.from_file(str(file)).get_added_tokens_decoder().values()
+    backend = tokenizer.backend_tokenizer
+    backend.add_special_tokens([token for token in added if token.special])
+    backend.add_tokens([token for token in added if not token.special])
 
 
 def _from_gguf(
@@ -134,6 +206,8 @@ def _byte_level(
     pre = PRE_TOKENIZERS[name]
     vocabulary = {token: i for i, token in enumerate(ggml["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in ggml.get("merges", ())]
+    # Some files list merges to what is no token. llama.cpp takes such a merge apart again.
+    merges = [merge for merge in merges if "".join(merge) in vocabulary]
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre.ignore_merges)
     )

@@ -26,6 +26,7 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
         return {}
     return {
         FIELD: checkpoint.open_checkpoint(cfg.difficulty.encoder, FIELD).fingerprint,
+        **tokenizer.fingerprints(cfg.difficulty.encoder, FIELD),
         "difficulty.max_tokens": str(cfg.difficulty.max_tokens),
     }
 

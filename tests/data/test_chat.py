@@ -58,23 +58,28 @@ def make_tokenizer(chat_template, adds_bos=False):
     )
 
 
-def read(tokenizer, encoded):
+def make_layout(chat_template, adds_bos=False):
+    tokenizer = make_tokenizer(chat_template, adds_bos)
+    return chat.make_layout(tokenizer, len(tokenizer), "2024-07-26", "model.path")
+
+
+def read(layout, encoded):
     """The text that is not scored, and the text that is."""
     scored = encoded.labels != example_lib.IGNORED
     np.testing.assert_array_equal(encoded.labels[scored], encoded.input_ids[scored])
     assert encoded.input_ids.dtype == encoded.labels.dtype == np.int32
-    return tokenizer.decode(encoded.input_ids[~scored]), tokenizer.decode(encoded.input_ids[scored])
+    return tuple(layout.tokenizer.decode(encoded.input_ids[mask]) for mask in (~scored, scored))
 
 
-def encode(tokenizer, example=TEXT, template="think", max_tokens=1000, truncation="error"):
-    return chat.encode(example, tokenizer, template, max_tokens, truncation)
+def encode(layout, example=TEXT, template="think", max_tokens=1000, truncation="error"):
+    return chat.encode(example, layout, template, max_tokens, truncation)
 
 
 @pytest.mark.parametrize("template", [CHATML, QWEN3])
 def test_prompt_and_completion(template):
-    tokenizer = make_tokenizer(template)
-    encoded, outcome = encode(tokenizer)
-    prompt, completion = read(tokenizer, encoded)
+    layout = make_layout(template)
+    encoded, outcome = encode(layout)
+    prompt, completion = read(layout, encoded)
     assert outcome == "whole" and encoded.answer_tokens == len(completion) - len("<|im_end|>") + 1
     assert prompt == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert completion == "<think>\nSince.\n</think>\n\nSo.<|im_end|>"
@@ -82,41 +87,40 @@ def test_prompt_and_completion(template):
 
 @pytest.mark.parametrize("template", [CHATML, QWEN3, MISTRAL, OPENS_REASONING, None])
 def test_the_prompt_is_the_one_of_generation(template):
-    tokenizer = make_tokenizer(template, adds_bos=True)
-    encoded, _ = encode(tokenizer)
-    [prompt] = chat.prompt_ids([TEXT], tokenizer)
+    layout = make_layout(template, adds_bos=True)
+    encoded, _ = encode(layout)
+    [prompt] = chat.prompt_ids([TEXT], layout)
     assert encoded.input_ids[: len(prompt)].tolist() == prompt
     assert np.all(encoded.labels[: len(prompt)] == -100) and np.all(
         encoded.labels[len(prompt) :] != -100
     )
     if template:
-        expected = tokenizer.apply_chat_template(
+        expected = layout.tokenizer.apply_chat_template(
             [{"role": "user", "content": "Why?"}], add_generation_prompt=True, tokenize=True
         )
         assert prompt == expected["input_ids"]
 
 
 def test_a_turn_ends_with_the_token_of_the_template():
-    tokenizer = make_tokenizer(MISTRAL)
-    assert read(tokenizer, encode(tokenizer)[0]) == (
+    layout = make_layout(MISTRAL)
+    assert read(layout, encode(layout)[0]) == (
         "<s>[INST] Why? [/INST]",
-        "<think>\nSince.\n</think>\n\nSo.</s>",
+        "<think>\nSince.\n</think>\n\nSo. </s>",
     )
 
 
 def test_a_prompt_that_opens_the_reasoning_is_continued():
-    tokenizer = make_tokenizer(OPENS_REASONING)
-    prompt, completion = read(tokenizer, encode(tokenizer)[0])
+    layout = make_layout(OPENS_REASONING)
+    prompt, completion = read(layout, encode(layout)[0])
     assert prompt.endswith("assistant\n<think>\n")
     assert completion == "Since.\n</think>\n\nSo.<|im_end|>"
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_without_a_chat_template(adds_bos):
-    tokenizer = make_tokenizer(None, adds_bos)
-    assert chat.uses_plain_template(tokenizer)
-    assert not chat.uses_plain_template(make_tokenizer(CHATML))
-    prompt, completion = read(tokenizer, encode(tokenizer, CHOICE)[0])
+    layout = make_layout(None, adds_bos)
+    assert layout.render is None
+    prompt, completion = read(layout, encode(layout, CHOICE)[0])
     bos = "<s>" if adds_bos else ""
     assert prompt + completion == f"{bos}Question: Which?\n\nA. one\nB. two\n\nAnswer: B. two</s>"
     assert completion == " B. two</s>"
@@ -140,80 +144,210 @@ def test_completions():
 
 
 def test_truncation():
-    tokenizer = make_tokenizer(CHATML)
-    whole, _ = encode(tokenizer)
+    layout = make_layout(CHATML)
+    whole, _ = encode(layout)
     total, prompt = len(whole.input_ids), np.flatnonzero(whole.labels != -100)[0]
-    assert encode(tokenizer, max_tokens=total)[1] == "whole"
+    assert encode(layout, max_tokens=total)[1] == "whole"
     with pytest.raises(
         errors.UserError, match=rf"'x' has {total} tokens.*max_tokens = {total - 1}"
     ):
-        encode(tokenizer, max_tokens=total - 1)
-    assert encode(tokenizer, max_tokens=total - 1, truncation="drop") == (None, "dropped")
+        encode(layout, max_tokens=total - 1)
+    assert encode(layout, max_tokens=total - 1, truncation="drop") == (None, "dropped")
 
-    end, outcome = encode(tokenizer, max_tokens=prompt + 1, truncation="end")
+    end, outcome = encode(layout, max_tokens=prompt + 1, truncation="end")
     assert outcome == "cut" and end.answer_tokens == 1
     np.testing.assert_array_equal(end.input_ids, whole.input_ids[: prompt + 1])
-    assert encode(tokenizer, max_tokens=prompt, truncation="end") == (None, "dropped")
+    assert encode(layout, max_tokens=prompt, truncation="end") == (None, "dropped")
 
-    kept, outcome = encode(tokenizer, max_tokens=total - prompt + 1, truncation="prompt")
+    kept, outcome = encode(layout, max_tokens=total - prompt + 1, truncation="prompt")
     assert outcome == "cut" and kept.answer_tokens == whole.answer_tokens
     np.testing.assert_array_equal(kept.input_ids, whole.input_ids[prompt - 1 :])
-    assert encode(tokenizer, max_tokens=total - prompt, truncation="prompt") == (None, "dropped")
+    assert encode(layout, max_tokens=total - prompt, truncation="prompt") == (None, "dropped")
     with pytest.raises(errors.UserError, match=r"model\.truncation .*'drp'.*'drop'"):
-        encode(tokenizer, truncation="drp")
+        encode(layout, truncation="drp")
 
 
 def test_pre_tokenised_examples_are_cut_alike():
-    tokenizer = make_tokenizer(CHATML)
-    assert encode(tokenizer, TOKENS)[0].labels.tolist() == [-100, -100, 7, 8]
-    assert encode(tokenizer, TOKENS, max_tokens=3, truncation="end")[0].labels.tolist() == [
+    layout = make_layout(CHATML)
+    assert encode(layout, TOKENS)[0].labels.tolist() == [-100, -100, 7, 8]
+    assert encode(layout, TOKENS, max_tokens=3, truncation="end")[0].labels.tolist() == [
         -100,
         -100,
         7,
     ]
-    cut, _ = encode(tokenizer, TOKENS, max_tokens=3, truncation="prompt")
+    cut, _ = encode(layout, TOKENS, max_tokens=3, truncation="prompt")
     assert cut.input_ids.tolist() == [6, 7, 8] and cut.labels.tolist() == [-100, 7, 8]
-    assert encode(tokenizer, TOKENS, max_tokens=2, truncation="prompt") == (None, "dropped")
+    assert encode(layout, TOKENS, max_tokens=2, truncation="prompt") == (None, "dropped")
     scored_first = dataclasses.replace(TOKENS, labels=(5, -100, -100, 8))
-    assert encode(tokenizer, scored_first, max_tokens=3, truncation="end") == (None, "dropped")
+    assert encode(layout, scored_first, max_tokens=3, truncation="end") == (None, "dropped")
 
 
 def test_encode_all_is_encode_in_order():
-    tokenizer = make_tokenizer(CHATML)
+    layout = make_layout(CHATML)
     long = dataclasses.replace(TEXT, example_id="long", answer="So. " * 100)
     examples = [CHOICE, TOKENS, long, TEXT]
-    encoded, outcomes, dropped = chat.encode_all(examples, tokenizer, "plain", 120, "drop")
+    encoded, outcomes, dropped = chat.encode_all(examples, layout, "plain", 120, "drop")
     assert outcomes == {"whole": 3, "dropped": 1} and dropped == ["long"]
     for example, got in zip([CHOICE, TOKENS, TEXT], encoded, strict=True):
-        alone, _ = chat.encode(example, tokenizer, "plain", 120, "drop")
+        alone, _ = chat.encode(example, layout, "plain", 120, "drop")
         assert got.example_id == example.example_id
         np.testing.assert_array_equal(got.input_ids, alone.input_ids)
         np.testing.assert_array_equal(got.labels, alone.labels)
-    assert chat.encode_all([], tokenizer, "plain", 120, "drop") == ([], {}, [])
+    assert chat.encode_all([], layout, "plain", 120, "drop") == ([], {}, [])
 
 
 @pytest.mark.parametrize("template", [QWEN3, None])
 def test_options_share_a_prompt_and_do_not_end_the_turn(template):
-    tokenizer = make_tokenizer(template)
-    options = chat.encode_options(CHOICE, tokenizer, 1000)
+    layout = make_layout(template)
+    [options] = chat.encode_options([CHOICE], layout, 1000)
     assert [e.example_id for e in options] == ["c#A", "c#B"]
-    right, _ = encode(tokenizer, CHOICE)
+    right, _ = encode(layout, CHOICE)
     np.testing.assert_array_equal(options[1].input_ids, right.input_ids[:-1])
     np.testing.assert_array_equal(options[1].labels, right.labels[:-1])
-    assert read(tokenizer, options[0])[1].strip() == "A. one"
+    assert read(layout, options[0])[1].strip() == "A. one"
 
 
 def test_options_with_a_long_prompt_are_cut_alike():
-    tokenizer = make_tokenizer(CHATML)
+    layout = make_layout(CHATML)
     uneven = dataclasses.replace(CHOICE, options={"A": "one", "B": "twenty-two"})
-    short, long = chat.encode_options(uneven, tokenizer, 20)
+    [[short, long]] = chat.encode_options([uneven], layout, 20)
     assert (len(short.input_ids), len(long.input_ids)) == (13, 20)
-    assert read(tokenizer, short)[0] == read(tokenizer, long)[0] == "istant\n"
+    assert read(layout, short)[0] == read(layout, long)[0] == "istant\n"
     with pytest.raises(errors.UserError, match=r"model\.max_tokens = 13 .*'c'"):
-        chat.encode_options(uneven, tokenizer, 13)
+        chat.encode_options([uneven], layout, 13)
+
+
+NO_HEADER = CHATML.partition("{% if add")[0]
+PARTS = NO_HEADER.replace("m.content", "m.content[0].text")
+LIST_ONLY = CHATML.replace(
+    "m.content + '<|im_end|>\n' }}",
+    "'' }}{% for p in m.content %}{{ p.text }}{% endfor %}{{ '<|im_end|>\n' }}",
+)
+THINKING = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}"
+)
+# As Qwen3's thinking models: an answer without reasoning stands after an empty block.
+CLOSES = OPENS_REASONING.replace(
+    "m.role + '\n'", "m.role + ('\n' if m.role == 'user' else '\n<think>\n\n</think>\n\n')"
+)
+
+
+@pytest.mark.parametrize("template", [NO_HEADER, PARTS, LIST_ONLY])
+def test_a_template_that_needs_adapting_gives_what_chatml_gives(template):
+    """Content as a list of parts, or no generation prompt: the prompt is what stands before the
+    assistant's message in a whole conversation.
+    """
+    layout = make_layout(template)
+    assert read(layout, encode(layout)[0]) == (
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+        "<think>\nSince.\n</think>\n\nSo.<|im_end|>",
+    )
+
+
+@pytest.mark.parametrize("template", ["plain", "think", "huatuo"])
+@pytest.mark.parametrize("chat_template", [OPENS_REASONING, THINKING, CLOSES])
+def test_an_opened_block_of_reasoning_is_closed(chat_template, template):
+    layout = make_layout(chat_template)
+    rows = [TEXT, dataclasses.replace(TEXT, reasoning=""), CHOICE]
+    encoded = [encode(layout, row, template)[0] for row in rows]
+    encoded += [
+        option for options in chat.encode_options([CHOICE], layout, 999) for option in options
+    ]
+    for row in encoded:
+        text = layout.tokenizer.decode(row.input_ids)
+        assert text.count("<think>") == text.count("</think>") == 1
+    assert read(layout, encoded[2])[1] == "\n</think>\n\nB. two<|im_end|>"
+    assert read(layout, encoded[-1])[1] == "\n</think>\n\nB. two"
+    if template == "plain":
+        assert read(layout, encoded[0])[1] == "\n</think>\n\nSince.\n\nSo.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "reasoning", ["<think>\nSince.\n</think>", "Since.\n</think>\n", " <think>\n\nSince."]
+)
+def test_reasoning_is_not_tagged_twice(reasoning):
+    tagged = dataclasses.replace(TEXT, reasoning=reasoning)
+    assert chat.completion_text(tagged, "think") == chat.completion_text(TEXT, "think")
+    layout = make_layout(OPENS_REASONING)
+    assert read(layout, encode(layout, tagged)[0])[1] == "Since.\n</think>\n\nSo.<|im_end|>"
+    empty = dataclasses.replace(TEXT, reasoning="<think>\n\n</think>")
+    assert chat.completion_text(empty, "think") == "So."
+
+
+def test_a_completion_that_closes_the_block_itself_is_left_alone():
+    layout = make_layout(OPENS_REASONING)
+    for answer in ("Since.\n</think>\n\nSo.", "<think>\nSince.\n</think>\n\nSo."):
+        row = dataclasses.replace(TEXT, reasoning="", answer=answer)
+        assert read(layout, encode(layout, row)[0])[1] == "Since.\n</think>\n\nSo.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out what the user or the assi"),
+        ("{{ messages[0].content }}", "leaves out what the user or the assistant says"),
+        (CHATML.replace("assistant\n", "bot\n"), "whose generation prompt is not how it begins"),
+        ("{{ messages[0].content + 1 }}", "fails: TypeError: can only concatenate str"),
+    ],
+)
+def test_a_template_that_cannot_be_held_against_the_prompt_is_refused(template, message):
+    with pytest.raises(errors.UserError, match=rf"^model\.path has a chat template .*{message}"):
+        make_layout(template)
+
+
+def test_named_templates():
+    assert make_layout({"rag": "x", "default": CHATML}).render is not None
+    with pytest.raises(errors.UserError, match=r"of the names rag, tool_use; expected one named"):
+        make_layout({"tool_use": CHATML, "rag": CHATML})
+
+
+def test_a_template_never_sees_the_day():
+    dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML
+    layout = make_layout(dated)
+    prompt, _ = read(layout, encode(layout)[0])
+    assert prompt.startswith("26 Jul 2024\n<|im_start|>user")
+
+
+def test_a_token_without_embedding_is_refused_by_name():
+    tokenizer = make_tokenizer(CHATML)
+    layout = chat.make_layout(tokenizer, len(tokenizer), "2024-07-26", "model.path")
+    tokenizer.add_tokens(["[DOSE]"])
+    where = r"token 260 \('\[DOSE\]'\); the model's vocabulary ends at 259"
+    row = dataclasses.replace(TEXT, answer="[DOSE]")
+    with pytest.raises(errors.UserError, match=f"^Example 'x' has {where}"):
+        encode(layout, row)
+    with pytest.raises(errors.UserError, match=f"^The prompt of example 'x' has {where}"):
+        chat.prompt_ids([dataclasses.replace(TEXT, question="[DOSE]")], layout)
+    choice = dataclasses.replace(CHOICE, options={"A": "[DOSE]", "B": "two"})
+    with pytest.raises(errors.UserError, match=r"^The prompt of question 'c' has token 260"):
+        chat.encode_options([choice], layout, 999)  # options stand in the question too
+    for name in ("input_ids", "labels"):
+        row = dataclasses.replace(TOKENS, **{name: (5, 6, 7, 999)})
+        with pytest.raises(errors.UserError, match=r"^Example 't' has token 999; the model's voc"):
+            encode(layout, row)
+
+
+def test_a_token_across_the_border_leaves_the_prompt_of_generation():
+    """One token for two line breaks: the prompt ends with a line break of its own."""
+    layout = make_layout(CHATML)
+    core = tokenizers.Tokenizer(
+        models.BPE({**layout.tokenizer.get_vocab(), "ĊĊ": len(layout.tokenizer)}, [("Ċ", "Ċ")])
+    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", additional_special_tokens=SPECIAL[2:],
+        chat_template=CHATML,
+    )  # fmt: skip
+    layout = chat.make_layout(tokenizer, len(tokenizer), "2024-07-26", "model.path")
+    row = dataclasses.replace(TEXT, reasoning="", answer="\nSo.\n\nNo.")
+    encoded, _ = encode(layout, row)
+    [prompt] = chat.prompt_ids([row], layout)
+    scored = tokenizer.convert_ids_to_tokens(encoded.input_ids[len(prompt) :])
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt
+    assert scored == ["Ċ", "S", "o", ".", "ĊĊ", "N", "o", ".", "<|im_end|>"]
 
 
 def test_a_chat_template_that_fails_is_a_user_error():
-    tokenizer = make_tokenizer("{{ raise_exception('no system message') }}")
     with pytest.raises(errors.UserError, match=r"model\.path .*no system message"):
-        encode(tokenizer)
+        make_layout("{{ raise_exception('no system message') }}")

@@ -15,7 +15,9 @@ def load(tmp_path, rows, limit=0):
 
 
 def encode(pairs, max_tokens):
-    return preferences.encode(pairs, folders.tokenizer(), "plain", max_tokens, "end")
+    tokenizer = folders.tokenizer()
+    layout = chat.make_layout(tokenizer, len(tokenizer), "2024-07-26", "model.path")
+    return preferences.encode(pairs, layout, "plain", max_tokens, "end", "finetune.dpo.data")
 
 
 def test_a_side_is_a_text_or_an_object(tmp_path):

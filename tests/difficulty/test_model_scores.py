@@ -17,7 +17,7 @@ import tiny
 
 from diq_jax import pipeline
 from diq_jax.common import artifacts, config, errors
-from diq_jax.data import batches, encoded, example
+from diq_jax.data import batches, chat, encoded, example
 from diq_jax.difficulty import model_scores
 from diq_jax.models import decoder, load, tokenizer
 
@@ -165,14 +165,16 @@ def test_a_prompt_that_is_only_the_beginning_gives_an_ifd_of_one():
 
 def test_a_template_without_reasoning_has_no_reasoning_tokens(made):
     tok = tokenizer.load_tokenizer(str(made / "decoder"), "test")
-    assert list(model_scores.reasoning_tokens(["abc", ""], tok, "plain")) == [3, 0]
-    assert list(model_scores.reasoning_tokens(["abc", ""], tok, "so {answer}")) == [0, 0]
+    layout = chat.make_layout(tok, len(tok), "2024-07-26", "test")
+    assert list(model_scores.reasoning_tokens(["abc", ""], layout, "plain")) == [3, 0]
+    assert list(model_scores.reasoning_tokens(["abc", ""], layout, "so {answer}")) == [0, 0]
 
 
 def test_the_stage_records_the_weights_only_where_it_reads_them(made, tmp_path):
     inputs = artifacts.read_json(made / "whole/difficulty/stage.json")["inputs"]
     assert set(inputs) == {
-        "model.path", "model.dtype", "prepare/pool.parquet", "prepare/targets.parquet"
+        "model.path", "model.path tokenizer", "model.path chat template", "model.dtype",
+        "prepare/pool.parquet", "prepare/targets.parquet"
     }  # fmt: skip
     with pytest.raises(errors.UserError, match=r"model_scores was True, is now False"):
         run(made, made / "whole", ["difficulty"], **{"difficulty.model_scores": False})

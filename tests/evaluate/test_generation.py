@@ -76,14 +76,13 @@ def test_the_prompt_asks_to_think_and_names_the_letter(made):
     tests = [example.from_choices(row, "test", "q", "t")]
     model = load.load(str(made / "decoder"), "float32", tiny.placement())
     settings = config.Evaluate(protocol="generate", max_new_tokens=8)
-    part = generation.make_part(tests, model, settings, tiny.placement())
+    part = generation.make_part(tests, model, settings, config.Data().date, tiny.placement())
     text = part.generator.text(part.rows[0].ids)
     assert text == f"what is it\n\nA. one\nB. two\n\n{generation.INSTRUCTION}"
     assert part.generator.ends == (2, 256)  # of config.json, and <|end|>
     with pytest.raises(errors.UserError, match=r"evaluate\.max_new_tokens=500 does not fit .*'q'"):
-        generation.make_part(
-            tests, model, dataclasses.replace(settings, max_new_tokens=500), tiny.placement()
-        )
+        settings = dataclasses.replace(settings, max_new_tokens=500)
+        generation.make_part(tests, model, settings, config.Data().date, tiny.placement())
 
 
 def test_votes():

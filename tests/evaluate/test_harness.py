@@ -19,6 +19,7 @@ import tiny
 
 from diq_jax import pipeline
 from diq_jax.common import artifacts, config, errors
+from diq_jax.data import chat
 from diq_jax.evaluate import harness, harness_generation
 from diq_jax.models import decoder, load, tokenizer
 
@@ -53,8 +54,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 @pytest.fixture(scope="module", name="made")
 def _made(tmp_path_factory):
     base = tmp_path_factory.mktemp("made")
-    for name, chat in (("plain", False), ("chat", True)):
-        folders.decoder(base / name, chat)
+    for name, is_chat in (("plain", False), ("chat", True)):
+        folders.decoder(base / name, is_chat)
     folders.write(base / "pool.jsonl", folders.pool_rows(4))
     folders.write(base / "targets.jsonl", folders.choice_rows(2, "target"))
     folders.write(base / "tests.jsonl", folders.choice_rows(12, "test"))
@@ -70,7 +71,8 @@ def open_model(made, name="plain", **changes):
     model = load.load(str(made / name), "float32", placement)
     tok = tokenizer.load_tokenizer(str(made / name), "model.path")
     settings = {"max_tokens": 64, "batch_tokens": 256} | changes
-    return harness.HarnessModel(model, tok, placement, **settings)
+    layout = chat.make_layout(tok, model.cfg.vocab_size, "2024-07-26", "model.path")
+    return harness.HarnessModel(model, layout, placement, **settings)
 
 
 def oracle(model, ids):

@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from diq_jax.common import errors
+from diq_jax.data import chat
 from diq_jax.evaluate import generation, harness_generation
 from diq_jax.models import generate, load, sampling, tokenizer
 
@@ -13,7 +14,8 @@ from diq_jax.models import generate, load, sampling, tokenizer
 def _opened(tmp_path_factory):
     folder = str(folders.decoder(tmp_path_factory.mktemp("made")))
     model = load.load(folder, "float32", tiny.placement())
-    return model, tokenizer.load_tokenizer(folder, "model.path")
+    tok = tokenizer.load_tokenizer(folder, "model.path")
+    return model, chat.make_layout(tok, model.cfg.vocab_size, "2024-07-26", "model.path")
 
 
 def make(opened, max_tokens=64, batch_tokens=128, seed=0):
@@ -24,10 +26,10 @@ def make(opened, max_tokens=64, batch_tokens=128, seed=0):
 
 def alone(opened, prompts, settings):
     """The text of each (ids, sample), as the generator gives it without any other."""
-    model, tok = opened
+    model, layout = opened
     generator = generate.make_generator(
         model.cfg, settings, generation.end_tokens(*opened), (),
-        lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        lambda ids: layout.tokenizer.decode(ids, skip_special_tokens=True),
         tiny.placement(),
     )  # fmt: skip
     for ids, sample in prompts:
@@ -38,7 +40,7 @@ def alone(opened, prompts, settings):
 
 
 def test_texts_are_those_of_the_generator_alone(opened):
-    contexts = [opened[1](text)["input_ids"] for text in ("what", "x" * 80, "what")]
+    contexts = [opened[1].tokenizer(text)["input_ids"] for text in ("what", "x" * 80, "what")]
     kept = [context[-52:] for context in contexts]  # 64 less 12
     greedy = {"until": [], "do_sample": False, "temperature": 0.7, "max_gen_toks": 12}
     found = make(opened)(contexts, greedy)
@@ -54,7 +56,7 @@ def test_texts_are_those_of_the_generator_alone(opened):
 
 
 def test_a_special_token_stops_a_text(opened):
-    ids = opened[1]("what")["input_ids"]
+    ids = opened[1].tokenizer("what")["input_ids"]
     draw = {"temperature": 20.0, "max_gen_toks": 50}  # nearly uniform over 261 tokens
     texts = make(opened, batch_tokens=2000)([ids] * 40, draw | {"until": ["<|user|>"]})
     free = make(opened, batch_tokens=2000)([ids] * 40, draw)

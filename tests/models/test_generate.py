@@ -233,7 +233,8 @@ def test_the_real_model_writes_what_transformers_writes(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     questions = [f"Explain anaemia. {'Take care. ' * i}" for i in range(8)]
     tok = tokenizer.load_tokenizer(tiny.SMOLLM, "model.path")
-    ids = chat.prompt_ids([example.Example("", q, "", "", {}) for q in questions], tok)
+    layout = chat.make_layout(tok, len(tok), "2024-07-26", "model.path")
+    ids = chat.prompt_ids([example.Example("", q, "", "", {}) for q in questions], layout)
     asked = [generate.Prompt(str(i), 0, np.array(x, np.int32)) for i, x in enumerate(ids)]
     found = answers(model, asked, sampling.Sampling(64, 0.0, 1.0, 0), rows=8)
     expected = theirs(reference, asked, 64)

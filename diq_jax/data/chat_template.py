@@ -1,0 +1,117 @@
+"""A chat template, rendered within limits of time and memory."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+
+from diq_jax.common import errors, reading
+
+WORKER = pathlib.Path(__file__).with_name("template_worker.py")
+MOST_SECONDS = 3.0  # of a processor, for one conversation
+MOST_BYTES = 2**30  # of address space
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer as a function from messages to text.
+
+    It runs in a process of its own (template_worker.py), which starts with the first call and ends
+    with this object.
+
+    Args:
+        template: the source.
+        variables: what it can read beside the messages: special tokens by name.
+        date: the day, YYYY-MM-DD, that it takes for today.
+        field: the config field or flag that names the model, for messages.
+    """
+
+    def __init__(self, template: str, variables: dict[str, Any], date: str, field: str):
+        self._first = {
+            "template": template,
+            "variables": variables,
+            "date": date,
+            "most_seconds": MOST_SECONDS,
+            "most_bytes": MOST_BYTES,
+        }
+        self._field = field
+        self._process: subprocess.Popen | None = None
+        self._end = None
+
+    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
+        """Renders one conversation.
+
+        Raises:
+            UserError: the template raises an exception, runs too long or takes too much memory.
+        """
+        if self._process is None:
+            self._start()
+        request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        # As in transformers, which passes both always.
+        line = self._ask(request | {"tools": None, "documents": None})
+        problem = ""
+        if line:
+            reply = reading.parse_json(line, f"What the chat template of {self._field} writes")
+            if "text" in reply:
+                return reply["text"]
+            problem = reply["error"]
+        code = self._process.wait()
+        self._end()
+        self._process = None
+        if code == -signal.SIGPROF:
+            problem = f"it runs for more than {MOST_SECONDS:.0f} s on one conversation"
+        elif not problem or problem.startswith("MemoryError"):
+            problem = f"it needs more than {MOST_BYTES // 2**20:,} MiB, or ends the interpreter"
+        raise errors.UserError(f"{self._field} has a chat template that fails: {problem}.")
+
+    def _start(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        self._process.stdin.write(json.dumps(self._first) + "\n")
+
+    def _ask(self, request) -> str:
+        """The reply's line; "" from a process that ended."""
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last reply says why
+        return self._process.stdout.readline()
+
+
+def of_tokenizer(
+    tokenizer: transformers.PreTrainedTokenizerBase, date: str, field: str
+) -> ChatTemplate | None:
+    """The template that a tokenizer brings, None where it brings none.
+
+    Raises:
+        UserError: it brings several, and none of the name "default".
+    """
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        if "default" not in source:
+            raise errors.UserError(
+                f"{field} has chat templates of the names {', '.join(sorted(source))}; expected "
+                "one named default: name it so in tokenizer_config.json."
+            )
+        source = source["default"]
+    if not source:
+        return None
+    return ChatTemplate(source, dict(tokenizer.special_tokens_map), date, field)
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()

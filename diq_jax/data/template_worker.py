@@ -1,0 +1,83 @@
+"""Renders chat templates in a process of its own. chat_template.py starts it.
+
+A chat template is a program that somebody else wrote. Here it can neither run for long, nor take
+much memory, nor reach anything but the messages. Requests and replies are lines of JSON. Whatever
+the template raises ends the process, and is its last reply.
+"""
+
+import datetime
+import json
+import resource
+import signal
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+MOST_CHARACTERS = 2**24  # of one rendered conversation
+
+
+class Generation(jinja2.ext.Extension):
+    """Reads the tag {% generation %}, with which transformers marks an assistant's text."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def environment(date: datetime.datetime) -> jinja2.Environment:
+    """Makes what transformers renders in, but with a clock that stands still at `date`."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = to_json
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = date.strftime
+    return made
+
+
+def raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def reply(**fields) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def report(kind: type[BaseException], value: BaseException, _) -> None:
+    """Replies with an exception that ends the process."""
+    reply(error=" ".join(f"{kind.__name__}: {value}".split())[:300])
+
+
+def main() -> None:
+    sys.excepthook = report
+    first = json.loads(sys.stdin.readline())
+    resource.setrlimit(resource.RLIMIT_AS, (first["most_bytes"], first["most_bytes"]))
+    # Unhandled, the signal ends the process even inside one long operation of the interpreter.
+    signal.setitimer(signal.ITIMER_PROF, first["most_seconds"])
+    date = datetime.datetime.fromisoformat(first["date"])
+    template = environment(date).from_string(first["template"])
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, first["most_seconds"])
+        text = template.render(**first["variables"], **json.loads(line))
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"it writes {len(text):,} characters for one conversation")
+        reply(text=text)
+
+
+if __name__ == "__main__":
+    main()
