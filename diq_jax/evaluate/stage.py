@@ -72,11 +72,12 @@ def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """Hashes of the base model and of the adapters' files."""
+    """Hashes of the base model and of the adapters' files; of its tokenizer, where it is asked."""
     path = context.config.model.path
     adapters = [folder for _, folder in arms(context) if folder is not None]
     files = sorted(file for folder in adapters for file in folder.iterdir() if file.is_file())
-    tokens = tokenizer.fingerprints(path, "model.path")
+    writes = context.config.evaluate.protocol == "generate"  # options were tokenised by prepare
+    tokens = tokenizer.fingerprints(path, "model.path") if writes else {}
     return {"model.path": checkpoint.open_checkpoint(path, "model.path").fingerprint, **tokens} | {
         str(file.relative_to(context.workdir)): artifacts.sha256(file) for file in files
     }
