@@ -8,7 +8,7 @@ Cost:    not measured
 Result:  not measured
 
 The preferences are yours: id, question, chosen, rejected. beta, learning rate and epochs of DPO are
-usual ones, not the paper's, which this file does not know.
+usual ones: the paper's are not known.
 """
 
 from diq_jax.common import config

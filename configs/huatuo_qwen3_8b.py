@@ -5,7 +5,9 @@ Run:     python experiments/run_diq.py --config=configs/huatuo_qwen3_8b.py --wor
 Cost:    not measured
 Result:  not measured
 
-Scores as the paper does: LoRA gradients, projected to 4096 dimensions, kept in a gradient store.
+Scores by gradients projected to 4096 dimensions (Johnson-Lindenstrauss, as in the paper) and kept
+in a gradient store. Ours, because the paper does not say: gradients in LoRA space, a Rademacher
+projection, the mean loss, the percentile of difficulty, and the benchmarks' names.
 With configs/huatuo_qwen3_8b.py:exact the inner product is taken exactly, over all parameters.
 """
 

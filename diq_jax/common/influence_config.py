@@ -118,7 +118,7 @@ class Influence:
     # one direction for the mean of the targets, for each task, or for each example; the score is
     # the mean's, the others stand beside it
     targets: str = "mean"
-    loss_reduction: str = "mean"  # over an example's answer tokens: mean (the paper) or sum
+    loss_reduction: str = "mean"  # over an example's answer tokens: mean or sum
     normalize: str = "dot"  # dot; cosine needs the gradient's norm, which forward mode never sees
     per_token: bool = False  # exact: also each answer token's share of the score
     packing: bool = False  # exact: several examples in a row, told apart by segment ids

@@ -4,7 +4,7 @@ and how near it lies to the targets. Two forward passes over the pool, one over 
 - **Similarity.** An example's embedding is the mean of the last hidden states (after the final
   norm) of all its tokens, prompt and completion, the token at place t = 1..T weighted by t: the
   RDS+ of arXiv 2503.01807. Its similarity is the mean of its cosines with the targets' embeddings.
-  (The paper lets each target pick in turn; a mean is one number for each example.)
+  (RDS+ lets each target pick in turn; a mean is one number for each example.)
 - **IFD** is perplexity given the prompt over perplexity without it, exp(L1 - L0) of mean losses, as
   in arXiv 2402.00530. The equation of arXiv 2308.12032, where the idea is from, is the ratio L1/L0
   of the losses themselves. Both are below 1 for the same examples; they order them differently.
