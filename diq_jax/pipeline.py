@@ -5,8 +5,10 @@ report.
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from absl import logging
 
-from diq_jax.common import artifacts, config, devices, errors, processes, stages
+from diq_jax.common import artifacts, config, devices, errors, processes, records, stages
 from diq_jax.data import chat, encoded, example, sources
 from diq_jax.difficulty import stage as difficulty
 from diq_jax.evaluate import generation
@@ -28,6 +30,7 @@ from diq_jax.report import stage as report
 from diq_jax.selection import hygiene_stage
 from diq_jax.selection import stage as selection
 
+LOCK = ".lock"
 POOL, TARGETS, TESTS = (f"prepare/{name}.parquet" for name in ("pool", "targets", "tests"))
 
 
@@ -215,51 +218,87 @@ EVALUATION = tuple(
     )
 )  # fmt: skip
 
+TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "*.model", "*.tiktoken", "*.jinja",
+)  # fmt: skip
+MODEL = ("config.json", "model*.safetensors*", *TOKENIZER)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TRAINED = tuple(
+    f"{folder}/{name}"
+    for folder in ("adapter", "best_adapter", "model", "best_model", "baselines/*")
+    for name in (*ADAPTER, *MODEL)
+)
+# What each stage has in its folder (stages.Stage.writes).
+WRITES = {
+    "prepare": ("pool.parquet", "targets.parquet", "tests.parquet"),
+    "difficulty": (
+        "difficulty.parquet", "metrics.json", "model_scores.parquet", "partial/*",
+    ),
+    "influence": (
+        "influence.parquet", "scores*.partial.jsonl", "warmup/epoch-*.safetensors",
+        "store*/train-*.npy", "store*/targets.npy", "store*/examples.parquet",
+        "store*/manifest.json", "store*/rows.log", "store*/rows.json",
+    ),
+    "selection": (
+        "selection.parquet", "baselines.parquet", "thresholds.json", "selected.jsonl",
+        "hygiene.parquet",
+    ),
+    "finetune": ("losses.jsonl", *TRAINED, "state/*", "tensorboard/*"),
+    "dpo": (
+        "losses.jsonl", "reference.parquet", "reference.partial.jsonl",
+        *(f"adapter/{name}" for name in ADAPTER), "state/*", "tensorboard/*",
+    ),
+    "evaluate": ("results.json", "predictions.jsonl", "scores.partial.jsonl"),
+    "report": ("report.html", *(f"{name}.png" for name in report.PICTURES)),
+}  # fmt: skip
+
 # Fields that only change speed or memory (batch_tokens, remat, parallel) are in no settings.
 STAGES = {
     stage.name: stage
     for stage in (
         stages.Stage(
             "prepare", ("model.max_tokens", "model.truncation", "data"),
-            lambda context: (), prepare_fingerprints, prepare,
+            lambda context: (), WRITES["prepare"], prepare_fingerprints, prepare,
         ),
         stages.Stage(
             "difficulty", LABELLING,
             lambda context: (POOL, TARGETS) if context.config.difficulty.model_scores else (POOL,),
-            difficulty.fingerprints, difficulty.run,
+            WRITES["difficulty"], difficulty.fingerprints, difficulty.run,
         ),
         stages.Stage(
             "influence", ("model.dtype", *SCORING),
-            lambda context: (POOL, TARGETS), influence.fingerprints, influence.run, everywhere=True,
+            lambda context: (POOL, TARGETS), WRITES["influence"],
+            influence.fingerprints, influence.run, everywhere=True,
         ),
         stages.Stage(
             "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
             lambda context: (POOL, TARGETS, TESTS, *SCORES, *_existing(*MORE_SCORES)(context)),
-            hygiene_stage.fingerprints, selection.run,
+            WRITES["selection"], hygiene_stage.fingerprints, selection.run,
         ),
         stages.Stage(
             "finetune", ("model.dtype", *TRAINING),
             lambda context: (
                 POOL, *SELECTION, *((TARGETS,) if context.config.finetune.eval_every_steps else ()),
-            ), finetune.fingerprints, finetune.run,
+            ), WRITES["finetune"], finetune.fingerprints, finetune.run,
         ),
         stages.Stage(
             "dpo", ("model.dtype", "model.max_tokens", "model.truncation", "data.template",
                     "data.date", *PREFERRING),
-            dpo.reads, dpo.fingerprints, dpo.run,
+            dpo.reads, WRITES["dpo"], dpo.fingerprints, dpo.run,
         ),
         stages.Stage(
             "evaluate", ("model.dtype", "data.date", *EVALUATION),
-            lambda context: (TARGETS, TESTS), evaluate.fingerprints, evaluate.run,
+            evaluate.reads, WRITES["evaluate"], evaluate.fingerprints, evaluate.run,
         ),
         stages.Stage(
             "report", ("model.path",),
             lambda context: (
-                POOL, *SCORES, SELECTION[0],
+                POOL, *SCORES, SELECTION[0], "selection/thresholds.json",
                 *_existing("difficulty/metrics.json", "finetune/losses.jsonl",
                            "dpo/losses.jsonl", "selection/hygiene.parquet",
                            "evaluate/results.json")(context),
-            ), _none, report.run,
+            ), WRITES["report"], _none, report.run,
         ),
     )
 }  # fmt: skip
@@ -279,16 +318,25 @@ def parse_stages(text: str) -> list[str]:
     return [name for name in STAGES if not named or name in named]
 
 
-def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwrite: bool) -> None:
+def run(
+    cfg: config.Config,
+    workdir: pathlib.Path,
+    names: Sequence[str],
+    overwrite: bool,
+    verify: bool = True,
+) -> None:
     """Runs the named stages in `workdir`, one run at a time. With parallel.distributed every
     process calls this after processes.join(); the workdir is on a file system that all see.
+
+    Args:
+        verify: whether artifacts are held against the records of the stages that made them.
 
     Raises:
         UserError: bad input, or another run holds the workdir.
     """
     if not cfg.finetune.dpo.data and list(names) == list(STAGES):
         names = [name for name in names if name != "dpo"]
-    with at_work(cfg, workdir) as context:
+    with at_work(cfg, workdir, verify) as context:
         spread = context
         if cfg.parallel.distributed:
             everywhere = devices.make_placement(cfg.parallel, everywhere=True)
@@ -298,7 +346,7 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
             ran = stages.execute(stage, spread if stage.everywhere else context, overwrite)
             if not processes.is_first():
                 continue
-            record = artifacts.read_json(context.path(f"{name}/stage.json"))
+            record = records.read(context.path(name))
             rate = record.get("tokens_per_second")
             done = f"{record['rows']:,} rows, {record['seconds']:.1f} s"
             done += f", {rate:,.0f} tokens/s" if rate else ""
@@ -308,13 +356,15 @@ def run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str], overwri
 
 
 @contextlib.contextmanager
-def at_work(cfg: config.Config, workdir: pathlib.Path) -> Iterator[stages.Context]:
+def at_work(
+    cfg: config.Config, workdir: pathlib.Path, verify: bool = True
+) -> Iterator[stages.Context]:
     """Holds the workdir, and the matrix products at the precision that the model's dtype asks for.
 
     Raises:
         UserError: another run holds the workdir.
     """
-    context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
+    context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel), verify)
     with locked(workdir), devices.matmul_precision(cfg.model.dtype):
         yield context
 
@@ -325,14 +375,26 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     if not processes.is_first():
         yield  # the first process holds it for all
         return
+    lock = _lock(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")
-    except OSError as e:
-        raise errors.UserError(f"--workdir: {workdir} cannot be written: {e.strerror}.") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise errors.UserError(f"Another run is at work in {workdir}.") from None
         yield
+    finally:
+        os.close(lock)
+
+
+def _lock(workdir) -> int:
+    """An open file, whose lock ends with the process; nothing is ever written into it."""
+    try:
+        artifacts.make_folder(workdir)
+        lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise errors.UserError(f"Another run is at work in {workdir}.") from None
+    except OSError as e:
+        if e.errno == errno.ELOOP and (workdir / LOCK).is_symlink():
+            raise errors.UserError(
+                f"--workdir: {workdir / LOCK} is a symbolic link, not the lock of a run: remove "
+                "it, or name another --workdir."
+            ) from None
+        raise errors.UserError(f"--workdir: {workdir} cannot be written: {e.strerror}.") from None
+    return lock

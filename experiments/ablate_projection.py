@@ -38,6 +38,7 @@ from diq_jax.influence import direction, engines, per_example, projection, scori
 from diq_jax.models import load
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
 KINDS = flags.DEFINE_list("kinds", ["rademacher", "sparse"], "Projections to compare.")
 DIMS = flags.DEFINE_list("dims", ["256", "1024", "4096", "8192"], "Their dimensions.")
@@ -267,14 +268,14 @@ def main() -> None:
     if settings.warmup.epochs or settings.targets != "mean":
         raise errors.UserError("The ablation needs influence.targets=mean and no warm-up.")
     variants = read_variants(settings.parameters)
-    workdir = pathlib.Path(WORKDIR.value)
-    pipeline.run(cfg, workdir, ["prepare", "influence"], overwrite=False)
+    workdir, verify = cli.folder(WORKDIR), VERIFY.value == "on"
+    pipeline.run(cfg, workdir, ["prepare", "influence"], overwrite=False, verify=verify)
 
     placement = devices.make_placement(cfg.parallel)
-    context = stages.Context(cfg, workdir, placement)
+    context = stages.Context(cfg, workdir, placement, verify)
     pool, targets = (
-        encoded.from_table(artifacts.read_table(workdir / f"prepare/{name}.parquet"))
-        for name in ("pool", "targets")
+        encoded.from_table(context.table(name, *encoded.COLUMNS))
+        for name in (pipeline.POOL, pipeline.TARGETS)
     )
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     task = scoring.Task(context, model, pool, targets, {"mean": list(range(len(targets)))}, {})
@@ -286,7 +287,7 @@ def main() -> None:
     [(_, v, _)] = scoring.directions(task, space, None)
     scores = score_variants(task, space, v, variants, workdir)
 
-    table = artifacts.read_table(workdir / "influence/influence.parquet")
+    table = context.table("influence/influence.parquet")
     exact, tokens = (table[name].to_numpy() for name in ("influence", "tokens"))
     rows = summarise(scores, exact, tokens.astype(np.float64), v, variants)
     title = f"{len(pool)} examples, parameters={settings.parameters}, {size:,} numbers a gradient"

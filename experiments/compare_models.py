@@ -18,6 +18,7 @@ from diq_jax.common import artifacts, cli, errors
 from diq_jax.evaluate import compare, predictions
 from diq_jax.report import tables
 
+VERIFY = cli.define_verify()
 METRIC = flags.DEFINE_enum(
     "metric", "accuracy", list(compare.CHOICES), "By summed or by length-normalised likelihood."
 )
@@ -28,7 +29,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
 
 def read(specs: list[str]) -> tuple[list[str], list[predictions.Rows], list[str]]:
     """The names, the rows of both models, and the questions that both answered."""
-    found = predictions.read_all(specs, "the models")
+    found = predictions.read_all(specs, "the models", VERIFY.value == "on")
     names, (first, second) = list(found), found.values()
     ids = compare.common(first, second)
     if not len(first) == len(second) == len(ids):

@@ -46,6 +46,7 @@ PRESETS = {
 }
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
 METHODS = flags.DEFINE_list("methods", ["diq", "influence"], "Selection methods.")
 BUDGETS = flags.DEFINE_list("budgets", ["0.01", "0.05", "0.1", "1"], "Shares of the pool to keep.")
@@ -71,7 +72,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     request = grid.parse(METHODS.value, BUDGETS.value, SEEDS.value, RANKINGS.value)
     run = experiment.dry_run if DRY_RUN.value else experiment.run
-    run(cfg, pathlib.Path(WORKDIR.value), request)
+    run(cfg, cli.folder(WORKDIR), request, VERIFY.value == "on")
 
 
 if __name__ == "__main__":

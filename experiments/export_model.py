@@ -12,9 +12,10 @@ import pathlib
 import jax
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors
+from diq_jax.common import cli, config, devices, errors, reading, records
 from diq_jax.models import export, load, lora
 
+VERIFY = cli.define_verify()
 ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
 MODEL = flags.DEFINE_string("model", "", "As model.path; empty = the base that the adapter names.")
@@ -30,7 +31,8 @@ def base_of(adapter: pathlib.Path) -> str:
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise errors.UserError(f"--adapter: {adapter} has no {file.name}; expected a PEFT folder.")
-    base = artifacts.read_json(file).get("base_model_name_or_path")
+    record = reading.read_record(file, {}, {"base_model_name_or_path": (str, type(None))})
+    base = record.get("base_model_name_or_path")
     if not base:
         raise errors.UserError(f"--adapter: {file} names no base model: give --model.")
     return base
@@ -38,6 +40,10 @@ def base_of(adapter: pathlib.Path) -> str:
 
 def main() -> None:
     adapter, output = pathlib.Path(ADAPTER.value), pathlib.Path(OUTPUT.value)
+    if VERIFY.value == "on":
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if (adapter / name).is_file():
+                records.verify(adapter / name)
     path = MODEL.value or base_of(adapter)
     if (output / "config.json").exists():
         raise errors.UserError(f"--output: {output} holds a model already; name another folder.")

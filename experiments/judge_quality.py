@@ -25,6 +25,7 @@ from diq_jax.common import answers, artifacts, asking, cli, errors
 from diq_jax.evaluate import judge, predictions
 from diq_jax.report import tables
 
+VERIFY = cli.define_verify()
 ANSWERS = flags.DEFINE_list("answers", None, "RUN:MODEL or FILE.jsonl[:MODEL], comma-separated.")
 MODELS = flags.DEFINE_list("models", None, "The judges' names at the endpoint.")
 OUT = flags.DEFINE_string("out", None, "The .json file to write.")
@@ -43,7 +44,7 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
         UserError: a row without question or text, questions that differ between the models, or not
             two models for --pairwise.
     """
-    found = predictions.read_all(ANSWERS.value, "--answers")
+    found = predictions.read_all(ANSWERS.value, "--answers", VERIFY.value == "on")
     if PAIRWISE.value and len(found) != 2:
         raise errors.UserError(f"--pairwise compares two models; --answers names {len(found)}.")
     for model, rows in found.items():

@@ -306,7 +306,7 @@ def main() -> None:
     if not DIMS.value or not all(d.isdigit() and int(d) for d in DIMS.value):
         raise errors.UserError(f"--dims must be whole numbers above 0; got {DIMS.value}.")
     devices.make_placement(cfg.parallel)
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = cli.folder(WORKDIR)
     with jax.default_matmul_precision("highest"):
         setting = make_setting(cfg)
         seed = cfg.data.seed

@@ -24,9 +24,10 @@ import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, errors, gradient_store, metrics
+from diq_jax.common import artifacts, cli, errors, gradient_store, metrics, records
 from diq_jax.selection import methods
 
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "A run with a gradient store and difficulty.")
 RETENTION = flags.DEFINE_float("retention_ratio", 0.1, "Of the pool, as in selection.")
 SOURCES = flags.DEFINE_integer("sources", 4, "Largest sources that are shown apart.", lower_bound=0)
@@ -47,40 +48,38 @@ class Pool:
     norms: np.ndarray  # of the stored gradients
 
 
-def read(workdir: pathlib.Path) -> tuple[Pool, float]:
+def read(workdir: pathlib.Path, verified: bool) -> tuple[Pool, float]:
     """The rows, and the percentile that splits difficulty."""
-    records = {}
-    for stage in ("prepare", "difficulty", "influence"):
-        path = workdir / stage / "stage.json"
-        records[stage] = artifacts.read_json(path) if path.is_file() else {"status": "missing"}
-        if records[stage]["status"] != "done":
-            raise errors.UserError(
-                f"--workdir: {workdir} has not finished stage {stage!r}: run first "
-                "experiments/run_diq.py --stages=prepare,difficulty,influence."
-            )
-    was = records["influence"]["config"]["influence"]
+    made = {
+        stage: records.config_of(records.finished(workdir, stage), workdir / stage)
+        for stage in ("prepare", "difficulty", "influence")
+    }
+    was = made["influence"].influence
     expected = {"direction": "mean", "normalize": "dot", "loss_reduction": "mean"}
     for field, value in expected.items():
-        errors.check(f"influence.{field} of {workdir}", was[field] == value, value, was[field])
-    epochs = was["warmup"]["epochs"]
+        found = getattr(was, field)
+        errors.check(f"influence.{field} of {workdir}", found == value, value, found)
+    epochs = was.warmup.epochs
     errors.check(f"influence.warmup.epochs of {workdir}", epochs == 0, "0", epochs)
-    store = gradient_store.open_store(workdir / "influence/store")
-    table = artifacts.read_table(workdir / "influence/influence.parquet")
+    if verified:
+        records.verify(workdir / "influence/store/manifest.json")
+    store = gradient_store.open_store(workdir / "influence/store", verified=verified)
+    table = records.table(workdir, "influence/influence.parquet", verified)
     ids = table["example_id"].to_pylist()
-    settings = records["difficulty"]["config"]["difficulty"]
-    levels = artifacts.read_table(workdir / "difficulty/difficulty.parquet")
-    pool = artifacts.read_table(workdir / "prepare/pool.parquet")
+    settings = made["difficulty"].difficulty
+    levels = records.table(workdir, "difficulty/difficulty.parquet", verified)
+    pool = records.table(workdir, "prepare/pool.parquet", verified)
     for other in (store.example_ids, levels["example_id"].to_pylist()):
         if other != ids:
             raise errors.UserError(f"{workdir}: influence, store and difficulty differ in rows.")
     norms = np.concatenate([np.linalg.norm(rows, axis=1) for _, rows in store.blocks()])
     return Pool(
         *(table[name].to_numpy() for name in ("influence", "loss", "tokens")),
-        levels[settings["perspective"]].to_numpy(),
+        levels[settings.perspective].to_numpy(),
         np.array(pool["source"].to_pylist()),
         methods.id_order(ids),
         norms,
-    ), settings["percentile"]
+    ), settings.percentile
 
 
 def variants(pool: Pool) -> dict[str, np.ndarray]:
@@ -177,8 +176,8 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     errors.check("--retention_ratio", 0 < RETENTION.value <= 1, "in (0, 1]", RETENTION.value)
-    workdir = pathlib.Path(WORKDIR.value)
-    pool, percentile = read(workdir)
+    workdir = cli.folder(WORKDIR)
+    pool, percentile = read(workdir, VERIFY.value == "on")
     rows = measure(pool, percentile)
     print(
         f"{len(pool.tokens):,} rows, answer tokens {np.mean(pool.tokens):.0f} on average, "

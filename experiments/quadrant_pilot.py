@@ -8,8 +8,6 @@ with its results, under --workdir/compare. A quadrant of fewer examples than the
 from the others, in selection.quadrant_order.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -17,6 +15,7 @@ from diq_jax.common import cli
 from diq_jax.compare import experiment, grid
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
 BUDGETS = flags.DEFINE_list("budgets", ["0.1"], "Shares of the pool to keep.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each quadrant and budget.")
@@ -26,7 +25,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     methods = [f"quadrant_{q}" for q in (1, 2, 3, 4)]
     request = grid.parse(methods, BUDGETS.value, SEEDS.value, [])
-    experiment.run(cfg, pathlib.Path(WORKDIR.value), request)
+    experiment.run(cfg, cli.folder(WORKDIR), request, VERIFY.value == "on")
 
 
 if __name__ == "__main__":

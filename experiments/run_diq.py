@@ -4,10 +4,10 @@
     python experiments/run_diq.py --config=configs/quickstart.py --workdir=runs/one_percent \\
         --stages=prepare,influence --config.data.pool=my_pool.jsonl
 
-A finished stage is skipped; a killed run continues; a changed config is refused, naming the change.
+A finished stage is skipped; a killed run continues; a changed config is refused, naming the change,
+and so is a file that is not what its stage wrote. --overwrite deletes what a stage wrote, and
+nothing that others put into its folder.
 """
-
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,6 +22,7 @@ STAGES = flags.DEFINE_string(
     "",
     f"Which stages to run, comma-separated: {', '.join(pipeline.STAGES)}. Empty = all.",
 )
+VERIFY = cli.define_verify()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where they are done.")
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     if cfg.parallel.distributed:
         processes.join()
-    pipeline.run(cfg, pathlib.Path(WORKDIR.value), names, OVERWRITE.value)
+    pipeline.run(cfg, cli.folder(WORKDIR), names, OVERWRITE.value, VERIFY.value == "on")
 
 
 if __name__ == "__main__":

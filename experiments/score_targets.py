@@ -11,17 +11,19 @@ differentiated, at the same weights and through the same projection. Written: ex
 import pathlib
 import time
 
-import ml_collections
 import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, stages
+from diq_jax.common import artifacts, cli, config, devices, errors, records, stages
 from diq_jax.data import chat, sources
 from diq_jax.influence import direction, engines, scoring, store
 from diq_jax.influence import stage as influence
 from diq_jax.models import load, tokenizer
 
+POOL, STORE = "prepare/pool.parquet", "influence/store"
+
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run.")
 TARGETS = flags.DEFINE_string("targets", None, "As data.targets; all of its rows are taken.")
 OUTPUT = flags.DEFINE_string("output", None, "The parquet file to write.")
@@ -33,11 +35,7 @@ def read_run(workdir: pathlib.Path) -> config.Config:
     Raises:
         UserError: the stage has not finished, or it keeps no gradients of one fixed model.
     """
-    file = workdir / "influence/stage.json"
-    record = artifacts.read_json(file) if file.is_file() else {}
-    if record.get("status") != "done":
-        raise errors.UserError(f"--workdir: {workdir} holds no finished influence stage.")
-    cfg = config.resolve(ml_collections.ConfigDict(record["config"]))
+    cfg = records.config_of(records.finished(workdir, "influence"), workdir / "influence")
     if cfg.influence.engine == "exact":
         raise errors.UserError(
             f"--workdir: {workdir} was scored by engine=exact, which keeps no gradients; run it "
@@ -52,7 +50,7 @@ def read_run(workdir: pathlib.Path) -> config.Config:
 
 
 def main() -> None:
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir, verified = cli.folder(WORKDIR), VERIFY.value == "on"
     cfg = read_run(workdir)
     placement = devices.make_placement(cfg.parallel)
     context = stages.Context(cfg, workdir, placement)
@@ -68,10 +66,12 @@ def main() -> None:
 
     space = direction.make_space(model, cfg.influence, placement)
     engine = engines.open_rows(space, cfg.influence, model.cfg, placement, None)
+    if verified:
+        for name in (POOL, f"{STORE}/manifest.json"):
+            records.verify(workdir / name)
     opened = store.open_store(
-        workdir / "influence/store", influence.made_from(context) | engine.record
+        workdir / STORE, influence.made_from(context) | engine.record, verified
     )
-    opened.verify()
     task = scoring.Task(context, model, [], rows, groups, {})
     targets = scoring.project_directions(task, space, None, engine)
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def main() -> None:
     artifacts.write_table(OUTPUT.value, columns)
     print(
         f"{len(opened):,} rows x {len(groups)} tasks ({len(rows)} targets) from "
-        f"{workdir / 'influence/store'}: {seconds:.2f} s for the products; wrote {OUTPUT.value}"
+        f"{workdir / STORE}: {seconds:.2f} s for the products; wrote {OUTPUT.value}"
     )
 
 

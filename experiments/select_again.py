@@ -12,22 +12,24 @@ import pathlib
 import sys
 from typing import Any
 
-import ml_collections
 from absl import flags
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, cli, config, errors, stages
+from diq_jax.common import artifacts, cli, errors, reading, records, stages
 
 STAGE = flags.DEFINE_string("stage", None, "The selection/stage.json of a finished run.")
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder to select in.")
+
+MANIFEST = "influence/store/manifest.json"
 
 
 def read_record(file: pathlib.Path) -> dict[str, Any]:
     """Raises UserError where the file is missing or not of a finished selection."""
     if not file.is_file():
         raise errors.UserError(f"--stage: there is no file {file}.")
-    record = artifacts.read_json(file)
-    if not isinstance(record, dict) or record.get("stage") != "selection":
+    record = records.read(file.parent)
+    if file.name != records.NAME or record["stage"] != "selection":
         raise errors.UserError(f"--stage: {file} is not the stage.json of a selection.")
     if record["status"] != "done":
         raise errors.UserError(f"--stage: the selection of {file} has not finished.")
@@ -42,7 +44,7 @@ def link_inputs(record: dict[str, Any], run: pathlib.Path, workdir: pathlib.Path
     """
     if workdir.exists() and any(workdir.iterdir()):
         raise errors.UserError(f"--workdir: {workdir} is not empty.")
-    names = [name for name in record["inputs"] if "/" in name]
+    names = [name for name in record["inputs"] if name in records.COLUMNS or name == MANIFEST]
     for name in names:
         if not (run / name).is_file():
             raise errors.UserError(f"--stage: {run / name}, which the selection read, is missing.")
@@ -50,9 +52,9 @@ def link_inputs(record: dict[str, Any], run: pathlib.Path, workdir: pathlib.Path
             raise errors.UserError(
                 f"--stage: {run / name} has changed since the selection read it."
             )
-    manifests = [name for name in names if name.endswith("manifest.json")]
-    shards = [file for name in manifests for file in (run / name).parent.rglob("*")]
-    for file in [*(run / name for name in names), *shards]:
+    shards = (run / MANIFEST).parent.rglob("*") if MANIFEST in names else ()
+    made = {run / name.split("/")[0] / records.NAME for name in names}
+    for file in [*(run / name for name in names), *shards, *made]:
         link = workdir / file.relative_to(run)
         if file.is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def first_difference(left: pathlib.Path, right: pathlib.Path) -> str:
     if left.read_bytes() == right.read_bytes():
         return ""
     if left.suffix == ".parquet":
-        rows = [artifacts.read_table(file).to_pylist() for file in (left, right)]
+        rows = [reading.read_table(file).to_pylist() for file in (left, right)]
     else:
         rows = [file.read_text(encoding="utf-8").splitlines() for file in (left, right)]
     for number, (a, b) in enumerate(itertools.zip_longest(*rows)):
@@ -76,13 +78,13 @@ def first_difference(left: pathlib.Path, right: pathlib.Path) -> str:
 
 
 def main() -> None:
-    file, workdir = pathlib.Path(STAGE.value), pathlib.Path(WORKDIR.value)
+    file, workdir = pathlib.Path(STAGE.value), cli.folder(WORKDIR)
     record, run = read_record(file), file.parent.parent
-    cfg = config.resolve(ml_collections.ConfigDict(record["config"]))
+    cfg = records.config_of(record, file.parent)
     link_inputs(record, run, workdir)
-    with pipeline.at_work(cfg, workdir) as context:
+    with pipeline.at_work(cfg, workdir, VERIFY.value == "on") as context:
         stages.execute(pipeline.STAGES["selection"], context, overwrite=False)
-    again = artifacts.read_json(workdir / "selection/stage.json")
+    again = records.finished(workdir, "selection")
     changed = {
         name: (record[part].get(name), value)
         for part in ("inputs", "versions")

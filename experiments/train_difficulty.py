@@ -9,22 +9,22 @@ its pool by it and trains nothing. transformers' AutoModel loads the encoder fro
 killed run continues.
 """
 
-import pathlib
-
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, cli, devices, stages
+from diq_jax.common import cli, devices, records, stages
 from diq_jax.difficulty import agreement, stage
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder to write classifier/ into.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Train again what differs or is done.")
 
+FILES = (*pipeline.MODEL, "difficulty.json", "difficulty.safetensors", "metrics.json", "partial/*")
 STAGE = stages.Stage(
-    "classifier", pipeline.LABELLING, lambda context: (), stage.fingerprints, stage.train
+    "classifier", pipeline.LABELLING, lambda context: (), FILES, stage.fingerprints, stage.train
 )
 
 
@@ -48,11 +48,12 @@ def print_agreement(metrics) -> None:
 
 def main() -> None:
     cfg = cli.read_config(CONFIG)
-    context = stages.Context(cfg, pathlib.Path(WORKDIR.value), devices.make_placement(cfg.parallel))
+    placement = devices.make_placement(cfg.parallel)
+    context = stages.Context(cfg, cli.folder(WORKDIR), placement, VERIFY.value == "on")
     # As in pipeline.run: TPUs and GPUs round float32 products unless told otherwise.
     with pipeline.locked(context.workdir), jax.default_matmul_precision("highest"):
         ran = stages.execute(STAGE, context, OVERWRITE.value)
-    record = artifacts.read_json(context.path("classifier/stage.json"))
+    record = records.finished(context.workdir, "classifier")
     print_agreement(record["metrics"])
     made = f"trained in {record['seconds']:.1f} s" if ran else "trained before"
     print(f"{made}; use it with --config.difficulty.source={context.path('classifier')}")

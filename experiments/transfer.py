@@ -8,8 +8,6 @@ pool. The comparison of compare_selection.py, with its results, under --workdir/
 METHOD_transferred have the other model's order, and its cost.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -17,6 +15,7 @@ from diq_jax.common import cli
 from diq_jax.compare import experiment, grid
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
 SCORES = flags.DEFINE_string("scores", None, "The workdir of the model whose scores select.")
 METHODS = flags.DEFINE_list("methods", ["diq"], "Selection methods.")
@@ -28,7 +27,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     rankings = [f"{method}_transferred={SCORES.value}:{method}" for method in METHODS.value]
     request = grid.parse(METHODS.value, BUDGETS.value, SEEDS.value, rankings)
-    experiment.run(cfg, pathlib.Path(WORKDIR.value), request)
+    experiment.run(cfg, cli.folder(WORKDIR), request, VERIFY.value == "on")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import folders
 import pytest
 import scripts
 
-from diq_jax.common import artifacts
+from diq_jax.common import reading
 from diq_jax.difficulty import labels
 
 
@@ -83,12 +83,12 @@ def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
     flags = pass_rate_flags(made, out)
     ended = pass_rate(*flags)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    rows = artifacts.read_jsonl(out)
+    rows = reading.read_jsonl(out)
     assert [row["id"] for row in rows] == [f"test-{i}" for i in range(4)]
     assert all(row["p_correct"] in (0, 0.5, 1) for row in rows)
     assert labels.labelled_rows(str(out))[1].shape == (4, 3)
     unparsable = tmp_path / "rates.unparsable.jsonl"
-    assert all(row["letter"] is None for row in artifacts.read_jsonl(unparsable))
+    assert all(row["letter"] is None for row in reading.read_jsonl(unparsable))
     assert "cut at evaluate.max_new_tokens=8" in ended.stdout
     assert not (tmp_path / "rates.partial.jsonl").exists()
     again = pass_rate(*flags)
@@ -100,7 +100,7 @@ def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
         capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert len(artifacts.read_jsonl(tmp_path / "other.partial.jsonl")) == 4
+    assert len(reading.read_jsonl(tmp_path / "other.partial.jsonl")) == 4
     refused = pass_rate(*flags, "--config.evaluate.seed=1")
     assert refused.returncode == 2 and "was begun with another model" in refused.stderr
     assert pass_rate(*flags).returncode == 0

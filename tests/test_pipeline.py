@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors
+from diq_jax.common import config, errors, reading
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
     for name, expected in columns.items():
         table = pq.read_table(tmp_path / name)
         assert table.column_names == expected.split() and table.num_rows == 24
-    rows = artifacts.read_jsonl(tmp_path / "selection/selected.jsonl")
+    rows = reading.read_jsonl(tmp_path / "selection/selected.jsonl")
     originals = {row["id"]: row for row in folders.pool_rows(24)}
     assert len(rows) == 6 and all(row == originals[row["id"]] for row in rows)
     results = json.loads((tmp_path / "evaluate/results.json").read_text())
@@ -112,11 +112,11 @@ def test_methods_that_read_more_become_arms(made, tmp_path):
         "finetune__baselines": "ifd,k_center",
     }
     run(made, tmp_path, "prepare,difficulty,influence,selection,finetune", **changes)
-    inputs = artifacts.read_json(tmp_path / "selection/stage.json")["inputs"]
+    inputs = reading.read_json(tmp_path / "selection/stage.json")["inputs"]
     assert {"difficulty/model_scores.parquet", "influence/store/manifest.json"} <= set(inputs)
     table = pq.read_table(tmp_path / "selection/baselines.parquet")
     assert table.column_names == ["example_id", *config.METHODS]
-    arms = artifacts.read_json(tmp_path / "finetune/stage.json")["arms"]
+    arms = reading.read_json(tmp_path / "finetune/stage.json")["arms"]
     assert list(arms) == ["selected", "ifd", "k_center"]
     assert {arm["rows"] for arm in arms.values()} == {6}
 

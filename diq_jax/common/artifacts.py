@@ -1,5 +1,8 @@
-"""Files that are either whole or not there: atomic writes, parquet tables, and a journal to resume
-from.
+"""Files that are either whole or not there, also after a power cut: atomic writes, parquet tables,
+and a journal to resume from.
+
+What a function here has written when it returns stays: a file's bytes are synced before it gets its
+name, and its folder afterwards, for a name is lost with a folder that was not synced.
 """
 
 import contextlib
@@ -7,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diq_jax.common import errors, processes
+from diq_jax.common import processes
 
 
 @contextlib.contextmanager
@@ -28,18 +32,38 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory() as scratch:
             yield pathlib.Path(scratch) / path.name
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = pathlib.Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        sync(temporary)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(name: str) -> str:
+    """The name of the file that `atomic` was writing under this temporary name, or ""."""
+    found = re.fullmatch(r"\.(.+)\.\w{8}\.tmp", name)
+    return found[1] if found else ""
+
+
+def replace(source: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Renames a synced file inside its folder, and syncs the folder."""
+    os.replace(source, path)
+    sync(pathlib.Path(path).parent)
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder, with those above it that are missing, and syncs each one's parent."""
+    path = pathlib.Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -75,19 +99,6 @@ def write_jsonl(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> N
     write_text(path, "".join(lines))
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Raises UserError where the file is not JSON."""
-    try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise errors.UserError(f"{path} is not valid JSON: {e}.") from None
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
 def write_table(path: str | os.PathLike, columns: Mapping[str, Any] | pa.Table) -> None:
     """Writes a parquet file; the bytes depend on the values and the pyarrow version only."""
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
@@ -95,24 +106,18 @@ def write_table(path: str | os.PathLike, columns: Mapping[str, Any] | pa.Table) 
         pq.write_table(table, temporary)
 
 
-def read_table(path: str | os.PathLike) -> pa.Table:
-    """Raises UserError, naming the file, where it is missing or no parquet file."""
-    try:
-        return pq.read_table(path)
-    except FileNotFoundError:
-        raise errors.UserError(f"{path} is missing: run the stage that makes it first.") from None
-    except pa.ArrowInvalid as e:
-        raise errors.UserError(f"{path} is not a readable parquet file: {e}.") from None
-
-
 def remove(path: str | os.PathLike) -> None:
-    """Deletes a file, or a folder with all in it, if it is there; only the first process does."""
+    """Deletes a file, or a folder with all in it, if it is there; only the first process does. Of a
+    symbolic link only the link goes.
+    """
     path = pathlib.Path(path)
-    if processes.is_first():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    if not processes.is_first() or not os.path.lexists(path):
+        return
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    sync(path.parent)
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -131,7 +136,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self.entries: list[dict] = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         whole = 0
         if self.path.exists():
             for line in self.path.read_bytes().splitlines(keepends=True):
@@ -147,6 +152,7 @@ class Journal:
         if processes.is_first():
             self._file = open(self.path, "ab")
             self._file.truncate(whole)
+            sync(self.path.parent)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         self.extend([entry])

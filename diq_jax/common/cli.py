@@ -1,22 +1,27 @@
 """Runs a script's main: a user's mistake is one sentence on standard error and exit code 2."""
 
 import errno
+import os
 import pathlib
 import re
 import sys
+import tempfile
 import textwrap
+import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from diq_jax.common import config, errors, processes
+from diq_jax.common import config, errors, processes, reading
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
-    """Parses the flags, calls main() and exits: 0 done, 2 a mistake of the user, 130 Ctrl-C.
+    """Parses the flags, calls main() and exits: 0 done, 1 a fault of ours, 2 a mistake of the user,
+    130 Ctrl-C, 143 SIGTERM.
 
     --help prints the script's docstring, its flags and the config's fields instead.
 
@@ -24,6 +29,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     Whatever was finished before stays; the same command continues from there.
     """
     logging.set_verbosity(logging.WARNING)
+    sys.excepthook = _log_and_leave
+    processes.stop_on_sigterm()
     if {"-h", "-help", "--help"} & set(sys.argv[1:]):
         print(_usage())
         return
@@ -52,6 +59,23 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted: the same command continues from here.", file=sys.stderr)
         processes.leave(130)
+
+
+def define_verify() -> flags.FlagHolder:
+    """The flag of scripts that read a run's artifacts."""
+    return flags.DEFINE_enum(
+        "verify",
+        "on",
+        ["on", "off"],
+        "Whether a run's files are held against the checksums that their stages recorded.",
+    )
+
+
+def folder(holder: flags.FlagHolder) -> pathlib.Path:
+    """The folder that a flag names. Raises UserError for an empty name, which is no folder."""
+    if not holder.value.strip():
+        raise errors.UserError(f"--{holder.name} must name a folder; got {holder.value!r}.")
+    return pathlib.Path(holder.value)
 
 
 def read_config(holder: flags.FlagHolder) -> config.Config:
@@ -91,6 +115,32 @@ def _usage() -> str:
         where = "diq_jax/common/config.py, influence_config.py and finetune_config.py"
         parts.append(f"Config fields, as --config.NAME=VALUE, explained in {where}:\n{names}")
     return "\n".join(parts)
+
+
+def _log_and_leave(kind, error, trace) -> None:
+    """Ends a script at an exception that nothing expected: one sentence, and a log for us."""
+    text = "".join(traceback.format_exception(error))
+    said = reading.shorten(" ".join(str(error).split()), 200)
+    print(
+        f"error: unexpected {kind.__name__}: {said} (a fault of diq_jax, not a known mistake). The "
+        f"traceback is in {_write_log(text)}; what was finished is kept.",
+        file=sys.stderr,
+    )
+    processes.leave(1)
+
+
+def _write_log(text: str) -> pathlib.Path:
+    """Writes into the workdir where there is one, else into the folder of temporary files."""
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    given = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+    for place in filter(None, (given, tempfile.gettempdir())):
+        try:
+            path = pathlib.Path(place, name)
+            path.write_text(f"{' '.join(sys.argv)}\n\n{text}", encoding="utf-8", errors="replace")
+        except OSError:
+            continue  # there is no such folder yet, or it is full or forbidden
+        return path.absolute()
+    return pathlib.Path("no file, as none can be written")
 
 
 def _fail(message: str) -> None:

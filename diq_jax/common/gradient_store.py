@@ -12,23 +12,36 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from diq_jax.common import artifacts, errors
+from diq_jax.common import artifacts, errors, reading
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 READ_ROWS = 4096  # rows of one block of a product
+MANIFEST = {
+    "dim": int, "dtype": str, "made_from": dict, "rows": int, "shard_rows": int, "targets": list,
+    "sha256": dict,
+}  # fmt: skip
+COLUMNS = {"example_id": "text", "loss": "finite"}
+FILES = ("examples.parquet", "targets.npy")  # beside the shards
 
 
 class Store:
-    """A finished store, read by memory map."""
+    """A finished store, read by memory map.
 
-    def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
+    A file is held against its checksum in the manifest before it is first used, unless `verified`
+    is False: every read may raise UserError.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, manifest: Mapping[str, Any], verified: bool = True
+    ):
         self.folder, self.manifest = pathlib.Path(folder), dict(manifest)
         self.dim, self.dtype = manifest["dim"], manifest["dtype"]
-        table = artifacts.read_table(self.folder / "examples.parquet")
+        self._checked = set() if verified else {*manifest["sha256"]}
+        table = reading.read_table(self._verified("examples.parquet"), COLUMNS)
         self.example_ids: list[str] = table["example_id"].to_pylist()
         self.losses = table["loss"].to_numpy()
         self.shards = sorted(name for name in manifest["sha256"] if name.startswith("train-"))
-        self.targets = np.load(self.folder / "targets.npy")
+        self.targets = np.load(self._verified("targets.npy"))
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -37,7 +50,7 @@ class Store:
         """(first row, rows (n, dim) float32), at most READ_ROWS at a time."""
         first = 0
         for name in self.shards:
-            shard = np.load(self.folder / name, mmap_mode="r")
+            shard = self._shard(name)
             for start in range(0, len(shard), READ_ROWS):
                 part = from_stored(shard[start : start + READ_ROWS], self.dtype)
                 yield first, part
@@ -47,7 +60,7 @@ class Store:
         """Rows [start, stop) as float32; only what is asked for is read."""
         size, parts = self.manifest["shard_rows"], []
         for k in range(start // size, -(-min(stop, len(self)) // size)):
-            shard = np.load(self.folder / self.shards[k], mmap_mode="r")
+            shard = self._shard(self.shards[k])
             parts.append(shard[max(start - k * size, 0) : max(stop - k * size, 0)])
         if not parts:
             return np.zeros((0, self.dim), np.float32)
@@ -65,27 +78,46 @@ class Store:
         return products(self.blocks(), len(self), unit(targets) if cosine else targets, cosine)
 
     def verify(self) -> None:
-        """Reads every byte.
+        """Reads every byte that was not verified yet.
 
         Raises:
             UserError: a file is missing or differs from its checksum; it is named.
         """
-        for name, expected in self.manifest["sha256"].items():
-            path = self.folder / name
-            if not path.is_file():
-                raise errors.UserError(f"{path} is missing; the store's manifest names it.")
-            if artifacts.sha256(path) != expected:
-                raise errors.UserError(
-                    f"{path} is damaged: its checksum is not the one in manifest.json; make the "
-                    "store again with --overwrite."
-                )
+        for name in self.manifest["sha256"]:
+            self._verified(name)
+
+    def _shard(self, name: str) -> np.ndarray:
+        """A shard's rows as they lie on disk."""
+        shard = np.load(self._verified(name), mmap_mode="r")
+        if shard.ndim != 2 or shard.shape[1] != self.dim or shard.dtype != stored(self.dtype):
+            raise errors.UserError(
+                f"{self.folder / name} must hold rows of {self.dim} {stored(self.dtype)}; got "
+                f"{shard.dtype} of shape {shard.shape}."
+            )
+        return shard
+
+    def _verified(self, name: str) -> pathlib.Path:
+        """A file of the store that is as the manifest has it."""
+        path = self.folder / name
+        if not path.is_file():
+            raise errors.UserError(f"{path} is missing; the store's manifest names it.")
+        if name not in self._checked and artifacts.sha256(path) != self.manifest["sha256"][name]:
+            raise errors.UserError(
+                f"{path} is damaged: its checksum is not the one in manifest.json; make the "
+                "store again with --stages=influence --overwrite."
+            )
+        self._checked.add(name)
+        return path
 
 
-def open_store(folder: str | os.PathLike, made_from: Mapping[str, Any] | None = None) -> Store:
+def open_store(
+    folder: str | os.PathLike, made_from: Mapping[str, Any] | None = None, verified: bool = True
+) -> Store:
     """Opens a finished store.
 
     Args:
         made_from: what its rows must have been made from, where the caller depends on it.
+        verified: whether files are held against their checksums.
 
     Raises:
         UserError: no finished store, or one of another model, seed or projection (named).
@@ -95,10 +127,26 @@ def open_store(folder: str | os.PathLike, made_from: Mapping[str, Any] | None = 
     if not path.is_file():
         unfinished = "its run has not finished" if (folder / "rows.log").exists() else "no manifest"
         raise errors.UserError(f"{folder} is not a finished gradient store ({unfinished}).")
-    manifest = artifacts.read_json(path)
+    manifest = reading.read_record(path, MANIFEST)
+    _check_manifest(manifest, path)
     if made_from is not None:
         refuse_other({"made_from": manifest["made_from"]}, {"made_from": dict(made_from)}, folder)
-    return Store(folder, manifest)
+    return Store(folder, manifest, verified)
+
+
+def _check_manifest(manifest, path) -> None:
+    """Raises UserError where a store cannot be as its manifest says."""
+    errors.check_choice(f"{path}: dtype", manifest["dtype"], DTYPES)
+    for name in ("dim", "shard_rows"):
+        errors.check(f"{path}: {name}", manifest[name] >= 1, "at least 1", manifest[name])
+    files = manifest["sha256"]
+    reading.check_record(files, f"{path}: sha256", dict.fromkeys({*files, *FILES}, str))
+    for name in files:
+        ok = name == os.path.basename(name)
+        errors.check(f"{path}: sha256", ok, "names of files beside it", name)
+    shards = sum(name.startswith("train-") for name in files)
+    expected = -(-manifest["rows"] // manifest["shard_rows"])
+    errors.check(f"{path}: sha256", shards == expected, f"{expected} shards", shards)
 
 
 def products(

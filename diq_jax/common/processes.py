@@ -4,14 +4,19 @@ Until `join` a process is alone: it is the first, and waits for nobody.
 """
 
 import os
+import signal
 import sys
-import traceback
+import threading
+import time
 from typing import NoReturn
 
 from diq_jax.common import errors
 
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells know
+LONGEST_STOP = 5  # seconds that the words of a stopped process may take
 LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000  # a stage of the first process may take days
 
+STOPPED = "diq_jax/stopped"
 _index, _joined = 0, False
 
 
@@ -27,6 +32,8 @@ def join() -> None:
     global _index, _joined
     import jax
 
+    # It would take SIGTERM for itself, and tell only those who ask it at every step.
+    jax.config.update("jax_enable_preemption_service", False)
     number, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     try:
         jax.distributed.initialize(
@@ -40,7 +47,7 @@ def join() -> None:
             "JAX_PROCESS_ID."
         ) from None
     _index, _joined = jax.process_index(), True
-    sys.excepthook = _show_and_leave
+    threading.Thread(target=_wait_for_others, daemon=True).start()
 
 
 def joined() -> bool:
@@ -71,6 +78,43 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _show_and_leave(kind, error, trace) -> None:
-    traceback.print_exception(error)
-    leave(1)
+def stop_on_sigterm() -> None:
+    """Lets SIGTERM end this process, and those that joined it, whatever it is at: exit code 143.
+
+    A thread does it, since Python's own handlers wait until the main thread is back in Python, and
+    that may be compiling, or waiting for another process. What is on the disk is as after a kill:
+    whole, and the same command continues.
+    """
+    received, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(received, 1) != bytes([signal.SIGTERM]):
+            pass
+        _stop(tell=_joined)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _stop(tell: bool) -> NoReturn:
+    threading.Timer(LONGEST_STOP, os._exit, (TERMINATED,)).start()
+    print("\nStopped by SIGTERM: the same command continues from here.", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if tell:
+        _client().key_value_set(STOPPED, "", allow_overwrite=True)
+        time.sleep(1)  # the first process answers the others' questions
+    os._exit(TERMINATED)
+
+
+def _wait_for_others() -> None:
+    _client().blocking_key_value_get(STOPPED, LONGEST_WAIT_MS)
+    _stop(tell=False)
+
+
+def _client():
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()

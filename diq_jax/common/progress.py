@@ -36,3 +36,17 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def byte_bar(title: str, total: int) -> tqdm.tqdm:
+    """A bar over bytes, shown once it has taken a few seconds; in the first process."""
+    return tqdm.tqdm(
+        total=total,
+        desc=title,
+        unit="B",
+        unit_scale=True,
+        delay=3,
+        leave=False,
+        disable=not processes.is_first(),
+        dynamic_ncols=True,
+    )

@@ -90,6 +90,20 @@ def read_json(path: str | os.PathLike, most_bytes: int = MOST_BYTES) -> Any:
     return parse_json(text, str(path), first_line=1)
 
 
+def read_jsonl(path: str | os.PathLike) -> list[Any]:
+    """Reads one of our own JSON-lines files as a whole. Raises UserError as `read_json`."""
+    path = pathlib.Path(path)
+    try:
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise errors.UserError(f"{path} is missing.") from None
+    except UnicodeDecodeError as e:
+        raise errors.UserError(f"{path}: it is not UTF-8 ({e.reason}).") from None
+    if rest:
+        raise errors.UserError(f"{path} ends in the middle of line {len(lines) + 1}.")
+    return [parse_json(line, str(path), n) for n, line in enumerate(lines, start=1)]
+
+
 def read_record(
     path: str | os.PathLike,
     required: Mapping[str, type | tuple[type, ...]],
@@ -132,13 +146,17 @@ def check_record(
 
 
 def read_table(
-    path: str | os.PathLike, columns: Mapping[str, str] | None = None, most_rows: int | None = None
+    path: str | os.PathLike,
+    columns: Mapping[str, str] | None = None,
+    most_rows: int | None = None,
+    only: bool = False,
 ) -> pa.Table:
     """Reads a parquet file and checks its texts, and those of its columns that `columns` names.
 
     Args:
         columns: {name: kind}, a kind of `KINDS`; each must be there. Other columns pass.
         most_rows: refuses a file with more.
+        only: whether to read the columns of `columns` alone.
 
     Raises:
         UserError: the file is missing or damaged, a column is missing, of another type, or holds a
@@ -150,7 +168,7 @@ def read_table(
             rows = file.metadata.num_rows
             if most_rows is not None and rows > most_rows:
                 raise errors.UserError(f"{path} has {rows:,} rows; expected at most {most_rows:,}.")
-            table = file.read()
+            table = file.read(list(columns) if only and columns else None)
         table.validate(full=True)
     except FileNotFoundError:
         raise errors.UserError(f"{path} is missing: run the stage that makes it first.") from None
@@ -242,6 +260,19 @@ def _finite_lists(column):
     return ok
 
 
+def _finite_nested(column):
+    """Whether each list of lists has no nulls on any level."""
+    ok = np.ones(len(column), bool)
+    start = 0
+    for chunk in column.chunks:
+        inner = chunk.flatten()
+        bad = ~_finite_lists(pa.chunked_array([inner])) | inner.is_null().to_numpy(False)
+        parent = pc.list_parent_indices(chunk).to_numpy()
+        ok[start + np.unique(parent[bad])] = False
+        start += len(chunk)
+    return ok
+
+
 def _is_text(kind):
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -256,8 +287,12 @@ KINDS: dict[str, tuple[str, Callable, Callable | None]] = {
     "finite": ("finite numbers", pa.types.is_floating, _finite_numbers),
     "texts": ("lists of texts", _lists_are(_is_text), None),
     "wholes": ("lists of whole numbers", _lists_are(pa.types.is_integer), _finite_lists),
+    "nested": (
+        "lists of lists of whole numbers", _lists_are(_lists_are(pa.types.is_integer)),
+        _finite_nested,
+    ),
     "finites": ("lists of finite numbers", _lists_are(pa.types.is_floating), _finite_lists),
-}
+}  # fmt: skip
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false",
           dict: "an object", list: "a list", type(None): "null"}  # fmt: skip
 

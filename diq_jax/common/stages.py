@@ -1,34 +1,54 @@
 """A stage is a folder with a stage.json: skipped when done, continued when killed, refused when it
 would change.
+
+A stage verifies what it reads against its producer's record, and what it finds done against its
+own (records.py). In its folder only the files that it writes are its own: nothing else is deleted,
+and a folder of somebody else is refused.
 """
 
 import dataclasses
+import fnmatch
+import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import pyarrow
+import pyarrow as pa
 import transformers
+from absl import logging
 
 import diq_jax
-from diq_jax.common import artifacts, config, devices, errors, processes
+from diq_jax.common import artifacts, config, devices, errors, processes, records
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every stage gets: the checked config, the run's folder, the devices."""
+    """What every stage gets: the checked config, the run's folder, the devices.
+
+    Attributes:
+        verify: whether artifacts are held against the records of the stages that made them.
+    """
 
     config: config.Config
     workdir: pathlib.Path
     placement: devices.Placement
+    verify: bool = True
 
     def path(self, name: str) -> pathlib.Path:
         """An artifact, such as influence/influence.parquet."""
         return self.workdir / name
+
+    def table(self, name: str, *columns: str) -> pa.Table:
+        """A table that the stage declares to read, or these columns of it.
+
+        Raises:
+            UserError: it is damaged, or a column is not as it must be.
+        """
+        return records.read_table(self.workdir, name, columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Stage:
     Attributes:
         settings: the config fields that decide its result, as dotted names or prefixes of names.
         reads: artifacts of earlier stages, relative to the workdir.
+        writes: its files, partial ones too, relative to its folder; * matches any characters.
         fingerprints: further inputs (weights, data files) as {name: hash}.
         run: does the work and returns what goes into stage.json: rows, tokens, resumed_tokens where
             an earlier call did some of them, and more.
@@ -47,6 +68,7 @@ class Stage:
     name: str
     settings: tuple[str, ...]
     reads: Callable[[Context], tuple[str, ...]]
+    writes: tuple[str, ...]
     fingerprints: Callable[[Context], Mapping[str, str]]
     run: Callable[[Context], Mapping[str, Any]]
     everywhere: bool = False
@@ -59,8 +81,8 @@ def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
         Whether it ran.
 
     Raises:
-        UserError: an input is missing, or the folder holds a result of another config or other
-            inputs; what differs is named.
+        UserError: an input is missing or is not what its stage wrote; the folder is not of this
+            stage, or holds a result of another config or other inputs; what differs is named.
     """
     ran = False
     if stage.everywhere or processes.is_first():
@@ -71,26 +93,30 @@ def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
 
 def _execute(stage, context, overwrite):
     folder = context.path(stage.name)
-    record = folder / "stage.json"
+    before = _before(stage, folder)
+    inputs, unverified = _inputs(stage, context)
     now = {
         "stage": stage.name,
-        "status": "running",
+        "status": records.RUNNING,
         "config": dataclasses.asdict(context.config),
-        "inputs": {**_artifacts(stage, context), **stage.fingerprints(context)},
+        "inputs": {**inputs, **stage.fingerprints(context)},
+        **({"unverified_inputs": unverified} if unverified else {}),
         "versions": versions(),
     }
-    before = artifacts.read_json(record) if record.exists() and not overwrite else None
-    if before is not None:
+    continues = bool(before) and before["status"] != records.CLEARING and not overwrite
+    if continues:
         _refuse_difference(stage, folder, before, now)
-        if before["status"] == "done" and all((folder / f).exists() for f in before["outputs"]):
+        if before["status"] == records.DONE and _is_whole(context, folder, before):
             return False
     if stage.everywhere:
         processes.wait(f"{stage.name} begins")  # all know what was there
-    if before is None:
-        artifacts.remove(folder)
-        artifacts.write_json(record, now)
-    for stale in folder.rglob(".*.tmp"):  # of a killed run, in the middle of a write
-        artifacts.remove(stale)
+    if not continues:
+        _clear(stage, folder, before, now)
+    if not continues or before["status"] == records.DONE:
+        artifacts.write_json(folder / records.NAME, now)
+    for name in _files(folder):  # of a killed run, in the middle of a write
+        if artifacts.temporary_of(pathlib.Path(name).name) and _is_own(stage, name):
+            artifacts.remove(folder / name)
     if stage.everywhere:
         processes.wait(f"{stage.name} may write")
     started = time.time()
@@ -99,9 +125,10 @@ def _execute(stage, context, overwrite):
     seconds = time.time() - started
     tokens = result.get("tokens", 0) - result.get("resumed_tokens", 0)
     rate = {"tokens_per_second": round(tokens / seconds, 1)} if tokens else {}
-    done = {"status": "done", "seconds": round(seconds, 3), **result, **rate}
+    done = {"status": records.DONE, "seconds": round(seconds, 3), **result, **rate}
     if processes.is_first():
-        artifacts.write_json(record, now | done | {"outputs": _outputs(folder)})
+        outputs = {"outputs": _outputs(stage, folder)}
+        artifacts.write_json(folder / records.NAME, now | done | outputs)
     return True
 
 
@@ -113,13 +140,47 @@ def versions() -> dict[str, str]:
         "jax": jax.__version__,
         "numpy": np.__version__,
         "transformers": transformers.__version__,
-        "pyarrow": pyarrow.__version__,
+        "pyarrow": pa.__version__,
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
     }
 
 
-def _artifacts(stage, context):
-    out = {}
+def _before(stage, folder) -> dict[str, Any] | None:
+    """The record of an earlier call, None in a new folder.
+
+    Raises:
+        UserError: the folder, or one in it, is a symbolic link; or it holds files of others.
+    """
+    if folder.is_symlink() or not (folder.is_dir() or not folder.exists()):
+        what = "a symbolic link" if folder.is_symlink() else "no folder"
+        raise errors.UserError(
+            f"{folder} is {what}: a stage writes and deletes only in a folder of its own; move it "
+            "away, or name another --workdir."
+        )
+    record, names = records.read(folder), list(_files(folder))
+    for name in names:
+        link = folder / name
+        if link.is_symlink() and (link.is_dir() or _is_own(stage, name)):
+            raise errors.UserError(
+                f"{link} is a symbolic link, where the stage {stage.name!r} writes: remove it, or "
+                "name another --workdir."
+            )
+    if record is None and any(artifacts.temporary_of(n) != records.NAME for n in names):
+        raise errors.UserError(
+            f"{folder} holds files, but no {records.NAME} of the stage {stage.name!r}: it is not "
+            "emptied; move it away, or name another --workdir."
+        )
+    if record is not None and record["stage"] != stage.name:
+        raise errors.UserError(
+            f"{folder} holds the {records.NAME} of the stage {record['stage']!r}, not of "
+            f"{stage.name!r}: move it away, or name another --workdir."
+        )
+    return record
+
+
+def _inputs(stage, context) -> tuple[dict[str, str], list[str]]:
+    """{artifact: checksum} of what the stage reads, and those that no record vouches for."""
+    found, unverified = {}, []
     for name in stage.reads(context):
         path = context.path(name)
         if not path.exists():
@@ -128,13 +189,65 @@ def _artifacts(stage, context):
                 f"Stage {stage.name!r} needs {path}, which stage {earlier!r} makes: run with "
                 f"--stages={earlier},{stage.name}."
             )
-        out[name] = artifacts.sha256(path)
-    return out
+        found[name] = artifacts.sha256(path)
+        if not context.verify:
+            unverified.append(name)
+        elif not records.verify(path, found[name]):
+            unverified.append(name)
+            logging.warning(
+                "%s has no %s beside it: it is used as it is, unverified.", path, records.NAME
+            )
+    return found, unverified
 
 
-def _outputs(folder):
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "stage.json")
-    return {str(p.relative_to(folder)): artifacts.sha256(p) for p in files}
+def _is_whole(context, folder, record) -> bool:
+    """Whether every output is there. Raises UserError where one is not as it was written."""
+    if context.verify and processes.is_first():
+        records.verify_outputs(folder, record)
+    return all((folder / name).is_file() for name in record["outputs"])
+
+
+def _clear(stage, folder, before, now) -> None:
+    """Deletes what the stage has written, and leaves what others put into its folder.
+
+    The record says so beforehand: what a killed call left half deleted is deleted by the next.
+    """
+    outputs = (before or {}).get("outputs", {})
+    own = [n for n in _files(folder) if n != records.NAME and _is_own(stage, n, outputs)]
+    if not own:
+        return
+    marked = now | {"status": records.CLEARING, "outputs": outputs}
+    artifacts.write_json(folder / records.NAME, marked)
+    for name in own:
+        artifacts.remove(folder / name)
+    if processes.is_first():
+        for place, _, _ in os.walk(folder, topdown=False):
+            if pathlib.Path(place) != folder and not os.listdir(place):
+                artifacts.remove(place)
+
+
+def _is_own(stage, name: str, outputs: Mapping[str, str] | None = None) -> bool:
+    """Whether a stage writes a file of this name, relative to its folder, or wrote it."""
+    path = pathlib.PurePosixPath(name)
+    name = str(path.with_name(artifacts.temporary_of(path.name) or path.name))
+    patterns = (records.NAME, *stage.writes)
+    return name in (outputs or ()) or any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _files(folder) -> Iterator[str]:
+    """The files below a folder, relative to it; what a symbolic link leads to is not below."""
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in sorted([*names, *links]):
+            yield pathlib.Path(place, name).relative_to(folder).as_posix()
+
+
+def _outputs(stage, folder) -> dict[str, str]:
+    """{file: checksum} of the stage's own files, all on the disk."""
+    artifacts.sync_tree(folder)
+    names = sorted(n for n in _files(folder) if n != records.NAME and _is_own(stage, n))
+    found = records.checksums(f"checksums {folder.name}", [folder / name for name in names])
+    return {path.relative_to(folder).as_posix(): checksum for path, checksum in found}
 
 
 def _refuse_difference(stage, folder, before, now):

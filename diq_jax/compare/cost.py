@@ -22,10 +22,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from diq_jax.common import artifacts, config, influence_config
+from diq_jax.common import config, influence_config, records
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.models import checkpoint, lora
@@ -114,23 +113,18 @@ def needs(method: str) -> tuple[str, ...]:
     return ("influence",) if method in ("influence", *config.DIVERSE) else ()
 
 
-def selection_costs(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+def selection_costs(workdir: pathlib.Path, verified: bool = True) -> dict[str, dict[str, float]]:
     """{part of `needs`: {flops, seconds}} of a workdir whose stages up to selection are done."""
     pool, targets = (
-        encoded_lib.from_table(artifacts.read_table(workdir / f"prepare/{name}.parquet"))
+        encoded_lib.from_table(records.table(workdir, f"prepare/{name}.parquet", verified))
         for name in ("pool", "targets")
     )
-    records = {
-        name: artifacts.read_json(workdir / name / "stage.json")
-        for name in ("difficulty", "influence")
-    }
-    settings = {
-        s: config.resolve(ml_collections.ConfigDict(r["config"])) for s, r in records.items()
-    }
+    made = {name: records.finished(workdir, name) for name in ("difficulty", "influence")}
+    settings = {s: records.config_of(record, workdir / s) for s, record in made.items()}
     cfg = decoder_config(settings["influence"])
-    scores = records["difficulty"].get("model_scores", {})
+    scores = made["difficulty"].get("model_scores", {})
     encoder = {
-        name: records["difficulty"].get(name, 0) - scores.get(name, 0)
+        name: made["difficulty"].get(name, 0) - scores.get(name, 0)
         for name in ("seconds", "tokens", "resumed_tokens")
     }
     return {
@@ -144,7 +138,7 @@ def selection_costs(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
         },
         "influence": {
             "flops": influence_flops(cfg, settings["influence"].influence, pool, targets),
-            "seconds": _seconds(records["influence"]),
+            "seconds": _seconds(made["influence"]),
         },
     }
 

@@ -16,7 +16,9 @@ from diq_jax.selection import methods
 STAGES = ("prepare", "difficulty", "influence", "selection")
 
 
-def run(cfg: config.Config, workdir: pathlib.Path, request: grid.Request) -> dict[str, Any]:
+def run(
+    cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
+) -> dict[str, Any]:
     """Runs the stages up to selection and every cell, skipping what is done; writes
     compare/results.json, table.md and figure.png and prints the tables.
 
@@ -24,8 +26,8 @@ def run(cfg: config.Config, workdir: pathlib.Path, request: grid.Request) -> dic
         UserError: bad input, or another run holds the workdir.
     """
     grid.check(cfg, request)
-    pipeline.run(cfg, workdir, STAGES, overwrite=False)
-    with pipeline.at_work(cfg, workdir) as context:
+    pipeline.run(cfg, workdir, STAGES, overwrite=False, verify=verify)
+    with pipeline.at_work(cfg, workdir, verify) as context:
         data = runner.read_data(context)
         ranks, removed = grid.orders(context, request)
         cells = grid.cells(request, ranks, removed)
@@ -41,7 +43,9 @@ def run(cfg: config.Config, workdir: pathlib.Path, request: grid.Request) -> dic
     return results
 
 
-def dry_run(cfg: config.Config, workdir: pathlib.Path, request: grid.Request) -> None:
+def dry_run(
+    cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
+) -> None:
     """Prints the grid, then prepares the data and prints the predicted FLOPs; trains nothing."""
     grid.check(cfg, request)
     pool = "full" if 1 in request.budgets else "no full"
@@ -50,8 +54,8 @@ def dry_run(cfg: config.Config, workdir: pathlib.Path, request: grid.Request) ->
     print(f"{count} cells: {len(request.names)} methods ({', '.join(request.names)}) x "
           f"{', '.join(f'{100 * b:g} %' for b in shares) or 'no budget'} and {pool} x "
           f"{request.seeds} seeds", flush=True)  # fmt: skip
-    pipeline.run(cfg, workdir, ["prepare"], overwrite=False)
-    with pipeline.at_work(cfg, workdir) as context:
+    pipeline.run(cfg, workdir, ["prepare"], overwrite=False, verify=verify)
+    with pipeline.at_work(cfg, workdir, verify) as context:
         print(table.prediction(predict(context, request)))
 
 
@@ -140,10 +144,13 @@ def _mean(results, name) -> float:
 
 def _method_costs(context, request) -> dict[str, dict[str, float]]:
     """FLOPs and seconds of selecting by each method, before any training."""
-    own = cost.selection_costs(context.workdir)
+    own = cost.selection_costs(context.workdir, context.verify)
     sources = {name: (own, name) for name in request.methods}
     for name, (workdir, method) in request.rankings.items():
-        sources[name] = cost.selection_costs(workdir), grid.ranking_method(workdir, method)
+        sources[name] = (
+            cost.selection_costs(workdir, context.verify),
+            grid.ranking_method(workdir, method),
+        )
     zero = {"flops": 0.0, "seconds": 0.0}
     return {
         name: {unit: sum(parts[part][unit] for part in cost.needs(method)) for unit in zero}

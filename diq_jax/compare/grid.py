@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import artifacts, config, errors, stages
+from diq_jax.common import config, errors, records, stages
 from diq_jax.selection import hygiene, methods
 
 FULL, RANDOM = "full", "random"
@@ -111,13 +111,10 @@ def check(cfg: config.Config, request: Request) -> None:
 
 
 def _check_ranking(name, workdir, method):
-    file = workdir / "selection/stage.json"
-    record = artifacts.read_json(file) if file.is_file() else {}
-    if record.get("status") != "done":
-        raise errors.UserError(f"--rankings={name}: {workdir} holds no finished selection stage.")
+    record = records.finished(workdir, "selection", f"--rankings={name}")
     if method:
         errors.check_choice(f"--rankings={name}: the method", method, config.METHODS)
-    elif record["config"]["selection"]["source_cap"] < 1:
+    elif records.config_of(record, workdir / "selection").selection.source_cap < 1:
         raise errors.UserError(
             f"--rankings={name}: {workdir} was selected with selection.source_cap, for one budget; "
             "name a method, as NAME=WORKDIR:METHOD."
@@ -126,8 +123,8 @@ def _check_ranking(name, workdir, method):
 
 def ranking_method(workdir: pathlib.Path, method: str) -> str:
     """The selection method whose order a ranking takes."""
-    record = artifacts.read_json(workdir / "selection/stage.json")
-    return method or record["config"]["selection"]["method"]
+    record = records.finished(workdir, "selection", "--rankings")
+    return method or records.config_of(record, workdir / "selection").selection.method
 
 
 def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -139,7 +136,7 @@ def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndar
     Raises:
         UserError: a method's input is missing, or another workdir ranks another pool.
     """
-    table = artifacts.read_table(context.path("selection/baselines.parquet"))
+    table = context.table("selection/baselines.parquet")
     ids = table["example_id"].to_pylist()
     removed = _removed(context, ids)
     found = {}
@@ -171,7 +168,7 @@ def random_ranks(ids: Sequence[str], seed: int, removed: np.ndarray) -> np.ndarr
 def _removed(context, ids):
     if context.config.selection.hygiene != "remove":
         return np.zeros(len(ids), bool)
-    rows = artifacts.read_table(context.path("selection/hygiene.parquet")).to_pylist()
+    rows = context.table("selection/hygiene.parquet").to_pylist()
     out = hygiene.dropped([hygiene.Pair(**row) for row in rows])
     return np.array([id_ in out for id_ in ids])
 
@@ -181,7 +178,7 @@ def _other_ranks(context, name, workdir, method) -> np.ndarray:
     rows = [
         dict(zip(*(table[c].to_pylist() for c in ("example_id", "row")), strict=True))
         for table in (
-            artifacts.read_table(folder / "prepare/pool.parquet")
+            records.table(folder, "prepare/pool.parquet", context.verify)
             for folder in (context.workdir, workdir)
         )
     ]
@@ -192,7 +189,7 @@ def _other_ranks(context, name, workdir, method) -> np.ndarray:
             f"them among the {len(rows[0])} of this one."
         )
     file, column = ("baselines", method) if method else ("selection", "rank")
-    table = artifacts.read_table(workdir / f"selection/{file}.parquet")
+    table = records.table(workdir, f"selection/{file}.parquet", context.verify)
     if column not in table.column_names:
         raise errors.UserError(f"--rankings={name}: {workdir} has no ranks of {method}.")
     ranks = dict(zip(table["example_id"].to_pylist(), table[column].to_pylist(), strict=True))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, devices, errors, progress, stages, trees
+from diq_jax.common import artifacts, devices, errors, progress, records, stages, trees
 from diq_jax.compare import cost, grid
 from diq_jax.data import batches, encoded, example
 from diq_jax.data import steps as steps_lib
@@ -77,13 +77,13 @@ class Data:
 
 
 def read_data(context: stages.Context) -> Data:
-    targets = artifacts.read_table(context.path(pipeline.TARGETS))
-    tests = context.path(pipeline.TESTS)
+    tests = context.table(pipeline.TESTS, *options.COLUMNS)
+    targets = context.table(pipeline.TARGETS, "task", *encoded.COLUMNS)
     return Data(
-        encoded.from_table(artifacts.read_table(context.path(pipeline.POOL))),
+        encoded.from_table(context.table(pipeline.POOL, *encoded.COLUMNS)),
         encoded.from_table(targets),
         targets["task"].to_pylist(),
-        options.from_table(artifacts.read_table(tests), str(tests)),
+        options.from_table(tests, str(context.path(pipeline.TESTS))),
     )
 
 
@@ -115,12 +115,12 @@ def run(
             print(f"[{number + 1}/{len(todo)}] {shown}", flush=True)
             weights, record = train(bench, cell)
             _keep(files[key], cell.name, record | evaluate_weights(bench, cell.name, weights))
-    found = {key: artifacts.read_json(file) for key, file in files.items()}
+    found = {key: records.unseal(file, context.verify) for key, file in files.items()}
     return names, {**found, BASE: found[base]}
 
 
 def _keep(file: pathlib.Path, made_for: str, result: Mapping[str, Any]) -> None:
-    artifacts.write_json(file, {"made_for": made_for, **result})
+    artifacts.write_json(file, records.seal({"made_for": made_for, **result}))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

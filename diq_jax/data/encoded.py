@@ -7,6 +7,8 @@ import pyarrow as pa
 
 from diq_jax.data import example
 
+COLUMNS = ("example_id", "input_ids", "labels")
+
 
 def columns(rows: Sequence[example.Encoded]) -> dict[str, pa.Array]:
     """The columns input_ids and labels, lists of int32."""
@@ -19,8 +21,7 @@ def columns(rows: Sequence[example.Encoded]) -> dict[str, pa.Array]:
 
 def from_table(table: pa.Table) -> list[example.Encoded]:
     """Undoes `columns` on a table that also holds example_id."""
-    names = ("example_id", "input_ids", "labels")
-    ids, tokens, labels = (table[name].to_pylist() for name in names)
+    ids, tokens, labels = (table[name].to_pylist() for name in COLUMNS)
     return [
         example.Encoded(i, np.asarray(t, np.int32), np.asarray(y, np.int32))
         for i, t, y in zip(ids, tokens, labels, strict=True)

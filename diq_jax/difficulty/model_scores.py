@@ -79,8 +79,8 @@ def run(context: stages.Context) -> dict[str, int]:
         UserError: a loss or an embedding is not finite; the example is named.
     """
     cfg = context.config
-    table = artifacts.read_table(context.path("prepare/pool.parquet"))
-    targets = artifacts.read_table(context.path("prepare/targets.parquet"))
+    table = context.table("prepare/pool.parquet", "reasoning", *encoded.COLUMNS)
+    targets = context.table("prepare/targets.parquet", "task", *encoded.COLUMNS)
     pool, tasks = encoded.from_table(table), targets["task"].to_pylist()
     model = load.load(cfg.model.path, cfg.model.dtype, context.placement)
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")

@@ -33,6 +33,7 @@ from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
 
 FIELD = "difficulty.encoder"
+POOL = "prepare/pool.parquet"
 PARTIAL = "difficulty/partial"  # what a killed run continues from; removed at the end
 
 
@@ -65,7 +66,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         tokens and seconds that model_scores took.
     """
     settings = context.config.difficulty
-    pool = artifacts.read_table(context.path("prepare/pool.parquet"))
+    pool = context.table(POOL, "example_id", "question", "row")
     ids = pool["example_id"].to_pylist()
     if labels.is_columns(settings.source):
         rows = [json.loads(row) for row in pool["row"].to_pylist()]
@@ -237,7 +238,7 @@ def _pool_questions(context, pool) -> list[str]:
     missing = [i for i, question in enumerate(questions) if not question.strip()]
     if missing:
         decode = tokenizer.load_tokenizer(context.config.model.path, "model.path").decode
-        rows = pool.select(["input_ids", "labels"]).take(missing).to_pylist()
+        rows = context.table(POOL, "input_ids", "labels").take(missing).to_pylist()
         for i, row in zip(missing, rows, strict=True):
             pairs = zip(row["input_ids"], row["labels"], strict=True)
             prompt = [token for token, label in pairs if label == example.IGNORED]

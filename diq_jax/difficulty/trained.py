@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from diq_jax.common import artifacts, config, errors, trees
+from diq_jax.common import artifacts, config, errors, reading, trees
 from diq_jax.difficulty import labels
 from diq_jax.models import checkpoint, hf
 
@@ -75,7 +75,7 @@ def save(
 def load(source: str) -> Trained:
     """Raises UserError where the folder is no such one."""
     folder = _folder(source)
-    record = artifacts.read_json(folder / RECORD)
+    record = reading.read_record(folder / RECORD, {"max_tokens": int, "temperatures": dict})
     model = trees.insert({}, safetensors.numpy.load_file(folder / HEADS))
     return Trained(model, record["max_tokens"], record["temperatures"])
 

@@ -64,6 +64,9 @@ class Question:
         )
 
 
+COLUMNS = ("example_id", "task", "prompt_ids", "options", "option_ids", "answer", "end_ids")
+
+
 def from_table(table: pa.Table, where: str) -> list[Question]:
     """The questions of prepare/tests.parquet.
 

@@ -12,19 +12,22 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from diq_jax.common import artifacts, errors
+from diq_jax.common import errors, reading, records
 from diq_jax.data import sources
 
 Rows = dict[str, dict[str, Any]]  # by example_id, in the order of the file
 
 
-def read_all(specs: Sequence[str], field: str) -> dict[str, Rows]:
+def read_all(specs: Sequence[str], field: str, verified: bool = True) -> dict[str, Rows]:
     """{name: rows} of each spec: a model's name where the names differ, else the specs.
+
+    Args:
+        verified: whether a run's files are held against its records.
 
     Raises:
         UserError: naming `field`: no such file or model, a bad row, or a spec that stands twice.
     """
-    found = [_read(spec, field) for spec in specs]
+    found = [_read(spec, field, verified) for spec in specs]
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         names = list(specs)
@@ -33,9 +36,11 @@ def read_all(specs: Sequence[str], field: str) -> dict[str, Rows]:
     return dict(zip(names, (rows for _, rows in found), strict=True))
 
 
-def _read(spec: str, field: str) -> tuple[str, Rows]:
+def _read(spec: str, field: str, verified: bool) -> tuple[str, Rows]:
     path, model = (spec, "") if os.path.exists(spec) else spec.rpartition(":")[::2]
     file = _file(path or spec, field)
+    if verified:
+        records.verify(file)
     rows = [(row, where) for row, where in sources.read_rows(str(file), field)]
     models = list(dict.fromkeys(str(row.get("model", "")) for row, _ in rows))
     if not model and len(models) > 1:
@@ -45,7 +50,7 @@ def _read(spec: str, field: str) -> tuple[str, Rows]:
         )
     if model:
         errors.check_choice(f"{field}: the model of {file}", model, models)
-    tests = _tests(file)
+    tests = _tests(file, verified)
     found: Rows = {}
     for row, where in rows:
         if model and str(row.get("model", "")) != model:
@@ -82,14 +87,14 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
     return {"text": answer["text"]} if "text" in answer else {}
 
 
-def _tests(file: pathlib.Path) -> Rows:
+def _tests(file: pathlib.Path, verified: bool) -> Rows:
     """What the run's tests say of each question: its text with the options, the right one."""
     path = file.parent.parent / "prepare" / "tests.parquet"
     if file.parent.name != "evaluate" or not path.is_file():
         return {}
-    table = artifacts.read_table(path)
-    if "choices" not in table.column_names:  # a run of an earlier version keeps no texts
-        return {}
+    if "choices" not in reading.read_table(path).column_names:
+        return {}  # a run of an earlier version keeps no texts
+    table = records.table(path.parent.parent, "prepare/tests.parquet", verified)
     out = {}
     for row in table.to_pylist():
         lines = [f"{a}. {text}" for a, text in zip(row["options"], row["choices"], strict=True)]

@@ -18,6 +18,8 @@ from diq_jax.models import checkpoint, load, lora, loss, tokenizer
 MAX_SHAPES = 4  # batch shapes of the targets, and of the tests: each is a compilation
 PARTIAL = "evaluate/scores.partial.jsonl"
 BASE, SELECTED = "base", "selected"
+WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model*.safetensors*")
+TARGETS, TESTS = "prepare/targets.parquet", "prepare/tests.parquet"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,16 +73,19 @@ def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
     return found
 
 
+def reads(context: stages.Context) -> tuple[str, ...]:
+    """The targets, the tests and the files of the adapters, or of the models."""
+    folders = [folder for _, folder in arms(context) if folder is not None]
+    files = sorted(file for folder in folders for name in WEIGHTS for file in folder.glob(name))
+    return (TARGETS, TESTS, *(str(file.relative_to(context.workdir)) for file in files))
+
+
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """Hashes of the base model and of the adapters' files; of its tokenizer, where it is asked."""
+    """The hash of the base model; of its tokenizer, where it is asked."""
     path = context.config.model.path
-    adapters = [folder for _, folder in arms(context) if folder is not None]
-    files = sorted(file for folder in adapters for file in folder.iterdir() if file.is_file())
     writes = context.config.evaluate.protocol == "generate"  # options were tokenised by prepare
     tokens = tokenizer.fingerprints(path, "model.path") if writes else {}
-    return {"model.path": checkpoint.open_checkpoint(path, "model.path").fingerprint, **tokens} | {
-        str(file.relative_to(context.workdir)): artifacts.sha256(file) for file in files
-    }
+    return {"model.path": checkpoint.open_checkpoint(path, "model.path").fingerprint, **tokens}
 
 
 def run(context: stages.Context) -> dict[str, Any]:
@@ -93,10 +98,9 @@ def run(context: stages.Context) -> dict[str, Any]:
             the example.
     """
     config = context.config
-    tests_path = context.path("prepare/tests.parquet")
-    targets = encoded.from_table(artifacts.read_table(context.path("prepare/targets.parquet")))
-    table = artifacts.read_table(tests_path)
-    questions = options.from_table(table, str(tests_path))
+    targets = encoded.from_table(context.table(TARGETS, *encoded.COLUMNS))
+    table = context.table(TESTS, *options.COLUMNS)
+    questions = options.from_table(table, str(context.path(TESTS)))
     if not targets or not questions:
         raise errors.UserError(
             f"Stage 'evaluate' needs at least one target and one test question; got {len(targets)} "
@@ -107,7 +111,7 @@ def run(context: stages.Context) -> dict[str, Any]:
     parts = make_parts(targets, questions, model.cfg, context.placement)
     scored = [(part, score) for part in parts]
     if config.evaluate.protocol == "generate":
-        tests = generation.from_table(table)
+        tests = generation.from_table(context.table(TESTS))
         answers = generation.make_part(
             tests, model, config.evaluate, config.data.date, context.placement
         )

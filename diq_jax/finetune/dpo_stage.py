@@ -13,9 +13,10 @@ from diq_jax.common import (
     errors,
     finetune_config,
     progress,
+    reading,
     stages,
     trees,
-)  # fmt: skip
+)
 from diq_jax.data import batches, chat, preferences, sources
 from diq_jax.finetune import curves, dpo, loop, sft
 from diq_jax.models import checkpoint, load, lora, tokenizer
@@ -52,7 +53,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         ]  # fmt: skip
         artifacts.write_jsonl(losses_file, rows)
     artifacts.remove(state_folder)
-    rows = artifacts.read_jsonl(losses_file)
+    rows = reading.read_jsonl(losses_file)
     total = sum(row["tokens"] for row in rows)
     ends = {
         f"{end}_{name}": row[name]
@@ -175,8 +176,9 @@ def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
         columns = {name: [known[i][k] for i in ids] for k, name in enumerate(preferences.SIDES)}
         artifacts.write_table(file, {"example_id": ids, **columns})
         context.path(PARTIAL).unlink()
-    columns = artifacts.read_table(file).to_pydict()
-    return {id_: [c, r] for id_, c, r in zip(*columns.values(), strict=True)}
+    kinds = {"example_id": "text"} | dict.fromkeys(preferences.SIDES, "finite")
+    columns = (reading.read_table(file, kinds)[name].to_pylist() for name in kinds)
+    return {id_: [c, r] for id_, c, r in zip(*columns, strict=True)}
 
 
 def _score(context, model, adapter, pairs, journal):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import artifacts, devices, stages
+from diq_jax.common import devices, stages
 from diq_jax.data import batches, encoded
 from diq_jax.finetune import sft
 from diq_jax.models import load, loss
@@ -18,7 +18,7 @@ def make(context: stages.Context, model: load.Model) -> Callable:
 
     The targets are those of prepare/targets.parquet, all of them; no test is looked at.
     """
-    targets = encoded.from_table(artifacts.read_table(context.path("prepare/targets.parquet")))
+    targets = encoded.from_table(context.table("prepare/targets.parquet", *encoded.COLUMNS))
     placement = context.placement
     groups = batches.plan(
         targets, context.config.evaluate.batch_tokens, placement.rows_multiple, MAX_SHAPES

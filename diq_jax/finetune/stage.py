@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import artifacts, errors, stages, trees
+from diq_jax.common import artifacts, errors, reading, stages, trees
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.data import steps as steps_lib
@@ -49,7 +49,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         ]
         artifacts.write_jsonl(losses_file, rows)
     artifacts.remove(state_folder)
-    return _summary(artifacts.read_jsonl(losses_file), encoded, arms, tokens)
+    return _summary(reading.read_jsonl(losses_file), encoded, arms, tokens)
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
@@ -62,12 +62,12 @@ def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
     """The examples of all arms, and each arm's as indices into them: the selected ones, and the
     first as many by each baseline's rank.
     """
-    selection = artifacts.read_table(context.path("selection/selection.parquet"))
+    selection = context.table("selection/selection.parquet", "example_id", "selected")
     ids = np.array(selection["example_id"].to_pylist())
     chosen = {SELECTED: set(ids[selection["selected"].to_numpy()])}
     methods = context.config.finetune.baseline_methods
     if methods:
-        table = artifacts.read_table(context.path("selection/baselines.parquet"))
+        table = context.table("selection/baselines.parquet")
         missing = [method for method in methods if method not in table.column_names]
         if missing:
             raise errors.UserError(
@@ -78,7 +78,7 @@ def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
         ids = np.array(table["example_id"].to_pylist())
         count = len(chosen[SELECTED])
         chosen |= {method: set(ids[table[method].to_numpy() <= count]) for method in methods}
-    pool = artifacts.read_table(context.path("prepare/pool.parquet"))
+    pool = context.table("prepare/pool.parquet", *encoded_lib.COLUMNS)
     needed = set().union(*chosen.values())
     encoded = encoded_lib.from_table(
         pool.filter(np.isin(pool["example_id"].to_pylist(), list(needed)))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, errors, influence_config, metrics, processes, stages
+from diq_jax.common import artifacts, errors, influence_config, metrics, processes, records, stages
 from diq_jax.data import encoded
 from diq_jax.influence import direction, scoring, warmup
 from diq_jax.models import checkpoint, load
@@ -31,6 +31,8 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
         weights = pathlib.Path(folder) / "adapter_model.safetensors"
         if folder and weights.is_file():
             found[field] = artifacts.sha256(weights)
+            if context.verify:
+                records.verify(weights, found[field])
     return found
 
 
@@ -54,8 +56,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         UserError: a loss, a direction or a score is not finite; the example is named.
     """
     cfg, placement = context.config, context.placement
-    pool_table = artifacts.read_table(context.path("prepare/pool.parquet"))
-    targets_table = artifacts.read_table(context.path("prepare/targets.parquet"))
+    pool_table = context.table("prepare/pool.parquet", *encoded.COLUMNS)
+    targets_table = context.table("prepare/targets.parquet", "task", *encoded.COLUMNS)
     targets, tasks = encoded.from_table(targets_table), targets_table["task"].to_pylist()
     task = scoring.Task(
         context,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, gradient_store, processes
+from diq_jax.common import artifacts, gradient_store, processes, reading
 
 HEADER = np.dtype([("index", "<u4"), ("checksum", "<u4"), ("loss", "<f4")])
 # The reading half, under the names that users find here.
@@ -45,11 +45,11 @@ class Writer:
         self.dim, self.dtype, self.made_from = dim, dtype, dict(made_from)
         self._record = np.dtype([("header", HEADER), ("row", gradient_store.stored(dtype), (dim,))])
         self._places: dict[int, int] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        artifacts.make_folder(self.folder)
         self.log = self.folder / "rows.log"
         head = self.folder / "rows.json"
         if self.log.exists() and head.exists():
-            gradient_store.refuse_other(artifacts.read_json(head), self._head(), self.folder)
+            gradient_store.refuse_other(reading.read_record(head, {}), self._head(), self.folder)
             self._recover()
         else:
             artifacts.write_json(head, self._head())
@@ -57,6 +57,7 @@ class Writer:
         if processes.is_first():
             self._file = open(self.log, "ab")
             self._file.truncate(len(self._places) * self._record.itemsize)
+            artifacts.sync(self.folder)
 
     def _head(self):
         return {"dim": self.dim, "dtype": self.dtype, "made_from": self.made_from}

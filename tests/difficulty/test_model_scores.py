@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors
+from diq_jax.common import artifacts, config, errors, reading
 from diq_jax.data import batches, chat, encoded, example
 from diq_jax.difficulty import model_scores
 from diq_jax.models import decoder, load, tokenizer
@@ -95,9 +95,9 @@ def embedding(hidden):
 
 
 def test_every_column_equals_a_recomputation_row_by_row(made):
-    table = artifacts.read_table(made / "whole/difficulty/model_scores.parquet").to_pydict()
-    pool_table = artifacts.read_table(made / "whole/prepare/pool.parquet")
-    targets_table = artifacts.read_table(made / "whole/prepare/targets.parquet")
+    table = reading.read_table(made / "whole/difficulty/model_scores.parquet").to_pydict()
+    pool_table = reading.read_table(made / "whole/prepare/pool.parquet")
+    targets_table = reading.read_table(made / "whole/prepare/targets.parquet")
     model = load.load(str(made / "decoder"), "float32", tiny.placement())
     directions = np.array(
         [embedding(token_losses(model, t.input_ids)[1]) for t in encoded.from_table(targets_table)]
@@ -171,7 +171,7 @@ def test_a_template_without_reasoning_has_no_reasoning_tokens(made):
 
 
 def test_the_stage_records_the_weights_only_where_it_reads_them(made, tmp_path):
-    inputs = artifacts.read_json(made / "whole/difficulty/stage.json")["inputs"]
+    inputs = reading.read_json(made / "whole/difficulty/stage.json")["inputs"]
     assert set(inputs) == {
         "model.path", "model.path tokenizer", "model.path chat template", "model.dtype",
         "prepare/pool.parquet", "prepare/targets.parquet"
@@ -181,7 +181,7 @@ def test_the_stage_records_the_weights_only_where_it_reads_them(made, tmp_path):
     with pytest.raises(errors.UserError, match=r"model\.dtype was 'float32', is now 'bfloat16'"):
         run(made, made / "whole", ["difficulty"], **{"model.dtype": "bfloat16"})
     run(made, tmp_path, **{"difficulty.model_scores": False})
-    assert set(artifacts.read_json(tmp_path / "difficulty/stage.json")["inputs"]) == {
+    assert set(reading.read_json(tmp_path / "difficulty/stage.json")["inputs"]) == {
         "prepare/pool.parquet"
     }
 
@@ -208,7 +208,7 @@ def test_a_run_cut_anywhere_gives_the_same_bytes(made, tmp_path, monkeypatch, fi
     for name in ("model_scores.parquet", "difficulty.parquet"):
         whole, cut = (tmp_path / run / "difficulty" / name for run in ("whole", "cut"))
         assert whole.read_bytes() == cut.read_bytes()
-    counts = artifacts.read_json(tmp_path / "cut/difficulty/stage.json")
+    counts = reading.read_json(tmp_path / "cut/difficulty/stage.json")
     assert 0 < counts["resumed_tokens"] < counts["tokens"]
     assert not (tmp_path / "cut/difficulty/partial").exists()
 

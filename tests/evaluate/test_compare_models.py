@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import scipy.stats
 
-from diq_jax.common import artifacts
+from diq_jax.common import artifacts, reading
 from diq_jax.evaluate import calibration, compare, predictions, significance
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_two_models_of_a_run(tmp_path):
     ended = run(tmp_path, "run:selected", "run/evaluate:random", "--out=found.json")
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "selected has 40 questions, random 38: compared are the 38 that both" in ended.stdout
-    found = artifacts.read_json(tmp_path / "found.json")
+    found = reading.read_json(tmp_path / "found.json")
     assert found["overall"]["only_first"] == 20 and found["tasks"]["x"]["questions"] == 19
     assert found["subjects"]["x: s"]["questions"] == 10
     assert "selected is better by 52.6 points" in ended.stdout
@@ -130,7 +130,7 @@ def test_answers_that_cannot_be_read_are_wrong_and_counted(tmp_path):
     artifacts.write_jsonl(tmp_path / "b.jsonl", list(generated([None, None, 1, None])))
     ended = run(tmp_path, "a.jsonl", "b.jsonl", "--out=found.json")
     assert ended.returncode == 0, ended.stderr[-2000:]
-    found = artifacts.read_json(tmp_path / "found.json")["overall"]
+    found = reading.read_json(tmp_path / "found.json")["overall"]
     assert [value["mean"] for value in found["accuracy"]] == [0.5, 0.25]
     assert found["unparsable"] == [1, 3]
     # Likelihoods beside generated answers say nothing of how sure those are.

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.common import artifacts, config, devices, errors, reading, stages
 from diq_jax.evaluate import options, stage
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, export, hf, load, lora, loss
@@ -119,9 +119,9 @@ def make_context(workdir, model, strategy="mesh"):
 
 def outputs(workdir):
     """(results, {(model, example_id): prediction})."""
-    rows = artifacts.read_jsonl(workdir / PREDICTIONS)
+    rows = reading.read_jsonl(workdir / PREDICTIONS)
     by_key = {(row["model"], row["example_id"]): row for row in rows}
-    return artifacts.read_json(workdir / RESULTS), by_key
+    return reading.read_json(workdir / RESULTS), by_key
 
 
 def assert_close(left, right):
@@ -218,7 +218,7 @@ def test_schema_and_arms(finished):
     assert list(results["models"]) == ["base", "selected", "random"] == returned["models"]
     assert returned["rows"] == len(predictions) == 30
     tables = [
-        artifacts.read_table(workdir / f"prepare/{name}.parquet") for name in ("targets", "tests")
+        reading.read_table(workdir / f"prepare/{name}.parquet") for name in ("targets", "tests")
     ]
     target_tokens = sum(map(len, tables[0]["input_ids"].to_pylist()))
     test_tokens = sum(
@@ -325,7 +325,7 @@ def test_arms_and_fingerprints(tmp_path, model):
     folders = {name: tmp_path / folder for name, folder in ARMS.items()}
     assert stage.arms(context) == [("base", None), *folders.items()]
     weights = "finetune/baselines/random/adapter_model.safetensors"
-    assert stage.fingerprints(context)[weights] == artifacts.sha256(tmp_path / weights)
+    assert weights in stage.reads(context)
     (folders["random"] / "adapter_config.json").unlink()
     with pytest.raises(errors.UserError, match=r"random, which stage 'finetune' makes"):
         stage.arms(context)

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors
+from diq_jax.common import artifacts, config, errors, reading
 from diq_jax.data import example
 from diq_jax.evaluate import generation, stage
 from diq_jax.models import generate, load
@@ -54,8 +54,8 @@ def _finished(made, tmp_path_factory):
 
 
 def test_schema(finished):
-    results = artifacts.read_json(finished / RESULTS)["models"]["base"]
-    rows = artifacts.read_jsonl(finished / PREDICTIONS)
+    results = reading.read_json(finished / RESULTS)["models"]["base"]
+    rows = reading.read_jsonl(finished / PREDICTIONS)
     assert len(rows) == 6
     for row in rows:
         assert len(row["answers"]) == 2
@@ -67,7 +67,7 @@ def test_schema(finished):
     assert results["accuracy"]["mean"] == pytest.approx(right)
     assert results["unparsable"] == sum(row["prediction"] is None for row in rows)
     assert "accuracy_norm" not in results and results["test_loss"]["mean"] > 0
-    record = artifacts.read_json(finished / "evaluate/stage.json")
+    record = reading.read_json(finished / "evaluate/stage.json")
     assert record["tokens"] > sum(a["tokens"] for row in rows for a in row["answers"])
 
 

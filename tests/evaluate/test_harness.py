@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: extra `harness`
 import tiny
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors
+from diq_jax.common import config, errors, reading
 from diq_jax.data import chat
 from diq_jax.evaluate import harness, harness_generation
 from diq_jax.models import decoder, load, tokenizer
@@ -155,8 +155,8 @@ def test_the_harness_gives_the_accuracy_of_our_evaluator(made, tmp_path, name):
     for part in ("pool", "targets", "tests"):
         settings.data[part] = str(made / f"{part}.jsonl")
     pipeline.run(config.resolve(settings), tmp_path / "run", ["prepare", "evaluate"], False)
-    ours = artifacts.read_jsonl(tmp_path / "run/evaluate/predictions.jsonl")
-    accuracy = artifacts.read_json(tmp_path / "run/evaluate/results.json")["models"]["base"]
+    ours = reading.read_jsonl(tmp_path / "run/evaluate/predictions.jsonl")
+    accuracy = reading.read_json(tmp_path / "run/evaluate/results.json")["models"]["base"]
 
     before, after = ("Question: ", "\\n\\nAnswer:") if name == "plain" else ("", "")
     (tmp_path / "sums.yaml").write_text(
@@ -179,7 +179,7 @@ def test_the_harness_gives_the_text_of_our_generator(made, tmp_path):
     plain = open_model(made)
     shape = plain.placement, 64, 256
     generate = harness_generation.make_generate(plain.model, plain.tokenizer, *shape, 0, None)
-    questions = [row["question"] for row in artifacts.read_jsonl(made / "tests.jsonl")]
+    questions = [row["question"] for row in reading.read_jsonl(made / "tests.jsonl")]
     contexts = [plain.tok_encode(text) for text in questions]
     ours = generate(contexts, {"max_gen_toks": 12})
     # A character, past the first ones, that some text has.
@@ -213,7 +213,7 @@ def test_the_script_runs_a_task_and_names_a_mistake(made, tmp_path):
 
     ended = script("--tasks=sums")
     assert ended.returncode == 0 and "|sums" in ended.stdout, ended.stderr[-2000:]
-    assert artifacts.read_json(out)["n-samples"]["sums"]["effective"] == 4
+    assert reading.read_json(out)["n-samples"]["sums"]["effective"] == 4
     for flags, message in (
         (["--tasks=summs"], "the harness has no task 'summs'. Did you mean"),
         (["--tasks=sums", "--adapter=none"], "none has no adapter_config.json"),

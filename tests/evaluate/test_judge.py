@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from endpoint_server import Act, Server
 
-from diq_jax.common import artifacts
+from diq_jax.common import artifacts, reading
 from diq_jax.evaluate import judge
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_single_levels_differences_and_the_cache(folder):
         again = run(server, folder, *flags[1:])  # nothing to pay for, so nothing to confirm
         assert again.returncode == 0 and len(server.bodies) == 12
     assert (folder / "judge.json").read_bytes() == first
-    found = artifacts.read_json(folder / "judge.json")
+    found = reading.read_json(folder / "judge.json")
     good = found["models"]["good"]
     assert [good[c]["mean"] for c in judge.CRITERIA] == [5, 4, 3, 4]
     assert good["overall"] == {"questions": 6, "mean": 4, "low": 4, "high": 4}
@@ -81,7 +81,7 @@ def test_single_levels_differences_and_the_cache(folder):
     # 12 replies of 100 tokens in at 1 and 10 out at 2 a million.
     assert "1,200 tokens in, 120 out, cost 0.0014" in ended.stdout
     assert "good - poor" in ended.stdout and "12 were in the cache" in again.stdout
-    verdicts = artifacts.read_jsonl(folder / "judge.verdicts.jsonl")
+    verdicts = reading.read_jsonl(folder / "judge.verdicts.jsonl")
     assert verdicts[0]["verdict"]["safety_check_reason"] == "because"
     assert [(v["example_id"], v["model"]) for v in verdicts[:2]] == [("q0", "good"), ("q0", "poor")]
 
@@ -102,7 +102,7 @@ def test_two_judges_agree_as_by_hand_and_failures_are_listed(folder):
         ended = run(server, folder, "--yes", models="a,b")
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "judged 18 of 24; 2 refused, 4 malformed, 0 unanswered" in ended.stdout
-    failed = artifacts.read_jsonl(folder / "judge.failed.jsonl")
+    failed = reading.read_jsonl(folder / "judge.failed.jsonl")
     assert failed[0] == {
         "judge": "a", "example_id": "q4", "model": "good", "status": "malformed",
         "detail": "no JSON object: 'no JSON'",
@@ -110,7 +110,7 @@ def test_two_judges_agree_as_by_hand_and_failures_are_listed(folder):
     assert [(r["judge"], r["example_id"], r["status"]) for r in failed[2:4]] == [
         ("b", "q3", "refused"), ("b", "q3", "refused"),
     ]  # fmt: skip
-    agreement = artifacts.read_json(folder / "judge.json")["agreement"]
+    agreement = reading.read_json(folder / "judge.json")["agreement"]
     assert agreement["safety_check"]["alpha"] == 1 == agreement["safety_check"]["kappa"]["a, b"]
     # q0 q1 q2 q5 of both models: a says 1 1 2 3, b says 1 2 2 3. Observed 1/4; by chance, over all
     # 16 pairings, squared distances of 6 + 6 + 2 + 6: kappa = 1 - (1/4) / (20/16).
@@ -129,7 +129,7 @@ def test_pairwise_counts_only_verdicts_that_survive_the_swap(folder):
         ended = run(server, folder, "--yes", "--pairwise", "--sample=4")
         assert len(server.bodies) == 8
     assert ended.returncode == 0, ended.stderr[-2000:]
-    found = artifacts.read_json(folder / "judge.json")["all"]
+    found = reading.read_json(folder / "judge.json")["all"]
     counts = [[found[c][k] for k in ("wins", "ties", "losses")] for c in judge.CRITERIA]
     assert counts == [[4, 0, 0], [0, 4, 0], [0, 4, 0], [0, 4, 0]]
     assert [found[c]["net"]["mean"] for c in judge.CRITERIA] == [1, 0, 0, 0]
@@ -147,7 +147,7 @@ def test_a_judge_that_goes_away_loses_nothing(folder):
         ended = run(server, folder, "--yes", models="a,b")
         assert ended.returncode == 2 and "status 404" in ended.stderr
         assert "replies so far are kept" in ended.stderr and "Traceback" not in ended.stderr
-        assert len(artifacts.read_jsonl(folder / "judge.cache.jsonl")) == 12
+        assert len(reading.read_jsonl(folder / "judge.cache.jsonl")) == 12
         server.plan = by_text
         before = len(server.bodies)
         assert run(server, folder, "--yes", models="a,b").returncode == 0

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config
+from diq_jax.common import config, reading
 from diq_jax.evaluate import options
 from diq_jax.models import hf, load
 
@@ -45,7 +45,7 @@ def test_log_likelihoods_equal_those_of_transformers(shared_data, tmp_path):
     c.data.tests, c.data.tests_per_task = f"{shared_data}/tasks/*/test.jsonl", PER_TASK
     pipeline.run(config.resolve(c), tmp_path, ["prepare", "evaluate"], overwrite=False)
     path = tmp_path / "prepare/tests.parquet"
-    questions = options.from_table(artifacts.read_table(path), str(path))
+    questions = options.from_table(reading.read_table(path), str(path))
     lines = (tmp_path / "evaluate/predictions.jsonl").read_text().splitlines()
     ours = {row["example_id"]: row["log_likelihoods"] for row in map(json.loads, lines)}
     assert len(ours) == len(questions) >= 100

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.common import artifacts, config, devices, errors, reading, stages
 from diq_jax.finetune import dpo_stage
 from diq_jax.models import checkpoint, lora
 from diq_jax.models import config as model_config
@@ -83,7 +83,7 @@ def files(workdir):
 def test_writes_an_adapter_whose_margin_rose(whole):
     workdir, result = whole
     assert files(workdir) == sorted(OUTPUTS)
-    rows = artifacts.read_jsonl(workdir / "dpo/losses.jsonl")
+    rows = reading.read_jsonl(workdir / "dpo/losses.jsonl")
     assert [row["step"] for row in rows] == [*range(30)]
     assert result["rows"] == PAIRS and result["resumed_tokens"] == 0
     assert result["tokens"] == sum(row["tokens"] for row in rows)
@@ -164,7 +164,7 @@ def test_eight_devices_equal_one(whole, prepared, tmp_path, strategy):
     out, _ = process.communicate()
     assert process.returncode == 0, out
     ones, eights = (
-        artifacts.read_jsonl(folder / "dpo/losses.jsonl") for folder in (whole[0], workdir)
+        reading.read_jsonl(folder / "dpo/losses.jsonl") for folder in (whole[0], workdir)
     )
     for name in ("loss", "margin"):
         np.testing.assert_allclose(

@@ -24,7 +24,7 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.common import artifacts, config, devices, errors, reading, stages
 from diq_jax.data import encoded, example
 from diq_jax.finetune import stage
 from diq_jax.models import config as model_config
@@ -122,11 +122,11 @@ def files(workdir):
 def test_writes_adapters_and_losses(whole):
     workdir, result = whole
     assert files(workdir) == sorted(OUTPUTS) and not (workdir / "finetune/state").exists()
-    rows = artifacts.read_jsonl(workdir / "finetune/losses.jsonl")
+    rows = reading.read_jsonl(workdir / "finetune/losses.jsonl")
     assert [row["step"] for row in rows] == [*range(30), *range(30)]
     assert [row["epoch"] for row in rows[:6]] == [0, 0, 0, 1, 1, 1]
     assert rows[0].keys() == {"arm", "step", "epoch", "loss", "learning_rate", "tokens"}
-    pool = artifacts.read_table(workdir / "prepare/pool.parquet")
+    pool = reading.read_table(workdir / "prepare/pool.parquet")
     lengths = [len(x) for x in pool["input_ids"].to_pylist()]
     assert sum(row["tokens"] for row in rows[:30]) == 10 * sum(lengths[:CHOSEN])
     assert result["rows"] == 2 * CHOSEN and result["resumed_tokens"] == 0
@@ -201,7 +201,7 @@ def test_eight_devices_equal_one(whole, prepared, tmp_path, strategy):
     shutil.copytree(prepared, workdir)
     finish(start(workdir, count=8, strategy=strategy))
     ones, eights = (
-        artifacts.read_jsonl(folder / "finetune/losses.jsonl") for folder in (whole[0], workdir)
+        reading.read_jsonl(folder / "finetune/losses.jsonl") for folder in (whole[0], workdir)
     )
     np.testing.assert_allclose(
         [row["loss"] for row in ones], [row["loss"] for row in eights], atol=1e-5
@@ -216,7 +216,7 @@ def test_all_parameters_with_the_best_kept_beside_the_last(full):
     assert {"model", "best_model", "losses.jsonl", "tensorboard"} == {
         path.name for path in (full / "finetune").iterdir()
     }
-    rows = artifacts.read_jsonl(full / "finetune/losses.jsonl")
+    rows = reading.read_jsonl(full / "finetune/losses.jsonl")
     found = {row["step"]: row["target_loss"] for row in rows if "target_loss" in row}
     assert list(found) == [3, 7, 11, 15, 17] and rows[-1]["loss"] < rows[0]["loss"]
     folders_of = ("model", "finetune/model", "finetune/best_model")
@@ -231,7 +231,7 @@ def test_all_parameters_with_the_best_kept_beside_the_last(full):
 def target_loss(workdir, folder):
     """The targets' mean loss by transformers, of a model as the stage writes it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    rows = encoded.from_table(artifacts.read_table(workdir / "prepare/targets.parquet"))
+    rows = encoded.from_table(reading.read_table(workdir / "prepare/targets.parquet"))
     with torch.no_grad():
         return np.mean([
             float(model(torch.from_numpy(r.input_ids)[None].long(),
@@ -259,7 +259,7 @@ def test_full_fine_tuning_over_eight_devices_equals_one(full, prepared, tmp_path
     shutil.copytree(prepared, workdir)
     finish(start(workdir, count=8, **parallel, **FULL))
     ones, eights = (
-        artifacts.read_jsonl(folder / "finetune/losses.jsonl") for folder in (full, workdir)
+        reading.read_jsonl(folder / "finetune/losses.jsonl") for folder in (full, workdir)
     )
     for name in ("loss", "target_loss"):
         np.testing.assert_allclose(

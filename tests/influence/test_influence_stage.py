@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors, metrics
+from diq_jax.common import config, errors, metrics, reading
 from diq_jax.influence import store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_several_targets_average_to_the_mean(made, tmp_path, targets, count):
     table = run(made, tmp_path, {"influence.targets": targets})
     np.testing.assert_allclose(influence(table), expected, rtol=1e-4, atol=1e-4)
     assert {len(row) for row in table["influence_by_target"].to_pylist()} == {count}
-    names = artifacts.read_json(tmp_path / "influence/stage.json")["target_groups"]
+    names = reading.read_json(tmp_path / "influence/stage.json")["target_groups"]
     assert len(names) == count
 
 
@@ -124,7 +124,7 @@ def test_adam_agrees_between_engines_after_a_warm_up(made, tmp_path):
     exact = influence(run(made, tmp_path / "exact", adam))
     changes = adam | PROJECTED | {"influence.projection.dim": 2048}
     projected = influence(run(made, tmp_path / "projected", changes))
-    record = artifacts.read_json(tmp_path / "projected/influence/stage.json")
+    record = reading.read_json(tmp_path / "projected/influence/stage.json")
     assert sum(point["share"] for point in record["checkpoints"]) == pytest.approx(1)
     bound = 0
     for k, point in enumerate(record["checkpoints"]):
@@ -144,7 +144,7 @@ def test_gauss_newton_with_much_damping_is_the_mean_direction(made, tmp_path):
     def solved(name, damping):
         changes = solver | {"influence.gauss_newton.damping": damping}
         got = influence(run(made, tmp_path / name, changes))
-        record = artifacts.read_json(tmp_path / name / "influence/stage.json")
+        record = reading.read_json(tmp_path / name / "influence/stage.json")
         return got, record["directions"]["mean"]
 
     got, about = solved("much", 1e4)

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from tokenizers import pre_tokenizers
 
-from diq_jax.common import artifacts, errors
+from diq_jax.common import errors, reading
 from diq_jax.models import checkpoint, tokenizer
 
 FIELD = "model.path"
@@ -40,7 +40,7 @@ def _real_texts():
     """200 rows of the pool (question and reasoning) and the tricky ones."""
     if not POOL.exists():
         pytest.skip(f"{POOL} is not here")
-    rows = artifacts.read_jsonl(POOL)
+    rows = reading.read_jsonl(POOL)
     picked = rows[:: len(rows) // 200][:200]
     return [f"{row['question']}\n\n{row['reasoning']}" for row in picked] + TRICKY
 

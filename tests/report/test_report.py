@@ -11,7 +11,7 @@ import plotly.graph_objects
 import pytest
 import scipy.stats
 
-from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.common import artifacts, config, devices, errors, reading, stages
 from diq_jax.report import figures, stage, tables
 
 SAMPLE = pathlib.Path(stage.__file__).parents[1] / "data" / "sample"
@@ -122,6 +122,7 @@ def fabricate(
     for name in done:
         versions = {"jax": "0.10.2", "device": "8 x TPU v4 (tpu)"}
         record = {"stage": name, "status": "done", "seconds": 12.5, "rows": n, "versions": versions}
+        record |= {"config": {}, "inputs": {}, "outputs": {}}
         artifacts.write_json(workdir / name / "stage.json", record)
     return context
 
@@ -175,7 +176,7 @@ def classifier_metrics():
 
 def sample_rows():
     files = sorted(SAMPLE.glob("part_*.jsonl")) or [SAMPLE / "pool.jsonl"]
-    return [row for file in files for row in artifacts.read_jsonl(file)]
+    return [row for file in files for row in reading.read_jsonl(file)]
 
 
 def plain_rows(n, **changed):
@@ -326,7 +327,7 @@ def test_a_threshold_of_the_residual_is_not_drawn_on_the_influence(tmp_path):
     selection = dataclasses.replace(context.config.selection, length_residual=True)
     cfg = dataclasses.replace(context.config, selection=selection)
     path = context.path("selection/thresholds.json")
-    artifacts.write_json(path, artifacts.read_json(path) | {"influence": None})
+    artifacts.write_json(path, reading.read_json(path) | {"influence": None})
     text = page_of(dataclasses.replace(context, config=cfg))
     assert "what a regression on the log of answer tokens leaves of it" in text
     assert f"{figures.INFLUENCE}, threshold" not in text
@@ -336,7 +337,7 @@ def test_a_threshold_of_the_residual_is_not_drawn_on_the_influence(tmp_path):
 def test_a_pool_without_difficulty(tmp_path):
     context = fabricate(tmp_path, sample_rows()[:30])
     path = context.path("selection/selection.parquet")
-    columns = artifacts.read_table(path).to_pydict() | {"difficulty": np.full(30, np.nan)}
+    columns = reading.read_table(path).to_pydict() | {"difficulty": np.full(30, np.nan)}
     artifacts.write_table(path, columns)
     assert "quadrants.png" not in stage.run(context)["figures"]
     text = context.path("report/report.html").read_text(encoding="utf-8")
@@ -428,7 +429,7 @@ def test_generated_answers_are_counted_and_have_no_normalised_accuracy(tmp_path)
     titles = [title for title, _, _ in tables.panels(found)]
     assert titles == ["Test loss (nats/token)", "Accuracy (%)", "Test loss − random"]
 
-    context = fabricate(tmp_path, artifacts.read_jsonl(SAMPLE / "pool.jsonl")[:8])
+    context = fabricate(tmp_path, reading.read_jsonl(SAMPLE / "pool.jsonl")[:8])
     artifacts.write_json(tmp_path / "evaluate/results.json", found)
     stage.run(context)
     written = (tmp_path / "report/report.html").read_text(encoding="utf-8")

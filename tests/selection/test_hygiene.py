@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diq_jax.common import artifacts, config, devices, errors, stages
+from diq_jax.common import artifacts, config, devices, errors, reading, stages
 from diq_jax.data import sources
 from diq_jax.selection import hygiene, hygiene_stage, stage, texts
 
@@ -255,7 +255,7 @@ def run_stage(folder, hygiene_mode, ratio=0.5, **difficulty):
         values.selection.paraphrase_similarity = 0.999
     cfg = config.resolve(values)
     record = stage.run(stages.Context(cfg, folder, devices.make_placement(cfg.parallel)))
-    return record, artifacts.read_table(folder / "selection/selection.parquet")
+    return record, reading.read_table(folder / "selection/selection.parquet")
 
 
 def test_the_stage_writes_pairs_and_remove_demotes(made):
@@ -263,7 +263,7 @@ def test_the_stage_writes_pairs_and_remove_demotes(made):
     assert "hygiene" not in off and not (made / "selection/hygiene.parquet").exists()
     report, same = run_stage(made, "report")
     assert same == before
-    table = artifacts.read_table(made / "selection/hygiene.parquet")
+    table = reading.read_table(made / "selection/hygiene.parquet")
     assert table.column_names == ["example_id", "other", "other_in", "kind", "similarity"]
     assert [tuple(r.values())[:4] for r in table.to_pylist()] == [
         ("row-03", "row-01", "pool", "exact"),
@@ -285,7 +285,7 @@ def test_the_stage_writes_pairs_and_remove_demotes(made):
     assert why["row-03"].endswith("; removed: exact overlap with row-01")
     assert why["row-05"].endswith("; removed: exact overlap with tests-0 of the tests")
     assert {i for i, reason in why.items() if "removed" in reason} == gone
-    baselines = artifacts.read_table(made / "selection/baselines.parquet").to_pylist()
+    baselines = reading.read_table(made / "selection/baselines.parquet").to_pylist()
     assert all(r["random"] > 17 for r in baselines if r["example_id"] in gone)
 
 
@@ -303,7 +303,7 @@ def test_paraphrases_need_an_encoder_and_use_it(made, tmp_path_factory):
     encoder = folders.encoder(tmp_path_factory.mktemp("encoder"))
     with jax.default_matmul_precision("highest"):
         record, _ = run_stage(made, "report", encoder=str(encoder), max_tokens=64)
-    pairs = artifacts.read_table(made / "selection/hygiene.parquet").to_pylist()
+    pairs = reading.read_table(made / "selection/hygiene.parquet").to_pylist()
     assert record["hygiene"]["pairs"]["exact"] == 4
     assert all(p["similarity"] >= 0.999 for p in pairs)
 
@@ -311,7 +311,10 @@ def test_paraphrases_need_an_encoder_and_use_it(made, tmp_path_factory):
 def test_old_artifacts_are_named(made):
     columns = {"example_id": ["t"], "question": ["q"]}
     artifacts.write_table(made / "prepare/tests.parquet", columns)
-    with pytest.raises(errors.UserError, match="redo prepare with --overwrite"):
+    with pytest.raises(
+        errors.UserError,
+        match=r"no column 'choices'.* Redo the stage with --stages=prepare --overwrite",
+    ):
         run_stage(made, "report")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import artifacts, config, errors, stages
+from diq_jax.common import artifacts, config, errors, reading, stages
 from diq_jax.influence import store
 from diq_jax.selection import diversity, methods, reasons, stage
 
@@ -60,7 +60,7 @@ def run(workdir, **changes):
     selection = config.Selection(**{"retention_ratio": KEEP / N, "hygiene": "off"} | changes)
     settings = types.SimpleNamespace(difficulty=config.Difficulty(), selection=selection)
     stage.run(stages.Context(settings, workdir, tiny.placement()))
-    return artifacts.read_table(workdir / "selection/selection.parquet").to_pydict()
+    return reading.read_table(workdir / "selection/selection.parquet").to_pydict()
 
 
 @pytest.fixture(scope="module", name="made")
@@ -74,8 +74,7 @@ def test_every_method_gives_a_total_order_with_reasons(made, method):
     assert sorted(got["rank"]) == list(range(1, N + 1))
     assert sum(got["selected"]) == KEEP == sum(rank <= KEEP for rank in got["rank"])
     assert (
-        got["rank"]
-        == artifacts.read_table(made / "selection/baselines.parquet")[method].to_pylist()
+        got["rank"] == reading.read_table(made / "selection/baselines.parquet")[method].to_pylist()
     )
     for rank, selected, why in zip(got["rank"], got["selected"], got["why"], strict=True):
         assert ("beyond the budget of 6" in why) != selected
@@ -90,7 +89,7 @@ def test_the_order_of_the_file_changes_nothing(made, tmp_path):
         here, there = run(made, **changes), run(tmp_path, **changes)
         for name in ("example_id", "rank", "selected", "why", "quadrant"):
             assert there[name] == [here[name][i] for i in shuffle], name
-        tables = [artifacts.read_table(f / "selection/baselines.parquet") for f in (made, tmp_path)]
+        tables = [reading.read_table(f / "selection/baselines.parquet") for f in (made, tmp_path)]
         assert tables[0].column_names == ["example_id", *config.METHODS]
         assert tables[1].equals(tables[0].take(shuffle))
 
@@ -105,7 +104,7 @@ def test_the_same_inputs_give_the_same_bytes(made, tmp_path):
 
 def test_the_reasons_of_diq_are_true_of_their_rows(made):
     got = run(made)
-    thresholds = artifacts.read_json(made / "selection/thresholds.json")
+    thresholds = reading.read_json(made / "selection/thresholds.json")
     pattern = (
         r"Q(\d): difficulty (\S+) (>=|<) (\S+), influence (\S+) (>=|<) (\S+); "
         r"place (\d+) of (\d+) in Q(\d)(; beyond the budget of 6)?"
@@ -165,14 +164,14 @@ def test_a_value_just_below_its_threshold_is_shown_so():
 
 def test_a_source_cap_is_kept_and_said(made):
     # A third of the pool is of source a; half of the budget of 6 may be of each.
-    sources = np.array(artifacts.read_table(made / "prepare/pool.parquet")["source"].to_pylist())
+    sources = np.array(reading.read_table(made / "prepare/pool.parquet")["source"].to_pylist())
     got = run(made, source_cap=0.5)
     selected = np.array(got["selected"])
     assert [int((selected & (sources == s)).sum()) for s in "ab"] == [3, 3]
     assert sorted(got["rank"]) == list(range(1, N + 1))
     passed = [why for why in got["why"] if "passed over" in why]
     assert passed and all("source 'b' has its 3 already" in why for why in passed)
-    own = artifacts.read_table(made / "selection/baselines.parquet")["diq"].to_pylist()
+    own = reading.read_table(made / "selection/baselines.parquet")["diq"].to_pylist()
     assert own != got["rank"] and own == run(made)["rank"]
     with pytest.raises(errors.UserError, match=r"source_cap=0\.2 leaves room for 2 of the budget"):
         run(made, source_cap=0.2)
@@ -181,9 +180,9 @@ def test_a_source_cap_is_kept_and_said(made):
 def test_the_residual_ranks_and_the_influence_stays_raw(made):
     raw, got = run(made), run(made, length_residual=True)
     assert got["influence"] == raw["influence"] and got["rank"] != raw["rank"]
-    tokens = artifacts.read_table(made / "influence/influence.parquet")["tokens"].to_numpy()
+    tokens = reading.read_table(made / "influence/influence.parquet")["tokens"].to_numpy()
     left = methods.length_residual(np.array(raw["influence"]), tokens, np.arange(N))
-    thresholds = artifacts.read_json(made / "selection/thresholds.json")
+    thresholds = reading.read_json(made / "selection/thresholds.json")
     assert thresholds["influence"] is None
     assert thresholds["influence_residual"] == pytest.approx(np.median(left))
     high = left >= np.median(left)
@@ -210,7 +209,7 @@ def test_a_missing_input_is_one_sentence(tmp_path, monkeypatch, lacking, method,
         run(tmp_path, method=method)
     assert "\n" not in str(caught.value)
     run(tmp_path, method="random")
-    columns = artifacts.read_table(tmp_path / "selection/baselines.parquet").column_names
+    columns = reading.read_table(tmp_path / "selection/baselines.parquet").column_names
     assert method not in columns and "influence" in columns
 
 
