@@ -133,6 +133,8 @@ def _write(context, name, examples, rows, columns):
         "choices": _choices,
     }
     texts = {c: [read.get(c, lambda e, c=c: getattr(e, c))(e) for e in kept] for c in columns}
+    if "choices" in texts:  # which may all be empty
+        texts["choices"] = pa.array(texts["choices"], pa.list_(pa.string()))
     table = {"example_id": [e.example_id for e in kept], **texts, **encoded.columns(rows)}
     artifacts.write_table(context.path(name), table)
 
@@ -153,7 +155,7 @@ def _write_tests(context, tests, options, end_ids):
             "task": [test.task for test in tests],
             "subject": [str(test.row.get("subject") or "") for test in tests],
             "question": [test.question for test in tests],
-            "choices": [_choices(test) for test in tests],
+            "choices": pa.array([_choices(test) for test in tests], pa.list_(pa.string())),
             "prompt_ids": pa.array(prompts, pa.list_(pa.int32())),
             "options": pa.array(letters, pa.list_(pa.string())),
             "option_ids": pa.array(answers, pa.list_(pa.list_(pa.int32()))),

@@ -15,6 +15,7 @@ from typing import Any
 from diq_jax.common import errors, reading, records
 from diq_jax.data import sources
 
+TESTS = ("example_id", "question", "options", "choices", "answer")
 Rows = dict[str, dict[str, Any]]  # by example_id, in the order of the file
 
 
@@ -92,9 +93,12 @@ def _tests(file: pathlib.Path, verified: bool) -> Rows:
     path = file.parent.parent / "prepare" / "tests.parquet"
     if file.parent.name != "evaluate" or not path.is_file():
         return {}
+    if verified:
+        records.verify(path)
     if "choices" not in reading.read_table(path).column_names:
         return {}  # a run of an earlier version keeps no texts
-    table = records.table(path.parent.parent, "prepare/tests.parquet", verified)
+    kinds = records.COLUMNS["prepare/tests.parquet"]
+    table = reading.read_table(path, {name: kinds[name] for name in TESTS})
     out = {}
     for row in table.to_pylist():
         lines = [f"{a}. {text}" for a, text in zip(row["options"], row["choices"], strict=True)]

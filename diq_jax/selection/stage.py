@@ -128,9 +128,9 @@ def _scores(cfg, ids, difficulty, influence):
 def _model_scores(context, ids):
     if not context.path(MODEL_SCORES).exists():
         return {}
-    table = context.table(MODEL_SCORES)
-    _check_rows(ids, table)
     names = ("loss", "ifd", "similarity", "reasoning_tokens")
+    table = context.table(MODEL_SCORES, "example_id", *names)
+    _check_rows(ids, table)
     return {name: jnp.asarray(table[name].to_numpy()) for name in names}
 
 

@@ -240,7 +240,7 @@ def test_odd_counts_are_said_and_cost_nothing_else(folder):
         assert ended.returncode == 0, ended.stderr[-2000:]
         assert run(server, folder).returncode == 0 and len(server.bodies) == 12
     assert "no usable token counts for 12 of them" in ended.stdout
-    assert artifacts.read_jsonl(folder / "labels.jsonl") == [expected(row) for row in rows(12)]
+    assert reading.read_jsonl(folder / "labels.jsonl") == [expected(row) for row in rows(12)]
 
 
 def test_the_script_starts_without_jax():
