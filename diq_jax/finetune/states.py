@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from diq_jax.common import artifacts, errors
+from diq_jax.common import artifacts, errors, reading
 
 KEPT = 2
 CHECKSUMS = "checksums.json"
@@ -32,7 +32,7 @@ class States:
 
     def __init__(self, folder: pathlib.Path, name: str):
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.make_folder(folder)
         self._last = _newest(folder, name)
         # Training is the first process's work: it waits for no other.
         alone = ocp.options.MultiprocessingOptions(
@@ -105,7 +105,7 @@ def _problem(folder) -> str:
     if not (folder / CHECKSUMS).exists():
         return "it was not finished"
     try:
-        expected = artifacts.read_json(folder / CHECKSUMS)
+        expected = reading.read_json(folder / CHECKSUMS)
     except errors.UserError:
         return f"{CHECKSUMS} is damaged"
     found = _checksums(folder)
