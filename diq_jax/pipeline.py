@@ -44,6 +44,14 @@ def prepare_fingerprints(context: stages.Context) -> dict[str, str]:
     }
 
 
+def check_inputs(context: stages.Context) -> None:
+    """Raises UserError where a file that `prepare` reads is missing."""
+    data = context.config.data
+    for name in ("pool", "targets", "tests"):
+        sources.check(getattr(data, name), f"data.{name}", name)
+    checkpoint.open_checkpoint(context.config.model.path, "model.path")
+
+
 def prepare(context: stages.Context) -> dict[str, Any]:
     """Reads, checks and tokenises pool, targets and tests: what all later stages read."""
     cfg, data = context.config, context.config.data
@@ -262,27 +270,28 @@ STAGES = {
         stages.Stage(
             "prepare", ("model.max_tokens", "model.truncation", "data"),
             lambda context: (), WRITES["prepare"], prepare_fingerprints, prepare,
+            check=check_inputs,
         ),
         stages.Stage(
             "difficulty", LABELLING,
             lambda context: (POOL, TARGETS) if context.config.difficulty.model_scores else (POOL,),
-            WRITES["difficulty"], difficulty.fingerprints, difficulty.run,
+            WRITES["difficulty"], difficulty.fingerprints, difficulty.run, check=difficulty.check,
         ),
         stages.Stage(
             "influence", ("model.dtype", *SCORING),
             lambda context: (POOL, TARGETS), WRITES["influence"],
-            influence.fingerprints, influence.run, everywhere=True,
+            influence.fingerprints, influence.run, everywhere=True, check=influence.check,
         ),
         stages.Stage(
             "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
             lambda context: (POOL, TARGETS, TESTS, *SCORES, *_existing(*MORE_SCORES)(context)),
-            WRITES["selection"], hygiene_stage.fingerprints, selection.run,
+            WRITES["selection"], hygiene_stage.fingerprints, selection.run, check=selection.check,
         ),
         stages.Stage(
             "finetune", ("model.dtype", *TRAINING),
             lambda context: (
                 POOL, *SELECTION, *((TARGETS,) if context.config.finetune.eval_every_steps else ()),
-            ), WRITES["finetune"], finetune.fingerprints, finetune.run,
+            ), WRITES["finetune"], finetune.fingerprints, finetune.run, check=finetune.check,
         ),
         stages.Stage(
             "dpo", ("model.dtype", "model.max_tokens", "model.truncation", "data.template",
@@ -320,6 +329,32 @@ def parse_stages(text: str) -> list[str]:
     return [name for name in STAGES if not named or name in named]
 
 
+def wanted(cfg: config.Config, names: Sequence[str]) -> list[str]:
+    """The stages to run of those that are named: all but dpo where it has no preferences."""
+    skipped = ["dpo"] if not cfg.finetune.dpo.data and list(names) == list(STAGES) else []
+    return [name for name in names if name not in skipped]
+
+
+def check(context: stages.Context, names: Sequence[str]) -> None:
+    """Raises UserError for what would end one of the stages after hours of others."""
+    if processes.is_first():
+        _check_named(context.config, names)
+        for name in names:
+            STAGES[name].check(context)
+
+
+def _check_named(cfg, names):
+    """The shipped rows stand in for the user's own only where the user says so."""
+    fields = {"prepare": ("data.targets", "data.tests"), "difficulty": ("difficulty.source",)}
+    read = [field for name, found in fields.items() if name in names for field in found]
+    blank = [f for f in read if not getattr(getattr(cfg, f.split(".")[0]), f.split(".")[1]).strip()]
+    if blank:
+        raise errors.UserError(
+            f"{' and '.join(blank)} must be named, since data.pool is not the shipped sample: your "
+            "own rows, or the word sample for the shipped ones."
+        )
+
+
 def run(
     cfg: config.Config,
     workdir: pathlib.Path,
@@ -336,13 +371,13 @@ def run(
     Raises:
         UserError: bad input, or another run holds the workdir.
     """
-    if not cfg.finetune.dpo.data and list(names) == list(STAGES):
-        names = [name for name in names if name != "dpo"]
+    names = wanted(cfg, names)
     with at_work(cfg, workdir, verify) as context:
         spread = context
         if cfg.parallel.distributed:
             everywhere = devices.make_placement(cfg.parallel, everywhere=True)
             spread = dataclasses.replace(context, placement=everywhere)
+        check(context, names)
         for name in names:
             stage = STAGES[name]
             ran = stages.execute(stage, spread if stage.everywhere else context, overwrite)
@@ -353,6 +388,8 @@ def run(
             done = f"{record['rows']:,} rows, {record['seconds']:.1f} s"
             done += f", {rate:,.0f} tokens/s" if rate else ""
             print(f"{name:<10}  {done if ran else f'done before ({done})'}", flush=True)
+            if ran and name == "prepare":
+                check(context, names)
     if "report" in names and processes.is_first():
         print(report.summary(context))
 

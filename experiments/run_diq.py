@@ -12,7 +12,7 @@ nothing that others put into its folder.
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax import pipeline
+from diq_jax import pipeline, preflight
 from diq_jax.common import cli, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -23,12 +23,18 @@ STAGES = flags.DEFINE_string(
     f"Which stages to run, comma-separated: {', '.join(pipeline.STAGES)}. Empty = all.",
 )
 VERIFY = cli.define_verify()
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Check all inputs, print them and what each stage would do, and stop."
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where they are done.")
 
 
 def main() -> None:
     names = pipeline.parse_stages(STAGES.value)
     cfg = cli.read_config(CONFIG)
+    if DRY_RUN.value:
+        print(preflight.dry_run(cfg, cli.folder(WORKDIR), names))
+        return
     if cfg.parallel.distributed:
         processes.join()
     pipeline.run(cfg, cli.folder(WORKDIR), names, OVERWRITE.value, VERIFY.value == "on")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import folders
 import pyarrow.parquet as pq
 import pytest
 
-from diq_jax import pipeline
+from diq_jax import pipeline, preflight
 from diq_jax.common import config, errors, reading
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -290,3 +291,65 @@ def test_help_says_what_a_script_does_and_takes():
     bare = subprocess.run(script, capture_output=True, text=True)
     assert bare.returncode == 2
     assert bare.stderr == "error: --config and --workdir must be given; --help explains them.\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__targets": ""}, r"data\.targets must be named, since data\.pool is not"),
+        (
+            {"data__tests": "", "difficulty__source": " "},
+            r"data\.tests and difficulty\.source must be named",
+        ),
+        ({"difficulty__source": "sample", "difficulty__encoder": "nowhere"}, "does not exist here"),
+        ({"influence__parameters": "q_prj"}, r"influence\.parameters: 'q_prj' matches none"),
+        ({"finetune__targets": "(q"}, r"finetune\.targets: '\(q' is not a valid regex"),
+        ({"finetune__parameters": "xyz"}, r"finetune\.parameters: 'xyz' matches none"),
+        ({"data__tests": "gone.jsonl"}, r"data\.tests: there is no file gone\.jsonl"),
+    ],
+)
+def test_what_would_fail_later_fails_before_anything_runs(made, tmp_path, changes, says):
+    with pytest.raises(errors.UserError, match=says):
+        run(made, tmp_path / "run", "", **changes)
+    assert not list((tmp_path / "run").rglob("*.parquet"))
+
+
+def test_labels_must_have_the_perspectives_that_are_asked_for(made, tmp_path):
+    rates = [{"question": f"q{i}", "p_correct": i / 20} for i in range(20)]
+    source = folders.write(tmp_path / "rates.jsonl", rates)
+    changes = {"difficulty__source": source, "difficulty__encoder": str(made / "encoder")}
+    with pytest.raises(errors.UserError, match="difficulty_knowledge needs the difficulty persp"):
+        run(made, tmp_path / "run", "", selection__method="difficulty_knowledge", **changes)
+
+
+def test_a_pool_too_large_for_all_pairs_is_refused_once_it_is_prepared(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("diq_jax.selection.diversity.MOST_ROWS", 23)
+    changes = {"influence__engine": "factored", "selection__method": "k_center"}
+    with pytest.raises(errors.UserError, match="at most 23 examples; this one has 24"):
+        run(made, tmp_path, "", **changes)
+    assert not (tmp_path / "difficulty").exists()
+
+
+def test_the_sample_stands_in_only_beside_the_sample():
+    c = config.default()
+    c.model.path = "x"
+    cfg = config.resolve(c)
+    assert cfg.data.targets == cfg.data.tests == cfg.difficulty.source == "sample"
+    c.data.pool = "mine.jsonl"
+    cfg = config.resolve(c)
+    assert cfg.data.targets == cfg.data.tests == cfg.difficulty.source == ""
+
+
+def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(made, tmp_path):
+    cfg = config.resolve(make_config(made))
+    names = ["prepare", "difficulty"]
+    said = preflight.dry_run(cfg, tmp_path / "run", names)
+    assert re.search(r"data\.pool +24 rows", said) and re.search(r"prepare +to do$", said, re.M)
+    assert not (tmp_path / "run").exists()
+    run(made, tmp_path / "run", "prepare")
+    said = preflight.dry_run(cfg, tmp_path / "run", names)
+    assert re.search(r"prepare +done$", said, re.M) and re.search(r"difficulty +to do", said)
+    other = config.resolve(make_config(made, data__seed=3))
+    assert "refused without --overwrite: data.seed was 0, is now 3" in preflight.dry_run(
+        other, tmp_path / "run", names
+    )

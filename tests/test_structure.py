@@ -9,6 +9,7 @@ ALLOWED = (
     {"common": {"common"}, "models": {"models", "common"}, "data": {"data", "common"}}
     | {room: {room, "models", "data", "common"} for room in ROOMS}
     | {"pipeline.py": {*ROOMS, "models", "data", "common"}}
+    | {"preflight.py": {"pipeline", *ROOMS, "models", "data", "common"}}
     | {"compare": {"compare", "pipeline", *ROOMS, "models", "data", "common"}}
 )
 

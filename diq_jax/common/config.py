@@ -17,6 +17,7 @@ import ml_collections
 from diq_jax.common import errors, finetune_config, influence_config
 
 HYGIENE = ("off", "report", "remove")
+SAMPLE = "sample"  # the word for the shipped rows
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
 # Selection methods by what they read beside difficulty and influence.
 MODEL_SCORED = ("similarity", "perplexity", "middle_perplexity", "ifd", "long_reasoning")
@@ -48,13 +49,13 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    pool: str = "sample"  # path, glob, several by commas, hub:NAME[:CONFIG[:SPLIT]], or sample
+    pool: str = SAMPLE  # path, glob, several by commas, hub:NAME[:CONFIG[:SPLIT]], or sample
     pool_limit: int = 0  # the first so many rows; 0 = all
     # rows of the tasks that matter: their mean gradient is the direction; also benchmark:NAME, or
-    # benchmark:standard, challenging or all (data/benchmarks.py)
-    targets: str = "sample"
+    # benchmark:standard, challenging or all (data/benchmarks.py); "" = the sample's, with its pool
+    targets: str = ""
     targets_per_task: int = 20  # drawn with the seed; 0 = all
-    tests: str = "sample"  # held-out rows of the same tasks; benchmarks as for targets
+    tests: str = ""  # held-out rows of the same tasks; as for targets
     tests_per_task: int = 0  # drawn with the seed; 0 = all
     # huatuo, m23k, medreason, finemed, or question=A,reasoning=B,answer=C; "" = our names
     columns: str = ""
@@ -71,17 +72,15 @@ class Data:
                 f"data.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
             )
         errors.check("data.date", _is_date(self.date), "a day as YYYY-MM-DD", self.date)
-        for name in ("pool", "targets", "tests"):
-            errors.check(
-                f"data.{name}", bool(getattr(self, name)), "a path, a glob, hub:NAME or sample", ""
-            )
+        errors.check("data.pool", bool(self.pool.strip()), "a path, glob, hub:NAME or sample", "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
-    # labelled rows to train on (path, glob, hub:NAME, sample), columns[:knowledge=A,...], or a
+    # labelled rows to train on (path, glob, hub:NAME, sample), columns[:knowledge=A,...], "" = the
+    # sample's, with its pool, or a
     # folder by experiments/train_difficulty.py, whose encoder, max_tokens and head then count
-    source: str = "sample"
+    source: str = ""
     encoder: str = ""  # the BERT-type encoder to fine-tune: hub id, folder or package:NAME/FOLDER
     # also TF-IDF of words and pairs of words, fitted with the head on the frozen encoder
     words: bool = False
@@ -283,11 +282,13 @@ class Config:
             )
         for method in self.finetune.baseline_methods:
             errors.check_choice("finetune.baselines", method, METHODS)
-        asked = {"selection.method": (self.selection.method,)}
-        asked["finetune.baselines"] = self.finetune.baseline_methods
-        for field, methods in asked.items():
-            for method in methods:
-                self.check_method(field, method)
+        for field, method in self.methods():
+            self.check_method(field, method)
+
+    def methods(self) -> list[tuple[str, str]]:
+        """(field, method) of every selection method that is asked for."""
+        baselines = [("finetune.baselines", method) for method in self.finetune.baseline_methods]
+        return [("selection.method", self.selection.method), *baselines]
 
     def check_method(self, field: str, method: str) -> None:
         """Raises UserError where a selection method's input would be missing: before hours of work,
@@ -338,7 +339,17 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         UserError: a field that does not exist (with the nearest that does), of the wrong type, out
             of range, or at odds with another.
     """
-    return _build(Config, config.to_dict(), "")
+    return _with_sample(_build(Config, config.to_dict(), ""))
+
+
+def _with_sample(cfg: Config) -> Config:
+    """The shipped targets, tests and labels where nothing is named, for the shipped pool alone."""
+    if cfg.data.pool.strip() != SAMPLE:
+        return cfg
+    data, source = cfg.data, cfg.difficulty.source or SAMPLE
+    data = dataclasses.replace(data, targets=data.targets or SAMPLE, tests=data.tests or SAMPLE)
+    difficulty = dataclasses.replace(cfg.difficulty, source=source)
+    return dataclasses.replace(cfg, data=data, difficulty=difficulty)
 
 
 def _build(cls, values: dict[str, Any], prefix: str):

@@ -63,6 +63,8 @@ class Stage:
         run: does the work and returns what goes into stage.json: rows, tokens, resumed_tokens where
             an earlier call did some of them, and more.
         everywhere: all processes take part; otherwise the first does the work on its own devices.
+        check: raises UserError for what would end the stage later, such as an encoder that cannot
+            be read; called before any stage runs, and again when the pool is prepared.
     """
 
     name: str
@@ -72,6 +74,25 @@ class Stage:
     fingerprints: Callable[[Context], Mapping[str, str]]
     run: Callable[[Context], Mapping[str, Any]]
     everywhere: bool = False
+    check: Callable[[Context], None] = lambda context: None
+
+
+def outlook(stage: Stage, context: Context) -> str:
+    """Says what `execute` would do, without writing anything.
+
+    Raises:
+        UserError: the stage's folder is somebody else's.
+    """
+    before = _before(stage, context.path(stage.name))
+    if before is None or before["status"] == records.CLEARING:
+        return "to do"
+    if not all(context.path(name).exists() for name in stage.reads(context)):
+        return "to do again: what it reads is missing"
+    now = {"config": dataclasses.asdict(context.config)}
+    now["inputs"] = {**_inputs(stage, context)[0], **stage.fingerprints(context)}
+    if found := _differences(stage, before, now):
+        return f"refused without --overwrite: {'; '.join(found)}"
+    return "done" if before["status"] == records.DONE else "to continue"
 
 
 def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
@@ -250,14 +271,17 @@ def _outputs(stage, folder) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): checksum for path, checksum in found}
 
 
-def _refuse_difference(stage, folder, before, now):
+def _differences(stage, before, now) -> list[str]:
     old, new = (_decisive(stage, record) for record in (before, now))
-    differences = [
+    return [
         f"{key} was {_short(old.get(key))}, is now {_short(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-    if differences:
+
+
+def _refuse_difference(stage, folder, before, now):
+    if differences := _differences(stage, before, now):
         raise errors.UserError(
             f"Stage {stage.name!r} in {folder} was made from something else: "
             f"{'; '.join(differences)}. Use --overwrite to redo it, or another --workdir."

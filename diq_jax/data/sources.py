@@ -77,6 +77,11 @@ def fingerprint(spec: str, field: str, sample: str = "") -> str:
     return digest.hexdigest()
 
 
+def check(spec: str, field: str, sample: str = "") -> None:
+    """Raises UserError where `spec` names nothing, or a file that is not there."""
+    _resolve(spec, field, sample)
+
+
 def load_pool(
     spec: str, columns: str, limit: int, field: str = "data.pool"
 ) -> list[example_lib.Example]:

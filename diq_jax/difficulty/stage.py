@@ -54,6 +54,30 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     }
 
 
+def check(context: stages.Context) -> None:
+    """Raises UserError for what would end the stage, or what reads its levels, later: labels or an
+    encoder that cannot be read, a perspective without labels.
+    """
+    settings = context.config.difficulty
+    if labels.is_columns(settings.source):
+        return
+    if trained.is_folder(settings.source):
+        found = trained.load(settings.source)
+        known = trained.known(found.temperatures)
+        _open(dataclasses.replace(settings, encoder=settings.source, max_tokens=1, layers=0))
+    else:
+        _, _, known = _labelled(settings)
+        _open(settings)
+    _check_perspective(settings, known)
+    for field, method in context.config.methods():
+        perspective = method.removeprefix("difficulty_")
+        if perspective in config.PERSPECTIVES and not known[config.PERSPECTIVES.index(perspective)]:
+            raise errors.UserError(
+                f"{field}={method} needs the difficulty perspective {perspective!r}, which "
+                f"{labels.FIELD} does not label."
+            )
+
+
 def run(context: stages.Context) -> dict[str, Any]:
     """Writes difficulty/difficulty.parquet (example_id, knowledge, reasoning, overall),
     metrics.json and, with difficulty.model_scores, model_scores.parquet.
@@ -185,22 +209,26 @@ def _scores(probabilities, known) -> dict[str, np.ndarray]:
     return {p: expected[:, i] for i, p in enumerate(config.PERSPECTIVES)}
 
 
-def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
-    """(the encoder, its config.json)."""
+def _open(settings) -> tuple[checkpoint.Checkpoint, model_config.EncoderConfig]:
+    """The encoder, its weights not yet read, held against its config and the settings."""
     opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
     cfg = model_config.encoder_config(opened.config, FIELD)
-    if settings.max_tokens > cfg.max_positions:
-        raise errors.UserError(
-            f"difficulty.max_tokens must be at most {cfg.max_positions}, the positions of "
-            f"{settings.encoder}; got {settings.max_tokens}."
-        )
+    hf.check_encoder(opened, cfg, FIELD)
+    for name, most in (("max_tokens", cfg.max_positions), ("layers", cfg.num_layers)):
+        value = getattr(settings, name)
+        if value > most:
+            raise errors.UserError(
+                f"difficulty.{name} must be at most {most}, as {settings.encoder} has it; got "
+                f"{value}."
+            )
+    return opened, cfg
+
+
+def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
+    """(the encoder, its config.json)."""
+    opened, cfg = _open(settings)
     params = hf.load_encoder(opened, cfg, np.float32, FIELD)
     layers = settings.layers or cfg.num_layers
-    if layers > cfg.num_layers:
-        raise errors.UserError(
-            f"difficulty.layers must be at most {cfg.num_layers}, the layers of "
-            f"{settings.encoder}; got {layers}."
-        )
     params = params | {"layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
     cfg = dataclasses.replace(cfg, num_layers=layers)
     # One jit serves both strategies: the mesh is there under pmap too.

@@ -18,7 +18,8 @@ from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import curves, evaluation, loop, sft
-from diq_jax.models import checkpoint, export, load, lora
+from diq_jax.models import checkpoint, decoder, export, load, lora
+from diq_jax.models import config as model_config
 
 SELECTED = "selected"
 
@@ -50,6 +51,18 @@ def run(context: stages.Context) -> dict[str, Any]:
         artifacts.write_jsonl(losses_file, rows)
     artifacts.remove(state_folder)
     return _summary(reading.read_jsonl(losses_file), encoded, arms, tokens)
+
+
+def check(context: stages.Context) -> None:
+    """Raises UserError where finetune.targets or finetune.parameters match nothing of the model."""
+    settings = context.config.finetune
+    opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
+    cfg = model_config.decoder_config(opened.config, "model.path")
+    if settings.trains_adapter:
+        trees.matching(lora.linear_shapes(cfg), settings.targets, "finetune.targets")
+    elif settings.parameters != "all":
+        names = trees.named_leaves(decoder.shapes(cfg), lambda x: isinstance(x, tuple))
+        trees.matching(names, settings.parameters, "finetune.parameters")
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:

@@ -10,10 +10,20 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, errors, influence_config, metrics, processes, records, stages
+from diq_jax.common import (
+    artifacts,
+    errors,
+    influence_config,
+    metrics,
+    processes,
+    records,
+    stages,
+    trees,
+)
 from diq_jax.data import encoded
 from diq_jax.influence import direction, scoring, warmup
-from diq_jax.models import checkpoint, load
+from diq_jax.models import checkpoint, decoder, load, lora
+from diq_jax.models import config as model_config
 
 
 def fingerprints(context: stages.Context) -> Mapping[str, str]:
@@ -34,6 +44,25 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
             if context.verify:
                 records.verify(weights, found[field])
     return found
+
+
+def check(context: stages.Context) -> None:
+    """Raises UserError for what would end the stage later: an adapter that does not fit the model,
+    parameters that match nothing.
+    """
+    settings = context.config.influence
+    opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
+    cfg = model_config.decoder_config(opened.config, "model.path")
+    peft = influence_config.PEFT_DIRECTION
+    if settings.direction.startswith(peft):
+        lora.load_peft(settings.direction.removeprefix(peft), cfg, "influence.direction")
+    if settings.parameters == "lora" and settings.lora.path:
+        lora.load_peft(settings.lora.path, cfg, "influence.lora.path")
+    elif settings.parameters == "lora":
+        trees.matching(lora.linear_shapes(cfg), settings.lora.targets, "influence.lora.targets")
+    elif settings.parameters != "all":
+        names = trees.named_leaves(decoder.shapes(cfg), lambda x: isinstance(x, tuple))
+        trees.matching(names, settings.parameters, "influence.parameters")
 
 
 def gradients_at(settings: influence_config.Influence) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diq_jax.common import artifacts, config, errors, gradient_store, metrics, stages
 from diq_jax.selection import diversity, hygiene, hygiene_stage, methods, quadrants, reasons
@@ -102,6 +103,20 @@ def run(context: stages.Context) -> dict[str, Any]:
         "selected_quadrants": taken,
         **cleaned,
     }
+
+
+def check(context: stages.Context) -> None:
+    """Raises UserError where the prepared pool is too large for a method that is asked for."""
+    path = context.path("prepare/pool.parquet")
+    asked = [(field, m) for field, m in context.config.methods() if m in config.DIVERSE]
+    if not asked or not path.is_file():
+        return
+    (field, method), rows = asked[0], pq.ParquetFile(path).metadata.num_rows
+    if rows > diversity.MOST_ROWS:
+        raise errors.UserError(
+            f"{field}={method} compares all pairs of a pool of at most {diversity.MOST_ROWS:,} "
+            f"examples; this one has {rows:,}."
+        )
 
 
 def _check_rows(ids, *tables):
