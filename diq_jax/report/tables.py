@@ -22,6 +22,7 @@ METRICS = {  # name: (title, unit, factor, decimals)
 REFERENCES = ("base", "random")  # what an arm is compared with
 MOST_GROUPS = 12  # rows of a table by group; the rest are summed up
 MOST_PAIRS = 40  # of repeated rows that are listed
+MOST_DECIMALS = 6  # of a number; smaller ones are in powers of ten
 MOST_VALUES = 40  # a column with more values than this is no group
 
 
@@ -55,10 +56,14 @@ class Table:
 
 
 def number(value: float | None, decimals: int, sign: bool = False) -> str:
-    """Fixed decimals, thousands apart, a true minus; a dash for what is not defined."""
+    """Fixed decimals, thousands apart, a true minus; a dash for what is not defined.
+
+    What needs more than MOST_DECIMALS is in powers of ten; what rounds to 0 has no sign.
+    """
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:{'+' if sign else ''},.{decimals}f}".replace("-", "−")
+    form = f",.{decimals}f" if decimals <= MOST_DECIMALS else ".1e"
+    return f"{value:{'+' if sign else ''}z{form}}".replace("-", "−")
 
 
 def decimals_for(values) -> int:
@@ -80,30 +85,44 @@ def arms(results: Mapping[str, Any]) -> list[str]:
 
 
 def headline(results: Mapping[str, Any] | None) -> str:
-    """Whether the selection helped, in one sentence."""
+    """What loss and accuracy say of the selection in this run, which is one seed."""
     models = results["models"] if results else {}
     if "selected" not in models:
         return "Not evaluated: whether this selection helps is not known."
-    mine, versus = models["selected"], models["selected"].get("versus", {})
+    versus = models["selected"].get("versus", {})
     against = next((name for name in ("random", "base") if name in versus), None)
-    own = f"Held-out test loss: selected {number(mine['test_loss']['mean'], 2)}"
+    said = [f"One seed, {results['tests']} held-out questions."]
+    for metric, better in (("test_loss", "low"), ("accuracy", "high")):
+        if metric in models["selected"]:
+            said.append(_claim(models, metric, better, against))
     if against is None:
-        return f"{own} nats per token; it was compared with nothing."
-    delta = versus[against]["test_loss"]
-    name = {"random": "random", "base": "the base model"}[against]
-    verdict = (
-        f"the selection beats {name}"
-        if delta["high"] < 0
-        else f"the selection is worse than {name}"
-        if delta["low"] > 0
-        else "no difference is shown, as the interval includes 0"
+        said.append("The selection was compared with nothing.")
+    elif against == "base":
+        said.append("No random subset was trained to compare with.")
+    said.append("Another seed may differ: compare_selection.py runs several.")
+    return " ".join(said)
+
+
+def _claim(models, metric, better, against):
+    """One sentence on one metric: its levels, the paired difference, and what that shows."""
+    title, unit, factor, decimals = METRICS[metric]
+    names = {"selected": "selected", against: "the base model" if against == "base" else against}
+    means = (
+        f"{name} {number(factor * models[arm][metric]['mean'], decimals)}"
+        for arm, name in names.items()
+        if arm is not None
     )
-    alone = "" if against == "random" else " No random subset was trained to compare with."
-    return (
-        f"{own}, {name} {number(models[against]['test_loss']['mean'], 2)} nats per token; "
-        f"paired difference {number(delta['mean'], 3)} (95 % interval {_ends(delta, 3, 1)}, "
-        f"{results['tests']} questions): {verdict}.{alone}"
-    )
+    said = f"{title}: {', '.join(means)} {unit}"
+    delta = models["selected"].get("versus", {}).get(against, {}).get(metric)
+    if not delta:
+        return f"{said}."
+    found = _measure(delta, metric, sign=True)
+    verdict = "no difference is shown, as the interval includes 0"
+    if found.strong:
+        verdict = "better" if (delta["high"] < 0) == (better == "low") else "worse"
+        verdict += f" than {names[against]} in this run"
+    gap = f"{found.text} {unit.replace('%', 'points')} (95 % interval {found.interval})"
+    return f"{said}, paired difference {gap}: {verdict}."
 
 
 def levels(results: Mapping[str, Any], task: str | None = None) -> Table:
@@ -216,13 +235,23 @@ def _measure(value, metric, sign=False):
     if not value:
         return Cell("–")
     outside = sign and (value["low"] > 0 or value["high"] < 0)
+    decimals = _enough(value, decimals, factor)
     text = number(value["mean"] * factor, decimals, sign)
     return Cell(text, _ends(value, decimals, factor), outside)
 
 
 def _ends(value, decimals, factor):
+    decimals = _enough(value, decimals, factor)
     low, high = (number(value[end] * factor, decimals) for end in ("low", "high"))
     return f"{low} to {high}"
+
+
+def _enough(value, decimals, factor):
+    """At least `decimals`; more where an interval would have no width, or an end beside 0 be 0."""
+    low, high = (factor * value[end] for end in ("low", "high"))
+    sizes = [high - low, max(low, -high)]  # the second: how far 0 is outside
+    needed = (math.ceil(-math.log10(size)) for size in sizes if 0 < size < math.inf)
+    return max([decimals, *needed])
 
 
 def group_shares(values: Sequence[str], selected) -> list[tuple[str, int, int]]:

@@ -209,10 +209,8 @@ def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
         assert context.path(f"report/{name}").read_bytes().startswith(b"\x89PNG")
     files = {path.name for path in context.path("report").iterdir()}
     assert files == {*returned["figures"], "report.html"}
-    assert "selected 2.31, random 2.40 nats per token" in whole_page
-    assert (
-        "(95 % interval −0.120 to −0.050, 48 questions): the selection beats random" in whole_page
-    )
+    assert "selected 2.310, random 2.400 nats/token" in whole_page
+    assert "(95 % interval −0.120 to −0.050): better than random in this run." in whole_page
     assert "Left out" not in whole_page
     assert whole_page.startswith("<!doctype html>")
 
@@ -354,20 +352,39 @@ def test_missing_selection_is_a_users_mistake(tmp_path):
 @pytest.mark.parametrize(
     ("delta", "verdict"),
     [
-        ((-0.09, -0.12, -0.05), "the selection beats random"),
-        ((-0.09, -0.2, 0.01), "no difference is shown, as the interval includes 0"),
-        ((0.0, 0.0, 0.0), "no difference is shown, as the interval includes 0"),
-        ((0.09, 0.05, 0.12), "the selection is worse than random"),
+        ((-0.09, -0.12, -0.05), "−0.120 to −0.050): better than random in this run."),
+        ((-0.09, -0.2, 0.01), "−0.200 to 0.010): no difference is shown, as the interval"),
+        ((0.0, 0.0, 0.0), "0.000 to 0.000): no difference is shown, as the interval"),
+        ((0.09, 0.05, 0.12), "0.050 to 0.120): worse than random in this run."),
+        ((-2e-5, -3e-5, -1e-5), "−0.00002 nats/token (95 % interval −0.00003 to −0.00001): better"),
+        ((-2e-9, -3e-9, -1e-9), "−2.0e−09 nats/token (95 % interval −3.0e−09 to −1.0e−09): better"),
     ],
 )
-def test_the_headline_is_honest(delta, verdict):
-    assert tables.headline(results(delta)).endswith(f"48 questions): {verdict}.")
+def test_the_headline_says_loss_accuracy_and_one_seed(delta, verdict):
+    said = tables.headline(results(delta))
+    assert said.startswith(
+        "One seed, 48 held-out questions. Test loss: selected 2.310, random 2.40"
+    )
+    assert verdict in said and "beats" not in said
+    # 0.02 is 2 points.
+    assert "Accuracy: selected 33.0, random 30.0 %, paired difference +2.0 points (95 %" in said
+    assert said.endswith("Another seed may differ: compare_selection.py runs several.")
+
+
+def test_the_headline_knows_that_more_accuracy_is_better():
+    found = results((0.0, 0.0, 0.0))
+    gap = {"mean": 0.02, "low": 0.01, "high": 0.03}
+    found["models"]["selected"]["versus"]["random"]["accuracy"] = gap
+    assert "(95 % interval 1.0 to 3.0): better than random in this run." in tables.headline(found)
 
 
 def test_the_headline_without_a_random_arm_says_what_it_cannot_say():
     found = results((-0.09, -0.12, -0.05))
     del found["models"]["random"], found["models"]["selected"]["versus"]["random"]
-    assert "beats the base model. No random subset" in tables.headline(found)
+    said = tables.headline(found)
+    assert "better than the base model in this run." in said and "No random subset was" in said
+    found["models"]["selected"]["versus"] = {}
+    assert "was compared with nothing" in tables.headline(found)
     del found["models"]["selected"]
     assert "is not known" in tables.headline(found)
     assert "is not known" in tables.headline({})
