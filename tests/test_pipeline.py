@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from diq_jax import pipeline, preflight
-from diq_jax.common import config, errors, reading
+from diq_jax.common import artifacts, config, errors, reading
+from diq_jax.evaluate import generation
+
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -202,6 +205,90 @@ def test_long_examples_are_counted(policy, made, tmp_path, caplog):
         expected = {"whole": 3, "cut": 0, "dropped": 1, "dropped_ids": ["ex-001"]}
     assert counts == expected
     assert pq.read_table(tmp_path / "run/prepare/pool.parquet").num_rows == 4 - (policy == "drop")
+
+
+DOSE = "[DOSE]"  # a token that the tokenizer has and the embedding has not
+
+
+@pytest.fixture(scope="module", name="extended")
+def _extended(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extended") / "decoder"
+    shutil.copytree(made / "decoder", folder)
+    tokenizer = folders.tokenizer()
+    tokenizer.add_tokens([DOSE])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "rows", "message"),
+    [
+        ("data.pool", folders.pool_rows(2), "data.pool: example 'ex-001'"),
+        ("data.targets", folders.choice_rows(2, "target"), "data.targets: example 'target-1'"),
+        ("data.tests", folders.choice_rows(2, "test"), "The prompt of question 'test-1'"),
+        ("finetune.dpo.data", folders.preference_rows(2),
+         "finetune.dpo.data: the chosen side of pair 'pair-01'"),
+    ],
+)  # fmt: skip
+def test_a_token_without_embedding_is_refused(field, rows, message, made, extended, tmp_path):
+    rows[1]["question"] += DOSE
+    path = folders.write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(errors.UserError, match=r"has token 261 \('\[DOSE\]'\)") as caught:
+        run(made, tmp_path / "run", model__path=str(extended), **{field: path})
+    assert str(caught.value).startswith(message)
+    run(made, tmp_path / "unused", model__path=str(extended))  # does no harm
+
+
+def test_a_token_of_the_question_that_generation_adds_is_refused(
+    made, extended, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generation, "INSTRUCTION", DOSE)
+    changes = {"model__path": str(extended), "evaluate__protocol": "generate"}
+    with pytest.raises(errors.UserError, match=r"^The prompt of example 'test-0' has token 261"):
+        run(made, tmp_path / "run", **changes)
+
+
+def test_what_decides_tokens_is_recorded(made, tmp_path):
+    """The same tokens on every day; another template, tokenizer or date is another run."""
+    model, workdir = tmp_path / "decoder", tmp_path / "run"
+    shutil.copytree(made / "decoder", model)
+    dated = folders.tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b') }}" + folders.CHAT
+    dated.save_pretrained(model)
+    run(made, workdir, model__path=str(model))
+    record = reading.read_json(workdir / "prepare/stage.json")
+    assert record["config"]["data"]["date"] == "2024-07-26"
+    first = pq.read_table(workdir / "prepare/pool.parquet")["input_ids"][0].as_py()
+    assert dated.decode(first).startswith("26 Jul<|user|>")
+    run(made, workdir, model__path=str(model))
+    with pytest.raises(errors.UserError, match=r"data.date was '2024-07-26', is now '2025-01-01'"):
+        run(made, workdir, model__path=str(model), data__date="2025-01-01")
+    (model / "chat_template.jinja").write_text(folders.CHAT)
+    with pytest.raises(errors.UserError, match=r"model.path chat template was .*, is now "):
+        run(made, workdir, model__path=str(model))
+    dated.save_pretrained(model)
+    run(made, workdir, model__path=str(model))
+    artifacts.write_json(model / "special_tokens_map.json", {"bos_token": "<|user|>"})
+    with pytest.raises(errors.UserError, match=r"model.path tokenizer was .*, is now "):
+        run(made, workdir, model__path=str(model))
+
+
+@pytest.mark.parametrize("date", ["", "26 Jul 2024", "2024-02-30", "20240726"])
+def test_a_date_is_a_day(date, made, tmp_path):
+    with pytest.raises(errors.UserError, match=r"^data\.date must be a day as YYYY-MM-DD; got"):
+        run(made, tmp_path / "run", data__date=date)
+
+
+def test_a_prompt_that_opens_the_reasoning_is_a_warning(made, tmp_path, caplog):
+    shutil.copytree(made / "decoder", tmp_path / "decoder")
+    tokenizer = folders.tokenizer()
+    tokenizer.chat_template = folders.CHAT.replace("<|assistant|>{%", "<|assistant|><think>{%")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    for name in ("plain", "think"):
+        caplog.clear()
+        model = str(tmp_path / "decoder")
+        run(made, tmp_path / name, model__path=model, data__template=name)
+        assert ("closes it at once" in caplog.text) == (name == "plain")
 
 
 def test_a_tokenizer_without_chat_template_is_a_warning(made, tmp_path, caplog):

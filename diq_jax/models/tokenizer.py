@@ -92,6 +92,7 @@ def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrain
             _restore_added_tokens(tokenizer, path / FILE)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    _check_templates(tokenizer.chat_template, f"{field}: {path}: chat_template")
     if not tokenizer.is_fast:
         raise errors.UserError(
             f"{field}: {path} has a slow tokenizer only; expected tokenizer.json."
@@ -145,6 +146,12 @@ def _loading(path: pathlib.Path, field: str) -> Iterator[None]:
             f"{field}: {path} has no tokenizer that can be loaded; expected a whole tokenizer.json,"
             f" or a GGUF file with one ({said})."
         ) from None
+
+
+def _check_templates(found: Any, where: str) -> None:
+    named = found if isinstance(found, dict) else {"default": found or ""}
+    ok = all(isinstance(text, str) for text in (*named, *named.values()))
+    errors.check(where, ok, "a text, or a list of names with texts", reading.shorten(found))
 
 
 def _restore_added_tokens(tokenizer, file: pathlib.Path) -> None:

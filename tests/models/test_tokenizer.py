@@ -9,7 +9,7 @@ import gguf
 import pytest
 import tokenizers
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from diq_jax.common import errors, reading
 from diq_jax.models import checkpoint, tokenizer
@@ -169,6 +169,9 @@ def _byte_level(path, pre, **keys):
         ("llama3", "It'S (no)", ["It", "'S", " (", "no", ")"]),
         ("qwen2", "a\n\n12 34.\n\nb", ["a", "\n\n", "1", "2", " ", "3", "4", ".\n\n", "b"]),
         ("tekken", "HelloWorld 12/\n", ["Hello", "World", " ", "1", "2", "/\n"]),
+        ("deepseek-r1-qwen", "a\n\n12.\n\nb", ["a", "\n\n", "1", "2", ".\n\n", "b"]),
+        ("pixtral", "a 12345", ["a", " ", "123", "45"]),
+        ("refact", "a 12", ["a", " ", "1", "2"]),
         ("default", "a (1234)", ["a", " ", "(", "123", "4", ")"]),
     ],
 )
@@ -219,6 +222,24 @@ def test_ignore_merges_takes_a_token_whole(tmp_path):
         keys = {"tokenizer_pre": pre, "token_merges": [], "add_bos_token": False}
         path = _write(tmp_path / f"{pre}.gguf", "gpt2", tokens, types, keys)
         assert tokenizer.load_tokenizer(path, FIELD)("abc")["input_ids"] == ids
+
+
+def test_a_merge_to_what_is_no_token_is_left_out(tmp_path):
+    path = _byte_level(tmp_path, "gpt-2", token_merges=["h e", "Ġ he", "a b"])
+    assert len(tokenizer.load_tokenizer(path, FIELD)("ab")["input_ids"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"token_merges": ["he"]}, "ValueError|TypeError"),
+        ({"bos_token_id": 9999}, "IndexError"),
+    ],
+)
+def test_a_damaged_tokenizer_of_a_gguf_file(tmp_path, keys, said):
+    path = _byte_level(tmp_path, "gpt-2", **keys)
+    with pytest.raises(errors.UserError, match=rf"^model.path: .*can be loaded.*({said})"):
+        tokenizer.load_tokenizer(path, FIELD)
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):
@@ -340,11 +361,89 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_tokenizer(tmp_path):
-    folder = _folder(tmp_path / "m")
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(errors.UserError, match=r"expected a whole tokenizer.json"):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", "{", "expected a whole tokenizer.json"),
+        ("tokenizer.json", "{}", "expected a whole tokenizer.json"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}',
+         "expected a whole tokenizer.json"),
+        ("tokenizer_config.json", "[1]", "must hold a JSON object"),
+        ("tokenizer_config.json", "[" * 9999, "nested deeper than"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "expected a whole tokenizer.json"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "KeyError: 'template'"),
+        ("special_tokens_map.json", "no", "is not JSON that can be used"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_one_sentence(tmp_path, name, text, message):
+    folder = _own_pieces(tmp_path / "m")
+    (folder / name).write_text(text)
+    with pytest.raises(errors.UserError, match=message) as caught:
         tokenizer.load_tokenizer(folder, FIELD)
+    assert "\n" not in str(caught.value)
+
+
+# What the file says, whatever transformers' classes make of it
+
+
+def _own_pieces(folder, **config):
+    """Bytes, of which one normalizer and one pre-tokenizer make what no known family does."""
+    _folder(folder)
+    core = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(ALPHABET)}, []))
+    core.normalizer = normalizers.NFD()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([tokenizers.AddedToken("</s>", normalized=False, special=True)])
+    core.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    core.save(str(folder / "tokenizer.json"))
+    artifacts.write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", **config})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma", "mistral", "bert"])
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "LlamaTokenizerFast", "GemmaTokenizer", None])
+def test_the_file_wins_over_the_class(tmp_path, family, name):
+    folder = _own_pieces(tmp_path / "m", **({"tokenizer_class": name} if name else {}))
+    (folder / "config.json").write_text(f'{{"model_type": "{family}"}}')
+    loaded = tokenizer.load_tokenizer(folder, FIELD)
+    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in [*TRICKY, "</s>a<think> b"]:
+        assert loaded(text, add_special_tokens=False)["input_ids"] == own.encode(text).ids
+    assert loaded.eos_token_id == 256
+
+
+def test_the_file_wins_over_the_properties_of_added_tokens(tmp_path):
+    other = {"content": "<think>", "lstrip": True, "rstrip": True, "normalized": True}
+    other |= {"single_word": False, "special": True}
+    folder = _own_pieces(tmp_path / "m", added_tokens_decoder={"257": other})
+    loaded = tokenizer.load_tokenizer(folder, FIELD)
+    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "a <think> b"
+    assert loaded(text)["input_ids"] == own.encode(text).ids and len(own.encode(text).ids) == 5
+    loaded.save_pretrained(folder)
+    assert tokenizer.load_tokenizer(folder, FIELD)(text)["input_ids"] == own.encode(text).ids
+
+
+def test_fingerprints_tell_the_tokenizer_from_the_chat_template(tmp_path):
+    folder = _own_pieces(tmp_path / "m", chat_template="x")
+
+    def changed(before):
+        now = tokenizer.fingerprints(folder, FIELD)
+        return {name for name in now if now[name] != before.get(name)}
+
+    first = tokenizer.fingerprints(folder, FIELD)
+    assert set(first) == {"model.path tokenizer", "model.path chat template"}
+    config = {"eos_token": "</s>", "chat_template": "y"}
+    artifacts.write_json(folder / "tokenizer_config.json", config)
+    assert changed(first) == {"model.path chat template"}
+    artifacts.write_json(folder / "tokenizer_config.json", config | {"chat_template": "x"})
+    assert changed(first) == set()
+    (folder / "chat_template.jinja").write_text("z")
+    assert changed(first) == {"model.path chat template"}
+    (folder / "chat_template.jinja").unlink()
+    artifacts.write_json(folder / "tokenizer_config.json", {"chat_template": "x"})
+    assert changed(first) == {"model.path tokenizer"}
 
 
 def test_real_encoder_folder():
