@@ -14,9 +14,10 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import trees
+from diq_jax.common import errors, trees
 from diq_jax.models import checkpoint, decoder, load, lora, tokenizer
 from diq_jax.models import config as model_config
+from diq_jax.models import export as export_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = "Aspirin 100 mg, twice? The patient has a fever and a sore throat."
@@ -102,3 +103,10 @@ def test_a_mistake_is_one_sentence(mistake, tmp_path):
     assert ended.returncode == 2, ended.stderr[-2000:]
     assert expected in ended.stderr and "Traceback" not in ended.stderr
     assert not (tmp_path / "merged").exists()
+
+
+def test_weights_that_their_last_cast_ruined_are_not_written(tmp_path):
+    params = {"embed": {"embedding": jax.numpy.array([1.0, 70000.0]).astype(jax.numpy.float16)}}
+    with pytest.raises(errors.UserError, match="embed/embedding holds numbers that are NaN or inf"):
+        export_lib.save_model(tmp_path / "new", params, {}, "nowhere", "model.path")
+    assert not (tmp_path / "new").exists()

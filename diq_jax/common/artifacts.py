@@ -8,18 +8,20 @@ name, and its folder afterwards, for a name is lost with a folder that was not s
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diq_jax.common import processes
+from diq_jax.common import errors, processes, reading
 
 
 @contextlib.contextmanager
@@ -89,19 +91,64 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """NaN and infinities are refused: they are not JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Raises UserError, naming the place, where a number is not finite or a text no Unicode."""
+    write_text(path, _dumps(path, value, indent=1) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """NaN and infinities are refused: they are not JSON."""
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    """Raises UserError as `write_json`."""
+    lines = (_dumps(f"{path}:{i}", row) + "\n" for i, row in enumerate(rows, start=1))
     write_text(path, "".join(lines))
 
 
-def write_table(path: str | os.PathLike, columns: Mapping[str, Any] | pa.Table) -> None:
-    """Writes a parquet file; the bytes depend on the values and the pyarrow version only."""
+def _dumps(path, value, indent=None):
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError:
+        name, leaf = next(_unfit(value, ""), ("a value", value))
+        raise errors.UserError(
+            f"{path} is not written: {name} would be {reading.shorten(leaf)}, which is neither a "
+            "finite number nor a text."
+        ) from None
+    return text
+
+
+def _unfit(value, name) -> Iterator[tuple[str, Any]]:
+    """The values inside that are no JSON in UTF-8, as (dotted name, value)."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unfit(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _unfit(inner, f"{name}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, value
+    elif isinstance(value, str) and value != value.encode(errors="replace").decode():
+        yield name, value
+
+
+def write_table(
+    path: str | os.PathLike, columns: Mapping[str, Any] | pa.Table, unknown: Collection[str] = ()
+) -> None:
+    """Writes a parquet file; the bytes depend on the values and the pyarrow version only.
+
+    Args:
+        unknown: the columns where NaN stands for an unknown number.
+
+    Raises:
+        UserError: another number is not finite; the column and the row are named.
+    """
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    for name in table.column_names:
+        finite = reading.finite_rows(table[name], nan=name in unknown)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            ids = table["example_id"] if "example_id" in table.column_names else range(len(finite))
+            raise errors.UserError(
+                f"{path} is not written: {name} of {str(ids[row])!r} would be "
+                f"{reading.shorten(table[name][row].as_py())}, which is not finite."
+            )
     with atomic(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -158,9 +205,13 @@ class Journal:
         self.extend([entry])
 
     def extend(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Adds entries that belong together, with one write to the disk."""
+        """Adds entries that belong together, with one write to the disk.
+
+        Raises:
+            UserError: as `write_json`.
+        """
         if self._file is not None:
-            lines = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries]
+            lines = [_dumps(self.path, entry).encode() + b"\n" for entry in entries]
             self._file.write(b"".join(lines))
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -52,7 +52,7 @@ class Store:
         for name in self.shards:
             shard = self._shard(name)
             for start in range(0, len(shard), READ_ROWS):
-                part = from_stored(shard[start : start + READ_ROWS], self.dtype)
+                part = self._read(shard[start : start + READ_ROWS], first)
                 yield first, part
                 first += len(part)
 
@@ -64,7 +64,19 @@ class Store:
             parts.append(shard[max(start - k * size, 0) : max(stop - k * size, 0)])
         if not parts:
             return np.zeros((0, self.dim), np.float32)
-        return from_stored(np.concatenate(parts), self.dtype)
+        return self._read(np.concatenate(parts), start)
+
+    def _read(self, stored: np.ndarray, first: int) -> np.ndarray:
+        """Rows as they lie on disk -> float32; `first` is the number of the first, for messages."""
+        rows = from_stored(stored, self.dtype)
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            example_id = self.example_ids[first + int(np.argmin(finite))]
+            raise errors.UserError(
+                f"{self.folder} holds a gradient of example {example_id!r} that is not finite (its "
+                f"dtype is {self.dtype}): make the store again with --overwrite."
+            )
+        return rows
 
     def scores(self, targets: np.ndarray, normalize: str = "dot") -> np.ndarray:
         """Inner products, or cosines, of all rows with `targets` (Q, dim): (rows, Q) float32."""

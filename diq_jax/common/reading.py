@@ -215,6 +215,28 @@ def check_distinct(names: Iterable[str], where: str) -> None:
             raise errors.UserError(f"{where} names the column {name!r} twice; rename one.")
 
 
+def finite_rows(column: pa.ChunkedArray, nan: bool = False) -> np.ndarray:
+    """Returns, for each row of a column of numbers or of lists of them, whether all are finite.
+
+    Null passes, and so does what is no real number.
+
+    Args:
+        nan: whether NaN passes too.
+    """
+    ok = np.ones(len(column), bool)
+    start = 0
+    for chunk in column.chunks:
+        values, rows = chunk, np.arange(len(chunk))
+        if pa.types.is_list(chunk.type):
+            values, rows = chunk.flatten(), pc.list_parent_indices(chunk).to_numpy()
+        if pa.types.is_floating(values.type):
+            wrong = pc.is_inf(values) if nan else pc.invert(pc.is_finite(values))
+            wrong = pc.fill_null(wrong, False).to_numpy(zero_copy_only=False)
+            ok[start + rows[wrong]] = False
+        start += len(chunk)
+    return ok
+
+
 def shorten(value: Any, most: int = 60) -> str:
     """Shows a value in a message, in one line."""
     text = repr(value)

@@ -30,6 +30,7 @@ from diq_jax.models import checkpoint, load, lora
 
 BASE = "base"
 FOLDER = "compare/cells"
+ADVICE = "Try a lower finetune.learning_rate, finetune.clip_norm=1 or model.dtype=float32."
 # What decides a training beside its examples and seed.
 SETTINGS = tuple(
     name.removeprefix("finetune.")
@@ -234,7 +235,7 @@ def train(bench: Bench, cell: grid.Cell) -> tuple[tuple[dict, dict], dict[str, A
     """One training from its start. Returns the weights, and what is worth keeping of it.
 
     Raises:
-        UserError: a loss that is not finite.
+        UserError: a loss, or parameters in the end, that are not finite.
     """
     settings, pool = bench.context.config.finetune, bench.data.pool
     seed = settings.seed + cell.seed
@@ -242,6 +243,11 @@ def train(bench: Bench, cell: grid.Cell) -> tuple[tuple[dict, dict], dict[str, A
     started = time.perf_counter()
     weights, losses = _train(bench, steps, len(steps), seed, cell.name)
     seconds = time.perf_counter() - started
+    if bad := trees.not_finite(weights[1]):
+        raise errors.UserError(
+            f"compare: {cell.name} has parameters that are not finite after its last step "
+            f"({bad[0]}), though its loss was. {ADVICE}"
+        )
     seen = [pool[i] for step in steps for i in step.indices]
     return weights, {
         "rows": len(cell.indices),
@@ -275,8 +281,7 @@ def _train(bench: Bench, steps: Sequence[steps_lib.Step], total: int, seed: int,
             if not np.isfinite([loss, norm]).all():
                 raise errors.UserError(
                     f"compare: {name} has loss {loss} and gradient norm {norm} at step "
-                    f"{len(losses)}. Try a lower finetune.learning_rate, finetune.clip_norm=1 or "
-                    "model.dtype=float32."
+                    f"{len(losses)}. {ADVICE}"
                 )
             losses.append(loss)
             tokens = sum(len(pool[i].input_ids) for i in step.indices)

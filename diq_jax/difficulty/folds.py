@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from diq_jax.common import artifacts, config, devices, progress, trees
+from diq_jax.common import artifacts, config, devices, errors, progress, reading, trees
 from diq_jax.difficulty import classifier, heads, labels, words
 from diq_jax.models import config as model_config
 
@@ -116,10 +116,21 @@ def _score(task, pretrained, folder, pooled, given, journal) -> dict[str, int]:
             offsets = word_scores(model, task, part.batches)
             for batch in part.batches:
                 found = predict(model, pretrained, task, batch, offsets, pooled if known else None)
+                _check_finite(found, task, batch)
                 journal.append({"texts": batch, "probabilities": found.tolist()})
                 bar.update(len(batch), sum(len(task.texts[text]) for text in batch), **shown)
             part.weights.unlink(missing_ok=True)
         return {"tokens": resumed + bar.tokens, "resumed_tokens": resumed}
+
+
+def _check_finite(found, task, batch) -> None:
+    finite = np.isfinite(found).all(axis=(1, 2))
+    if not finite.all():
+        question = task.questions[batch[int(np.argmin(finite))]]
+        raise errors.UserError(
+            f"The difficulty of the question {reading.shorten(question)} is not finite; check "
+            "difficulty.encoder and difficulty.learning_rate."
+        )
 
 
 def pool(task: Task, pretrained: Pretrained) -> np.ndarray:
@@ -141,6 +152,9 @@ def pool(task: Task, pretrained: Pretrained) -> np.ndarray:
 def fit(part: int, chosen, task: Task, pretrained: Pretrained, pooled, bar, shown) -> dict:
     """The model of the labelled rows that are `chosen` (n,): {"encoder", "heads"} and, with
     difficulty.words, "words" (words.to_arrays, and "kernel" (V, 3, S)).
+
+    Raises:
+        UserError: training leaves parameters that are not finite.
     """
     settings, placement = pretrained.settings, pretrained.placement
     texts = [task.texts[text] for text in task.labelled]
@@ -160,7 +174,7 @@ def fit(part: int, chosen, task: Task, pretrained: Pretrained, pooled, bar, show
         questions = [task.questions[text] for text in task.labelled]
         offsets = words.scores(model["words"], questions) if settings.epochs else None
     if not settings.epochs:
-        return model
+        return sound(model)
     trained = classifier.train(
         {name: model[name] for name in ("encoder", "heads")},
         pretrained.cfg,
@@ -174,7 +188,17 @@ def fit(part: int, chosen, task: Task, pretrained: Pretrained, pooled, bar, show
         placement,
         lambda rows, tokens, loss: bar.update(rows, tokens, loss=f"{loss:.3f}", **shown),
     )
-    return model | trained
+    return sound(model | trained)
+
+
+def sound(model):
+    """Returns the model. Raises UserError where its training ruined it."""
+    if bad := trees.not_finite({name: model[name] for name in ("encoder", "heads")}):
+        raise errors.UserError(
+            f"The difficulty classifier has parameters that are not finite after its training "
+            f"({bad[0]}): try a lower difficulty.learning_rate."
+        )
+    return model
 
 
 def word_scores(model, task: Task, batches: list[list[int]]) -> np.ndarray | None:

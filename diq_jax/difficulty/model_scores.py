@@ -106,6 +106,7 @@ def run(context: stages.Context) -> dict[str, int]:
             "answer_tokens": pa.array(answers),
             "reasoning_tokens": pa.array(np.minimum(reasoning, answers)),
         },
+        unknown=("ifd",),  # of a row without tokens before its answer
     )
     rows = [*pool, *(row for row in alone if row is not None)]
     return {

@@ -104,6 +104,7 @@ def run(context: stages.Context) -> dict[str, Any]:
     artifacts.write_table(
         context.path("difficulty/difficulty.parquet"),
         {"example_id": pool["example_id"]} | {p: pa.array(scores[p]) for p in config.PERSPECTIVES},
+        unknown=config.PERSPECTIVES,  # those that nobody labelled
     )
     artifacts.write_json(context.path("difficulty/metrics.json"), measured)
     if settings.model_scores:

@@ -134,6 +134,7 @@ def kept_scores(task: Task, space, point: warmup.Checkpoint | None, name: str) -
         rows, losses = rows[: len(group.indices)], losses[: len(group.indices)]
         for i, row, loss in zip(group.indices, rows, losses, strict=True):
             _check_finite("gradient", task, i, row, loss)
+        _check_stored(task, group.indices, rows)
         writer.append(group.indices, rows, losses)
     processes.wait("rows")
 
@@ -333,4 +334,18 @@ def _check_finite(what, task, i, values, loss):
         raise errors.UserError(
             f"The {what} of example {task.pool[i].example_id!r} is not finite; check the example "
             f"and the weights; model.dtype is {task.context.config.model.dtype}."
+        )
+
+
+def _check_stored(task, indices, rows):
+    """Raises UserError naming the first example whose row the store's dtype cannot hold."""
+    dtype = task.settings.store.dtype
+    fits = store.fits(rows, dtype)
+    if not fits.all():
+        k = int(np.argmin(fits))
+        able = [name for name in store.DTYPES if store.fits(rows[k : k + 1], name).all()]
+        raise errors.UserError(
+            f"The gradient of example {task.pool[indices[k]].example_id!r} does not fit "
+            f"influence.store.dtype={dtype}: its largest number is {np.abs(rows[k]).max():.3g}. "
+            f"Use --config.influence.store.dtype={' or '.join(able)}."
         )

@@ -158,6 +158,15 @@ class Writer:
         return np.array([self._places[index] for index in sorted(self._places)], np.int64)
 
 
+def fits(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns whether each row (n, dim) float32 can be kept in `dtype`, (n,) bool: none of its
+    numbers overflows, and they do not all vanish.
+    """
+    kept = gradient_store.from_stored(_to_stored(rows, dtype), dtype)
+    return np.isfinite(kept).all(axis=1) & (kept.any(axis=1) | ~rows.any(axis=1))
+
+
+@np.errstate(over="ignore")  # the caller asks `fits`
 def _to_stored(rows, dtype):
     return np.ascontiguousarray(rows.astype(DTYPES[dtype])).view(gradient_store.stored(dtype))
 

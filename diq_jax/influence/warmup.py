@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from diq_jax.common import artifacts, devices, influence_config, progress, trees
+from diq_jax.common import artifacts, devices, errors, influence_config, progress, trees
 from diq_jax.data import example, steps
 from diq_jax.influence import direction
 
@@ -50,6 +50,9 @@ def run(
     """Trains and gives each epoch's end with its mean learning rate as a share of all.
 
     An epoch is kept in `folder` as it ends: a killed run continues with the next one.
+
+    Raises:
+        UserError: an epoch leaves parameters that are not finite.
     """
     warm = settings.warmup
     chosen = placement.single(space[0])
@@ -74,6 +77,12 @@ def run(
                     state, loss = train_step(state, steps.microbatches(pool, planned[k]))
                     tokens = sum(len(pool[i].input_ids) for i in planned[k].indices)
                     bar.update(len(planned[k].indices), tokens, loss=f"{float(loss):.3f}")
+                if bad := trees.not_finite(state.chosen):
+                    raise errors.UserError(
+                        f"The warm-up has parameters that are not finite after epoch {epoch + 1} "
+                        f"({bad[0]}): try a lower influence.warmup.learning_rate, or "
+                        "model.dtype=float32."
+                    )
                 _write(file, state)
             made.append(state)
             shares.append(float(np.mean([rates[k] for k in of_epoch])))

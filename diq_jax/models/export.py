@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diq_jax.common import errors, trees
 from diq_jax.models import hf, tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -17,8 +18,14 @@ def save_model(folder: str | os.PathLike, params, hf_config: dict[str, Any], bas
     config.json comes last (checkpoint.save_checkpoint): a folder that has one is whole.
 
     Raises:
-        UserError: `base` has no tokenizer.
+        UserError: `base` has no tokenizer; or a parameter is not finite, perhaps since its last
+            cast: then nothing is written.
     """
+    if bad := trees.not_finite(params):
+        raise errors.UserError(
+            f"{folder} is not written: {bad[0]} holds numbers that are NaN or infinite in the "
+            "model's dtype; try a lower learning_rate, or model.dtype=float32."
+        )
     tokenizer.load_tokenizer(base, field).save_pretrained(folder)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)
 

@@ -117,7 +117,12 @@ def with_dropout(adapter, keys, rate):
 def save_peft(folder: str | os.PathLike, adapter, alpha: float, dropout: float, base: str) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, as PEFT's
     PeftModel.from_pretrained reads them.
+
+    Raises:
+        UserError: a factor is not finite; then nothing is written.
     """
+    if bad := trees.not_finite(adapter):
+        raise errors.UserError(f"{folder} is not written: {bad[0]} is not finite.")
     folder = pathlib.Path(folder)
     tensors, modules, rank = {}, set(), 0
     for name, leaf in trees.named_leaves(adapter).items():

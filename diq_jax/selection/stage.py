@@ -77,6 +77,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             "selected": pa.array(selected),
             "why": pa.array(reasons.why(cfg.selection.method, scores, settings, outcome)),
         },
+        unknown=("difficulty",),  # of a perspective that nobody labelled
     )
     artifacts.write_table(
         context.path("selection/baselines.parquet"),

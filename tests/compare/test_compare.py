@@ -5,12 +5,13 @@ import json
 import shutil
 
 import folders
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from diq_jax import pipeline
-from diq_jax.common import config, errors, reading
+from diq_jax.common import config, devices, errors, reading, stages
 from diq_jax.compare import cost, experiment, grid, runner, statistics
 from diq_jax.evaluate import intervals
 
@@ -91,6 +92,25 @@ def test_a_killed_run_continues_to_the_same_results(made, workdir, tmp_path, mon
         assert (killed / "compare" / name).stat().st_size > 1000
     assert "| diq | 25 % | 6 |" in (killed / "compare/table.md").read_text()
     assert "Win / tie / loss" in capsys.readouterr().out
+
+
+def test_a_last_update_that_ruins_the_parameters_is_named_and_kept_nowhere(
+    made, workdir, monkeypatch
+):
+    train = runner._train
+
+    def ruined(bench, steps, total, seed, name):
+        (params, adapter), losses = train(bench, steps, total, seed, name)
+        return (params, jax.tree.map(lambda leaf: leaf + np.inf, adapter)), losses
+
+    monkeypatch.setattr(runner, "_train", ruined)
+    once = settings(made, epochs=1, max_steps=1)
+    context = stages.Context(once, workdir, devices.make_placement(once.parallel))
+    cell = grid.Cell("random", 0.25, 0, tuple(range(6)))
+    with pytest.raises(errors.UserError, match=rf"{cell.name} has parameters .* not finite"):
+        runner.run(context, runner.read_data(context), [cell])
+    kept = [reading.read_json(file)["made_for"] for file in cell_files(workdir)]
+    assert kept == [runner.BASE]
 
 
 def test_equal_examples_are_trained_once_and_differ_by_exactly_nothing(made, workdir):

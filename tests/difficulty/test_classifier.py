@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.difficulty import classifier, heads
+from diq_jax.common import errors
+from diq_jax.difficulty import classifier, folds, heads
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder
 
@@ -123,6 +124,13 @@ def test_scoring_batches_partition_and_share_a_width():
 @pytest.mark.parametrize(("length", "expected"), [(1, 32), (32, 32), (33, 64), (65, 90), (90, 90)])
 def test_width(length, expected):
     assert classifier.width(length, 90) == expected
+
+
+def test_a_model_that_its_training_ruined_is_refused():
+    good = {"encoder": {"w": jnp.ones(3)}, "heads": {"b": jnp.zeros(2)}, "words": {"ids": "abc"}}
+    assert folds.sound(good) is good
+    with pytest.raises(errors.UserError, match=r"not finite .*heads/b.*difficulty.learning_rate"):
+        folds.sound(good | {"heads": {"b": jnp.array([0.0, np.inf])}})
 
 
 def test_training_is_deterministic_and_depends_on_the_seed():

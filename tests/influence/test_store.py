@@ -61,6 +61,27 @@ def test_rows_come_back_as_the_dtype_keeps_them(tmp_path, dtype):
         np.testing.assert_array_equal(shard.view(ml_dtypes.bfloat16).astype(np.float32), kept[:4])
 
 
+def test_what_a_dtype_cannot_hold_is_known_before_it_is_kept():
+    # float16 ends at 65,504 and its smallest number is 2^-24 = 6e-8; bfloat16 reaches as far as
+    # float32, 3.4e38, but rounds upwards earlier.
+    made = np.array([[1, 65504], [1, 65530], [0, 0], [1e-9, 0], [1, 1e-9], [3.4e38, 1]], np.float32)
+    assert store.fits(made, "float16").tolist() == [True, False, True, False, True, False]
+    assert store.fits(made, "bfloat16").tolist() == [True, True, True, True, True, False]
+    assert store.fits(made, "float32").all()
+
+
+def test_a_kept_row_that_is_not_finite_is_named(tmp_path):
+    writer = store.Writer(tmp_path, 2, "float16", {})
+    writer.append([0, 1], np.array([[1, 1], [1, 70000]], np.float32), np.zeros(2, np.float32))
+    writer.finish(["a", "b"], np.ones((1, 2), np.float32), 4, ["mean"])
+    writer.discard()
+    opened = store.open_store(tmp_path)
+    for read in (lambda: opened.rows(1, 2), lambda: opened.scores(np.ones((1, 2)))):
+        with pytest.raises(errors.UserError, match="a gradient of example 'b' that is not finite"):
+            read()
+    assert opened.rows(0, 1).tolist() == [[1, 1]]
+
+
 def test_order_of_arrival_changes_no_byte(tmp_path):
     straight = files(write(tmp_path / "a"))
     shuffled = files(write(tmp_path / "b", order=[7, 2, 9, 0, 1, 3, 8, 5, 4, 6]))

@@ -81,6 +81,15 @@ def test_a_finished_epoch_is_read_back(warm):
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+def test_an_epoch_that_ruins_the_parameters_is_named_and_kept_nowhere(warm, tmp_path):
+    """The first of two steps moves each number by 1e38."""
+    model, space, _, _ = warm
+    once = influence_config.Warmup(epochs=1, fraction=0.5, batch_size=3, learning_rate=2e38)
+    with pytest.raises(errors.UserError, match=r"not finite after epoch 1 .*learning_rate"):
+        warmup.run(space, POOL, settings(warmup=once), model.cfg, tiny.placement(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_adam_direction_by_hand():
     """g / (sqrt(v / (1 - 0.999^2)) + 1e-8) after two steps; 0 where Adam has seen nothing."""
     point = warmup.Checkpoint({}, {}, {"w": jnp.array([0.001999 * 4.0, 0.0])}, jnp.array(2))

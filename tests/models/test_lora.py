@@ -180,6 +180,13 @@ def test_weights_of_an_adapter_are_plain_and_finite(adapter, tmp_path, array, me
         lora.load_peft(tmp_path, CFG, "test")
 
 
+def test_factors_that_are_not_finite_are_not_written(adapter, tmp_path):
+    bad = jax.tree.map(lambda leaf: leaf / 0.0, adapter)
+    with pytest.raises(errors.UserError, match=r"layers/.* is not finite"):
+        lora.save_peft(tmp_path / "new", bad, alpha=6.0, dropout=0.0, base="tiny")
+    assert not (tmp_path / "new").exists()
+
+
 def test_targets_without_a_match_are_refused():
     with pytest.raises(errors.UserError, match=r"^finetune.targets: 'q_prj' matches none"):
         lora.init(jax.random.key(0), CFG, "q_prj", 2, 4.0, True, "finetune.targets")
