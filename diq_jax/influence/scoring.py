@@ -347,5 +347,5 @@ def _check_stored(task, indices, rows):
         raise errors.UserError(
             f"The gradient of example {task.pool[indices[k]].example_id!r} does not fit "
             f"influence.store.dtype={dtype}: its largest number is {np.abs(rows[k]).max():.3g}. "
-            f"Use --config.influence.store.dtype={' or '.join(able)}."
+            f"Set influence.store.dtype={' or '.join(able)}."
         )

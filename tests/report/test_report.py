@@ -336,7 +336,7 @@ def test_a_pool_without_difficulty(tmp_path):
     context = fabricate(tmp_path, sample_rows()[:30])
     path = context.path("selection/selection.parquet")
     columns = reading.read_table(path).to_pydict() | {"difficulty": np.full(30, np.nan)}
-    artifacts.write_table(path, columns)
+    artifacts.write_table(path, columns, unknown=("difficulty",))
     assert "quadrants.png" not in stage.run(context)["figures"]
     text = context.path("report/report.html").read_text(encoding="utf-8")
     assert "the pool has no difficulty" in text and "Plotly.react" not in text

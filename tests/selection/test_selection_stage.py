@@ -45,7 +45,8 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
         }
     for name, columns in tables.items():
         columns = {"example_id": ids, **columns}
-        artifacts.write_table(workdir / name, {k: v[order] for k, v in columns.items()})
+        columns = {k: v[order] for k, v in columns.items()}
+        artifacts.write_table(workdir / name, columns, unknown=("ifd", *config.PERSPECTIVES))
     if stored:
         writer = store.Writer(workdir / "influence/store", 8, "float32", {})
         rows = np.random.default_rng(1).normal(size=(N, 8)).astype(np.float32)
