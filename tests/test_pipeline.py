@@ -18,7 +18,6 @@ from diq_jax import pipeline, preflight
 from diq_jax.common import artifacts, config, errors, reading
 from diq_jax.evaluate import generation
 
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 
