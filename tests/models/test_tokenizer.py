@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from diq_jax.common import errors, reading
+from diq_jax.common import artifacts, errors, reading
 from diq_jax.models import checkpoint, tokenizer
 
 FIELD = "model.path"
