@@ -12,9 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
-from ml_collections import config_flags
 
-from diq_jax.common import config, errors, processes, reading
+from diq_jax.common import config, config_files, errors, processes, reading
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -36,6 +35,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         return
     try:
         _check_config_flags(sys.argv)
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].parser = config_files.Parser()
         left = flags.FLAGS(sys.argv)[1:]
         if extra := left[len(arguments) :]:
             raise errors.UserError(f"{extra[0]!r} is not a flag; flags look like --name=value.")
@@ -43,8 +44,9 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
             raise errors.UserError(f"expected {' '.join(arguments)}; got {' '.join(left) or '-'}.")
         main(*left)
     except flags.Error as e:
-        # A config file's own complaint comes wrapped in its traceback.
-        said = " ".join(str(e).rsplit("UserError: ", 1)[-1].split())
+        # absl wraps what the parser of a config file says.
+        own = isinstance(e.__context__, errors.UserError)
+        said = str(e.__context__) if own else " ".join(str(e).split())
         missing = re.findall(r"Flag --(\w+) must have a value other than None", said)
         needed = " and ".join(f"--{name}" for name in missing)
         _fail(f"{needed} must be given; --help explains them." if missing else said)
@@ -82,15 +84,9 @@ def read_config(holder: flags.FlagHolder) -> config.Config:
     """The checked config of a --config flag.
 
     Raises:
-        UserError: the file is missing, or a field is wrong.
+        UserError: a field is wrong.
     """
-    try:
-        return config.resolve(holder.value)
-    except OSError:
-        file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS[holder.name]))
-        found = sorted(path.name for path in file.parent.glob("*.py"))
-        near = errors.nearest(file.name, found)
-        raise errors.UserError(f"--config: there is no config file {file}.{near}") from None
+    return config.resolve(holder.value)
 
 
 def _check_config_flags(arguments: list[str]) -> None:

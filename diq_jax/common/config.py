@@ -8,13 +8,14 @@ that into the dataclasses, which check ranges and combinations. Flags override f
 
 import dataclasses
 import datetime
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 
-from diq_jax.common import errors, finetune_config, influence_config
+from diq_jax.common import errors, finetune_config, influence_config, limits
 
 HYGIENE = ("off", "report", "remove")
 SAMPLE = "sample"  # the word for the shipped rows
@@ -43,7 +44,7 @@ class Model:
     def __post_init__(self):
         errors.check("model.path", bool(self.path), "a model", self.path)
         errors.check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        errors.check("model.max_tokens", self.max_tokens >= 16, "at least 16", self.max_tokens)
+        errors.check_ranges("model", self, max_tokens=(16, limits.TOKENS[1]))
         errors.check_choice("model.truncation", self.truncation, ("error", "drop", "end", "prompt"))
 
 
@@ -67,10 +68,8 @@ class Data:
     seed: int = 0  # of the draws above
 
     def __post_init__(self):
-        for name in ("pool_limit", "targets_per_task", "tests_per_task", "seed"):
-            errors.check(
-                f"data.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
-            )
+        counts = dict.fromkeys(("pool_limit", "targets_per_task", "tests_per_task"), limits.COUNT)
+        errors.check_ranges("data", self, **counts, seed=limits.SEED)
         errors.check("data.date", _is_date(self.date), "a day as YYYY-MM-DD", self.date)
         errors.check("data.pool", bool(self.pool.strip()), "a path, glob, hub:NAME or sample", "")
 
@@ -111,19 +110,22 @@ class Difficulty:
         errors.check(
             "difficulty.percentile", 0 <= self.percentile <= 100, "in [0, 100]", self.percentile
         )
-        errors.check("difficulty.folds", self.folds >= 2, "at least 2", self.folds)
         errors.check_choice("difficulty.head", self.head, ("categorical", "ordinal"))
         errors.check_choice("difficulty.class_weights", self.class_weights, ("none", "balanced"))
         ok = 0 < self.layer_decay <= 1
         errors.check("difficulty.layer_decay", ok, "in (0, 1]", self.layer_decay)
-        for name in ("layers", "epochs", "patience"):
-            errors.check(
-                f"difficulty.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
-            )
-        for name in ("batch_size", "learning_rate", "max_tokens"):
-            errors.check(
-                f"difficulty.{name}", getattr(self, name) > 0, "above 0", getattr(self, name)
-            )
+        errors.check_ranges(
+            "difficulty",
+            self,
+            folds=(2, 1000),
+            layers=(0, 1000),
+            epochs=limits.or_none(limits.EPOCHS),
+            patience=limits.or_none(limits.EPOCHS),
+            learning_rate=limits.POSITIVE,
+            batch_size=limits.BATCH,
+            max_tokens=(1, 2**16),
+            seed=limits.SEED,
+        )
         if self.patience and not self.epochs:
             raise errors.UserError("difficulty.patience needs difficulty.epochs above 0.")
 
@@ -161,9 +163,14 @@ class Selection:
         for name in ("retention_ratio", "near_similarity", "excerpt_containment"):
             value = getattr(self, name)
             errors.check(f"selection.{name}", 0 < value <= 1, "in (0, 1]", value)
-        for name, least in (("shingle_words", 1), ("ngram_words", 1), ("boilerplate_texts", 2)):
-            value = getattr(self, name)
-            errors.check(f"selection.{name}", value >= least, f"at least {least}", value)
+        errors.check_ranges(
+            "selection",
+            self,
+            seed=limits.SEED,
+            shingle_words=(1, 1000),
+            ngram_words=(1, 1000),
+            boilerplate_texts=(2, limits.COUNT[1]),
+        )
         ok = 0 <= self.paraphrase_similarity <= 1
         errors.check("selection.paraphrase_similarity", ok, "in [0, 1]", self.paraphrase_similarity)
         ok = sorted(self.quadrant_order.split(",")) == ["1", "2", "3", "4"]
@@ -199,14 +206,19 @@ class Evaluate:
     )
 
     def __post_init__(self):
-        for name in ("batch_tokens", "max_new_tokens", "samples"):
-            value = getattr(self, name)
-            errors.check(f"evaluate.{name}", value >= 1, "at least 1", value)
-        ok = self.bootstrap_samples >= 100
-        errors.check("evaluate.bootstrap_samples", ok, "at least 100", self.bootstrap_samples)
+        errors.check_ranges(
+            "evaluate",
+            self,
+            batch_tokens=limits.TOKENS,
+            bootstrap_samples=(100, 100_000),
+            seed=limits.SEED,
+            max_new_tokens=(1, 2**20),
+            temperature=(0, 100),
+            samples=(1, 1000),
+        )
         errors.check_choice("evaluate.protocol", self.protocol, ("options", "generate"))
-        ok = self.temperature >= 0
-        errors.check("evaluate.temperature", ok, "at least 0", self.temperature)
+        ok = self.temperature == 0 or self.temperature >= 0.001  # logits are divided by it
+        errors.check("evaluate.temperature", ok, "0 or at least 0.001", self.temperature)
         errors.check("evaluate.top_p", 0 < self.top_p <= 1, "in (0, 1]", self.top_p)
         parse_groups(self.groups)
         if self.samples > 1 and self.temperature == 0:
@@ -256,8 +268,8 @@ class Parallel:
 
     def __post_init__(self):
         errors.check_choice("parallel.strategy", self.strategy, ("mesh", "pmap"))
-        errors.check("parallel.data", self.data >= 0, "at least 0", self.data)
-        errors.check("parallel.model", self.model >= 1, "at least 1", self.model)
+        devices = {"data": limits.or_none(limits.DEVICES), "model": limits.DEVICES}
+        errors.check_ranges("parallel", self, **devices)
         if self.strategy == "pmap" and self.model != 1:
             raise errors.UserError("parallel.model must be 1 with parallel.strategy=pmap.")
         if self.strategy == "pmap" and self.distributed:
@@ -339,7 +351,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         UserError: a field that does not exist (with the nearest that does), of the wrong type, out
             of range, or at odds with another.
     """
-    return _with_sample(_build(Config, config.to_dict(), ""))
+    return _with_sample(_build(Config, _typed(Config, config.to_dict(), "")))
 
 
 def _with_sample(cfg: Config) -> Config:
@@ -352,24 +364,51 @@ def _with_sample(cfg: Config) -> Config:
     return dataclasses.replace(cfg, data=data, difficulty=difficulty)
 
 
-def _build(cls, values: dict[str, Any], prefix: str):
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+def check_form(values: dict[str, Any]) -> None:
+    """Raises UserError where the fields or their types are not those of `default()`."""
+    typed = _typed(Config, values, "")
+    for name in field_names():
+        *sections, field = name.split(".")
+        if field not in functools.reduce(dict.__getitem__, sections, typed):
+            raise errors.UserError(f"config field {name} is missing: begin with config.default().")
+
+
+def _typed(cls, values: Any, prefix: str) -> dict[str, Any]:
+    """The values of a section, whole numbers converted where a field is real."""
+    if not isinstance(values, dict):
+        raise errors.UserError(f"config field {prefix[:-1]} must be a section with fields.")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             raise errors.UserError(
-                f"config field {prefix}{name} does not exist.{errors.nearest(name, fields)}"
+                f"config field {prefix}{name} does not exist.{errors.nearest(str(name), fields)}"
             )
-    arguments = {}
-    for name, value in values.items():
-        kind, where = fields[name].type, f"{prefix}{name}"
+    found = {}
+    for name, kind in fields.items():
+        where = f"{prefix}{name}"
         if dataclasses.is_dataclass(kind):
-            arguments[name] = _build(kind, value, f"{where}.")
-            continue
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise errors.UserError(f"{where} must be of type {kind.__name__}; got {value!r}.")
-        if kind is float and not math.isfinite(value):
-            raise errors.UserError(f"{where} must be finite; got {value}.")
-        arguments[name] = value
+            found[name] = _typed(kind, values.get(name), f"{where}.")
+        elif name in values:
+            found[name] = _typed_value(kind, values[name], where)
+    return found
+
+
+def _typed_value(kind: type, value: Any, where: str) -> Any:
+    if type(value) is int and abs(value) >= 2**63:  # too long to convert, even to print
+        raise errors.UserError(f"{where} must be a number below 2**63 in size.")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise errors.UserError(f"{where} must be of type {kind.__name__}; got {value!r}.")
+    if kind is float and not math.isfinite(value):
+        raise errors.UserError(f"{where} must be finite; got {value}.")
+    return value
+
+
+def _build(cls, values: dict[str, Any]):
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    arguments = {
+        name: _build(kinds[name], value) if dataclasses.is_dataclass(kinds[name]) else value
+        for name, value in values.items()
+    }
     return cls(**arguments)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from diq_jax.common import errors
+from diq_jax.common import errors, limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,7 @@ class Dpo:
 
     def __post_init__(self):
         errors.check_choice("finetune.dpo.start", self.start, ("sft", "base"))
-        for name, least in (("limit", 0), ("epochs", 1), ("seed", 0)):
-            value = getattr(self, name)
-            errors.check(f"finetune.dpo.{name}", value >= least, f"at least {least}", value)
-        for name in ("beta", "learning_rate"):
-            errors.check(
-                f"finetune.dpo.{name}", getattr(self, name) > 0, "above 0", getattr(self, name)
-            )
+        errors.check_ranges("finetune.dpo", self, limit=limits.COUNT, beta=limits.POSITIVE)
         ok = 0 <= self.label_smoothing < 0.5
         errors.check("finetune.dpo.label_smoothing", ok, "in [0, 0.5)", self.label_smoothing)
         check_steps("finetune.dpo", self)
@@ -71,19 +65,20 @@ class Finetune:
     dpo: Dpo = dataclasses.field(default_factory=Dpo)
 
     def __post_init__(self):
-        for name in ("rank", "epochs", "checkpoint_every_steps"):
-            errors.check(
-                f"finetune.{name}", getattr(self, name) >= 1, "at least 1", getattr(self, name)
-            )
-        for name in ("learning_rate", "alpha"):
-            errors.check(
-                f"finetune.{name}", getattr(self, name) > 0, "above 0", getattr(self, name)
-            )
-        for name in ("weight_decay", "clip_norm", "max_steps", "eval_every_steps"):
-            errors.check(
-                f"finetune.{name}", getattr(self, name) >= 0, "at least 0", getattr(self, name)
-            )
+        errors.check_ranges(
+            "finetune",
+            self,
+            rank=limits.RANK,
+            alpha=limits.POSITIVE,
+            weight_decay=(0, limits.POSITIVE[1]),
+            clip_norm=(0, limits.POSITIVE[1]),
+            max_steps=limits.COUNT,
+            checkpoint_every_steps=(1, limits.COUNT[1]),
+            eval_every_steps=limits.COUNT,
+        )
         errors.check("finetune.parameters", bool(self.parameters), "lora, all or a regex", "")
+        for name in ("parameters", "targets"):
+            errors.check_regex(f"finetune.{name}", getattr(self, name))
         errors.check("finetune.dropout", 0 <= self.dropout < 1, "in [0, 1)", self.dropout)
         check_steps("finetune", self)
         for wrong, sentence in self._conflicts():
@@ -114,9 +109,15 @@ class Finetune:
 
 def check_steps(field: str, settings: Dpo | Finetune) -> None:
     """The fields by which both sections cut their rows into optimiser steps."""
-    for name in ("batch_size", "accumulation_steps"):
-        value = getattr(settings, name)
-        errors.check(f"{field}.{name}", value >= 1, "at least 1", value)
+    errors.check_ranges(
+        field,
+        settings,
+        epochs=limits.EPOCHS,
+        learning_rate=limits.POSITIVE,
+        batch_size=limits.BATCH,
+        accumulation_steps=limits.BATCH,
+        seed=limits.SEED,
+    )
     ratio = settings.warmup_ratio
     errors.check(f"{field}.warmup_ratio", 0 <= ratio < 1, "in [0, 1)", ratio)
     if settings.batch_size % settings.accumulation_steps:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from diq_jax.common import errors
+from diq_jax.common import errors, limits
 
 ENGINES = ("exact", "projected", "factored")
 DIRECTIONS = ("mean", "adam", "gauss_newton", "less")
@@ -24,8 +24,9 @@ class Lora:
     seed: int = 0  # of A and B
 
     def __post_init__(self):
-        errors.check("influence.lora.rank", self.rank >= 1, "at least 1", self.rank)
-        errors.check("influence.lora.alpha", self.alpha > 0, "above 0", self.alpha)
+        ranges = {"rank": limits.RANK, "alpha": limits.POSITIVE, "seed": limits.SEED}
+        errors.check_ranges("influence.lora", self, **ranges)
+        errors.check_regex("influence.lora.targets", self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Projection:
 
     def __post_init__(self):
         errors.check_choice("influence.projection.kind", self.kind, PROJECTIONS)
-        for name in ("dim", "block_bytes"):
-            value = getattr(self, name)
-            errors.check(f"influence.projection.{name}", value >= 1, "at least 1", value)
-        for name in ("seed", "rank"):
-            value = getattr(self, name)
-            errors.check(f"influence.projection.{name}", value >= 0, "at least 0", value)
+        errors.check_ranges(
+            "influence.projection",
+            self,
+            dim=(1, 2**24),
+            seed=limits.SEED,
+            rank=limits.or_none(limits.RANK),
+            block_bytes=limits.BYTES,
+        )
         ok = self.kind != "sparse" or self.dim % 2 == 0
         errors.check(
             "influence.projection.dim", ok, "even with kind=sparse (two buckets)", self.dim
@@ -59,9 +62,7 @@ class Store:
     def __post_init__(self):
         choices = ("float32", "bfloat16", "float16")
         errors.check_choice("influence.store.dtype", self.dtype, choices)
-        errors.check(
-            "influence.store.shard_rows", self.shard_rows >= 1, "at least 1", self.shard_rows
-        )
+        errors.check_ranges("influence.store", self, shard_rows=(1, 2**24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,16 @@ class Warmup:
     seed: int = 0  # of the draw and the order
 
     def __post_init__(self):
-        errors.check("influence.warmup.epochs", self.epochs >= 0, "at least 0", self.epochs)
         ok = 0 < self.fraction <= 1
         errors.check("influence.warmup.fraction", ok, "in (0, 1]", self.fraction)
-        for name in ("learning_rate", "batch_size"):
-            value = getattr(self, name)
-            errors.check(f"influence.warmup.{name}", value > 0, "above 0", value)
+        errors.check_ranges(
+            "influence.warmup",
+            self,
+            epochs=limits.or_none(limits.EPOCHS),
+            learning_rate=limits.POSITIVE,
+            batch_size=limits.BATCH,
+            seed=limits.SEED,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +99,15 @@ class GaussNewton:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("examples", "iterations"):
-            value = getattr(self, name)
-            errors.check(f"influence.gauss_newton.{name}", value >= 1, "at least 1", value)
-        errors.check("influence.gauss_newton.damping", self.damping > 0, "above 0", self.damping)
-        value = self.tolerance
-        errors.check("influence.gauss_newton.tolerance", value >= 0, "at least 0", value)
+        errors.check_ranges(
+            "influence.gauss_newton",
+            self,
+            examples=(1, limits.COUNT[1]),
+            damping=limits.POSITIVE,
+            iterations=(1, 10_000),
+            tolerance=(0, 1),
+            seed=limits.SEED,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +149,16 @@ class Influence:
         errors.check_choice("influence.targets", self.targets, ("mean", "task", "example"))
         errors.check_choice("influence.loss_reduction", self.loss_reduction, ("mean", "sum"))
         errors.check_choice("influence.normalize", self.normalize, ("dot", "cosine"))
-        rank = self.direction_rank
-        errors.check("influence.direction_rank", rank >= 0, "at least 0", rank)
-        for name, least in (("batch_tokens", 1), ("microbatch_tokens", 0), ("gradient_bytes", 1)):
-            value = getattr(self, name)
-            errors.check(f"influence.{name}", value >= least, f"at least {least}", value)
+        errors.check("influence.parameters", bool(self.parameters), "all, lora or a regex", "")
+        errors.check_regex("influence.parameters", self.parameters)
+        errors.check_ranges(
+            "influence",
+            self,
+            direction_rank=limits.or_none(limits.RANK),
+            batch_tokens=limits.TOKENS,
+            microbatch_tokens=limits.or_none(limits.TOKENS),
+            gradient_bytes=limits.BYTES,
+        )
         for wrong, sentence in self._conflicts():
             if wrong:
                 raise errors.UserError(sentence)

@@ -1,6 +1,5 @@
 """Nested dicts of arrays: slash paths, selection by regex, and arithmetic."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +73,7 @@ def matching(names, pattern: str, field: str) -> set[str]:
     Raises:
         UserError: the pattern is no regex, or nothing matches.
     """
-    try:
-        regex = re.compile(pattern)
-    except re.error as e:
-        raise errors.UserError(f"{field}: {pattern!r} is not a valid regex ({e}).") from None
+    regex = errors.check_regex(field, pattern)
     names = list(names)
     found = {name for name in names if regex.search(name)}
     if not found:
