@@ -104,6 +104,20 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
         run(made, tmp_path, "finetune", selection__retention_ratio=0.5, **changes)
 
 
+def test_a_pool_row_with_options_has_the_tokens_of_the_target(made, tmp_path):
+    target = folders.choice_rows(6, "target")[0]
+    pool = folders.write(tmp_path / "pool.jsonl", [target | {"difficulty_overall": 3}])
+    run(made, tmp_path / "run", data__pool=pool)
+    mine, theirs = (
+        pq.read_table(tmp_path / f"run/prepare/{name}.parquet").to_pylist()[0]
+        for name in ("pool", "targets")
+    )
+    for column in ("input_ids", "labels"):
+        assert mine[column] == theirs[column]
+    assert mine["question"] == theirs["question"] + "\n\nA. 1\nB. 0\nC. none of these"
+    assert json.loads(mine["row"]) == target | {"difficulty_overall": 3}
+
+
 @pytest.mark.slow
 def test_methods_that_read_more_become_arms(made, tmp_path):
     """Model scores and the gradient store reach selection, and their methods the baselines."""

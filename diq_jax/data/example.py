@@ -90,7 +90,8 @@ def from_choices(
         told = _text(row, columns["answer"], where)
     elif letter not in list(options):
         raise errors.UserError(
-            f"{where}: answer_idx must be one of {', '.join(options)}; got {letter!r}."
+            f"{where}: answer_idx must be one of {', '.join(options)}; got "
+            f"{reading.shorten(letter)}."
         )
     named = _named(options, told)
     if len(named) > 1 if letter is None else named and letter not in named:
@@ -138,7 +139,9 @@ def lettered(options: Any, where: str) -> dict[str, str]:
         )
     for letter, text in options.items():
         if not isinstance(text, str) or not text.strip():
-            raise errors.UserError(f"{where}: option {letter} must be a text, got {text!r}.")
+            raise errors.UserError(
+                f"{where}: option {letter} must be a text, got {reading.shorten(text)}."
+            )
     return options
 
 
@@ -190,7 +193,7 @@ def row_id(row: dict, where: str, position: int, column: str = "id") -> str:
         return f"row-{position:06d}"
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise errors.UserError(
-            f"{where}: {column} must be a text or a whole number; got {value!r}."
+            f"{where}: {column} must be a text or a whole number; got {reading.shorten(value)}."
         )
     return str(value)
 
@@ -201,7 +204,9 @@ def _text(row: dict, columns: str, where: str, required: bool = True) -> str:
     for column in columns.split("+"):
         value = row.get(column)
         if value is not None and not isinstance(value, str):
-            raise errors.UserError(f"{where}: {column} must be a text, got {value!r}.")
+            raise errors.UserError(
+                f"{where}: {column} must be a text, got {reading.shorten(value)}."
+            )
         if required and not parts and not (value or "").strip():
             near = errors.nearest(column, [name for name in row if name != column])
             problem = "is empty" if column in row else f"is missing from columns {', '.join(row)}"

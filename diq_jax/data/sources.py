@@ -148,7 +148,9 @@ def _load_tasks(
         for row, where in _rows(source, field):
             task = row.get("task") or _task_name(source)
             if not isinstance(task, str):
-                raise errors.UserError(f"{field}: {where}: task must be a text, got {task!r}.")
+                raise errors.UserError(
+                    f"{field}: {where}: task must be a text, got {reading.shorten(task)}."
+                )
             examples.append(parse(row, f"{field}: {where}", len(examples), task))
             places.append(where)
     check_ids(examples, places, spec, field)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import config, errors
+from diq_jax.common import config, errors, reading
 from diq_jax.data import example, sources
 
 FIELD = "difficulty.source"
@@ -75,7 +75,7 @@ def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
         place = f"{FIELD}: {where}"
         question = row.get("question")
         if not isinstance(question, str) or not question.strip():
-            got = repr(question) if "question" in row else f"columns {', '.join(row)}"
+            got = reading.shorten(question) if "question" in row else f"columns {', '.join(row)}"
             raise errors.UserError(f"{place}: question must be a text; got {got}.")
         if isinstance(row.get("options"), dict | list) and row["options"]:
             question = example.ask(question, example.lettered(row["options"], place))
@@ -92,7 +92,9 @@ def _likert(row, place):
     found = [_level(row, column, place, expected) for column in COLUMNS.values()]
     for column, level in zip(COLUMNS.values(), found, strict=True):
         if level != int(level):
-            raise errors.UserError(f"{place}: {column} must be {expected}; got {row[column]!r}.")
+            raise errors.UserError(
+                f"{place}: {column} must be {expected}; got {reading.shorten(row[column])}."
+            )
     return found
 
 
@@ -100,7 +102,9 @@ def _from_share(row, place):
     value = row[P_CORRECT]
     ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
     if not ok:
-        raise errors.UserError(f"{place}: {P_CORRECT} must be in [0, 1]; got {value!r}.")
+        raise errors.UserError(
+            f"{place}: {P_CORRECT} must be in [0, 1]; got {reading.shorten(value)}."
+        )
     overall = 1 + (LEVELS - 1) * (1 - value)
     return [overall if p == "overall" else math.nan for p in config.PERSPECTIVES]
 
@@ -159,8 +163,10 @@ def _level(row, column, where, expected) -> float:
     value = row[column]
     try:
         level = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         level = math.nan
     if not 1 <= level <= LEVELS:
-        raise errors.UserError(f"{where}: {column} must be {expected}; got {value!r}.")
+        raise errors.UserError(
+            f"{where}: {column} must be {expected}; got {reading.shorten(value)}."
+        )
     return level

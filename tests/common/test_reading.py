@@ -23,6 +23,7 @@ from diq_jax.common import errors, reading
         ('{"a": "x\\ud800y"}', "surrogate"),
         ('{"\\udfff": 1}', "surrogate"),
         ('{"a": 1', "at column"),
+        ('{"b": {"a": 1, "a": 2}}', "names 'a' twice"),
         ("", "at column"),
     ],
 )

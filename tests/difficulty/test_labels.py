@@ -65,6 +65,7 @@ def test_sample_is_the_shipped_pool():
         ({"difficulty_overall": None}, r"l.jsonl:2: difficulty_overall .* got None"),
         ({"difficulty_overall": "hard"}, r"l.jsonl:2: difficulty_overall .* got 'hard'"),
         ({"difficulty_overall": float("nan")}, r"l.jsonl:2 is not JSON .* NaN or infinite"),
+        ({"difficulty_overall": 10**399}, r"l.jsonl:2: difficulty_overall .* got 1000"),
         ({"question": " "}, r"l.jsonl:2: question must be a text; got ' '"),
         ({"question": 7}, r"l.jsonl:2: question must be a text; got 7"),
     ],
