@@ -61,7 +61,7 @@ def first(acts, then=GOOD):
 def test_each_is_asked_once_in_order_and_never_more_than_the_bound_at_once(tmp_path):
     def plan(number, body):
         # The earlier, the slower: replies come in another order than requests.
-        time.sleep(0.05 / (1 + number))
+        time.sleep(0.2 / (1 + number))
         return Act(f'{{"level": 1, "why": "{body["messages"][0]["content"]}"}}')
 
     with Server(plan) as server:
