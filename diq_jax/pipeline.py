@@ -67,7 +67,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
     tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
     evaluate.groups(cfg.evaluate, {test.task for test in tests})
-    layout = _layout(cfg, shape.vocab_size)
+    layout = open_layout(cfg)
     if cfg.finetune.dpo.data:  # read again by the stage dpo: a wrong row shows now, not hours later
         dpo.load_pairs(cfg, layout)
 
@@ -113,7 +113,14 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     }
 
 
-def _layout(cfg, vocab_size) -> chat.Layout:
+def open_layout(cfg: config.Config) -> chat.Layout:
+    """How the model's tokenizer lays out a conversation, with a warning where that may surprise.
+
+    Raises:
+        UserError: no tokenizer that can be used, or a chat template (chat.make_layout).
+    """
+    source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
+    vocab_size = model_config.decoder_config(source.config, "model.path").vocab_size
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     layout = chat.make_layout(tok, vocab_size, cfg.data.date, "model.path")
     if layout.render is None:

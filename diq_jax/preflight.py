@@ -10,7 +10,8 @@ from diq_jax.difficulty import labels, trained
 
 
 def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> str:
-    """Reads and checks all rows, opens the models, and looks at the workdir. Writes nothing.
+    """Reads and checks all rows, opens the models, tries the chat template, and looks at the
+    workdir. Writes nothing.
 
     Returns:
         Lines to print: each input with its rows, each stage with what would become of it.
@@ -34,6 +35,7 @@ def _inputs(cfg, names):
     """(field, what it names, rows) of what the stages read."""
     data, source, dpo = cfg.data, cfg.difficulty.source, cfg.finetune.dpo
     if "prepare" in names:
+        pipeline.open_layout(cfg)
         pool = sources.load_pool(data.pool, data.columns, data.pool_limit)
         targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
         tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)

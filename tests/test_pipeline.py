@@ -286,6 +286,14 @@ def test_what_decides_tokens_is_recorded(made, tmp_path):
         run(made, workdir, model__path=str(model))
 
 
+def test_a_dry_run_tries_the_chat_template(made, tmp_path):
+    shutil.copytree(made / "decoder", tmp_path / "decoder")
+    (tmp_path / "decoder/chat_template.jinja").write_text("{{ messages[0].content }}")
+    cfg = config.resolve(make_config(made, model__path=str(tmp_path / "decoder")))
+    with pytest.raises(errors.UserError, match=r"^model\.path has a chat template that leaves out"):
+        preflight.dry_run(cfg, tmp_path / "run", ["prepare"])
+
+
 @pytest.mark.parametrize("date", ["", "26 Jul 2024", "2024-02-30", "20240726"])
 def test_a_date_is_a_day(date, made, tmp_path):
     with pytest.raises(errors.UserError, match=r"^data\.date must be a day as YYYY-MM-DD; got"):

@@ -63,10 +63,18 @@ def report(kind: type[BaseException], value: BaseException, _) -> None:
     reply(error=" ".join(f"{kind.__name__}: {value}".split())[:300])
 
 
+def limit_memory(most_bytes: int) -> None:
+    if sys.platform == "darwin":
+        return  # macOS knows the limit and does not hold it
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = most_bytes if hard == resource.RLIM_INFINITY else min(most_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
 def main() -> None:
     sys.excepthook = report
     first = json.loads(sys.stdin.readline())
-    resource.setrlimit(resource.RLIMIT_AS, (first["most_bytes"], first["most_bytes"]))
+    limit_memory(first["most_bytes"])
     # Unhandled, the signal ends the process even inside one long operation of the interpreter.
     signal.setitimer(signal.ITIMER_PROF, first["most_seconds"])
     date = datetime.datetime.fromisoformat(first["date"])

@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from diq_jax.common import artifacts, config, errors, metrics, reading, stages
 from diq_jax.difficulty import agreement, classifier, folds, labels, stage, trained
-from diq_jax.models import checkpoint, encoder, hf
+from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.models import config as model_config
 
 WORDS = ["why", "how", "what", "is", "the", "heart", "liver", "drug", "dose", "rare", "gene"]
@@ -230,7 +230,8 @@ def test_fingerprints_name_encoder_and_labels(run, encoder_folder):
     rows = labelled()
     context, _ = run("a", rows, rows)
     found = stage.fingerprints(context)
-    assert set(found) == {"difficulty.encoder", "difficulty.source"}
+    tokens = tokenizer.fingerprints(encoder_folder, "difficulty.encoder")
+    assert set(found) == {"difficulty.encoder", "difficulty.source", *tokens} and len(tokens) == 2
     assert found["difficulty.encoder"] == checkpoint.open_checkpoint(encoder_folder, "").fingerprint
     artifacts.write_jsonl(context.path("labels.jsonl"), rows[1:])
     assert stage.fingerprints(context)["difficulty.source"] != found["difficulty.source"]
