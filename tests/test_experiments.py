@@ -222,7 +222,7 @@ def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
         ("score_targets", ["--targets=x", "--output=y"], "holds no finished influence stage"),
         ("compare_selection", ["--methods=digq"], "Did you mean 'diq'"),
         ("select_again", ["--stage=none.json"], "--stage: there is no file none.json"),
-        ("measure_length", [], "has not finished stage 'prepare'"),
+        ("measure_length", [], "holds no finished prepare stage"),
         ("measure_lds", ["--dims=0"], "--dims must be whole numbers above 0"),
         (
             "measure_pass_rate",

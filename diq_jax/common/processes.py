@@ -3,6 +3,7 @@
 Until `join` a process is alone: it is the first, and waits for nobody.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -110,8 +111,14 @@ def _stop(tell: bool) -> NoReturn:
 
 
 def _wait_for_others() -> None:
-    _client().blocking_key_value_get(STOPPED, LONGEST_WAIT_MS)
-    _stop(tell=False)
+    """Asks every second: a thread that blocks in the client would break the process's exit."""
+    from jax import errors as jax_errors
+
+    while True:
+        time.sleep(1)
+        with contextlib.suppress(jax_errors.JaxRuntimeError):  # nobody has stopped
+            _client().key_value_try_get(STOPPED)
+            _stop(tell=False)
 
 
 def _client():
