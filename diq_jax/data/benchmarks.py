@@ -124,7 +124,9 @@ def _biomed_eval(row):
 def _row(question, options, right):
     options = example.lettered(options, "its row")
     letters = string.ascii_uppercase
-    if type(right) is not int or not 0 <= right < len(letters) or letters[right] not in options:
+    if type(right) is not int:
+        raise ValueError(f"the answer must be a whole number, got {right!r}")
+    if not 0 <= right < len(letters) or letters[right] not in options:
         raise ValueError(f"the answer is number {right} of {len(options)}, counted from 0")
     return {"question": question, "options": options, "answer_idx": letters[right]}
 

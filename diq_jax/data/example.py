@@ -59,7 +59,7 @@ def from_row(row: dict, where: str, example_id: str, task: str, columns: Mapping
     """An example of token ids, of choices, or of texts, by what the row has."""
     if row.get("input_ids") is not None:
         return from_tokens(row, where, example_id, task)
-    if isinstance(row.get("options"), dict | list) and row["options"]:
+    if has_options(row) and "options" not in "+".join(columns.values()).split("+"):
         return from_choices(row, where, example_id, task, columns)
     return from_text(row, where, example_id, task, columns)
 
@@ -114,19 +114,32 @@ def from_choices(
     )
 
 
+def has_options(row: Mapping[str, Any]) -> bool:
+    options = row.get("options")
+    return bool(options.strip() if isinstance(options, str) else options)
+
+
 def lettered(options: Any, where: str) -> dict[str, str]:
     """The options {letter: text} of a row, without the fillers at their end.
+
+    Args:
+        options: an object or a list, also as JSON in a text, since CSV knows nothing else.
 
     Raises:
         UserError: neither an object nor a list, fewer than two or more than 26, or one is no text.
     """
+    hint = ""
+    if isinstance(options, str):
+        hint = " A text is read by data.columns=question=question+options,answer=answer."
+        if options.lstrip()[:1] in ("{", "["):
+            options = reading.parse_json(options, f"{where}: options")
     if isinstance(options, list):
         names = [*string.ascii_uppercase, *range(len(string.ascii_uppercase), len(options))]
         options = dict(zip(names, options, strict=False))
     if not isinstance(options, dict):
         raise errors.UserError(
             f"{where}: options must be an object {{A: ...}} or a list; got "
-            f"{reading.shorten(options)}."
+            f"{reading.shorten(options)}.{hint}"
         )
     # Parquet gives every row of a struct column the same letters, None where a row lacks one.
     options = {letter: text for letter, text in options.items() if text is not None}
@@ -242,9 +255,9 @@ def _unpadded(row: dict, where: str) -> slice:
     mask = row.get("attention_mask")
     if mask is None:
         mask = [1] * len(row["input_ids"])
-    start, length = (mask.index(1) if 1 in mask else 0), sum(mask)
+    start, length = (mask.index(1) if 1 in mask else 0), mask.count(1)
     real = slice(start, start + length)
-    if mask != [0] * start + [1] * length + [0] * (len(mask) - start - length):
+    if not set(mask) <= {0, 1} or not all(mask[real]):
         raise errors.UserError(
             f"{where}: attention_mask must be ones in one piece, with zeros before or after it."
         )

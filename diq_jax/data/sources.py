@@ -47,6 +47,7 @@ MAPPINGS = {
     "finemed": {"question": "instruction", "answer": "response"},
 }
 CONTRACT = example_lib.CONTRACT
+MOST_JSON_BYTES = 2**32  # of a .json, which is read as a whole
 # A file of such a name says nothing about its task: the folder does.
 SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "validation"}
 
@@ -73,7 +74,10 @@ def fingerprint(spec: str, field: str, sample: str = "") -> str:
     for source in _resolve(spec, field, sample):
         head, file = _split(source)
         is_hub = file.startswith("hub:")
-        digest.update((head + (file if is_hub else artifacts.sha256(file))).encode())
+        try:
+            digest.update((head + (file if is_hub else artifacts.sha256(file))).encode())
+        except OSError as e:
+            raise errors.UserError(f"{field}: {file} cannot be read: {e.strerror}.") from None
     return digest.hexdigest()
 
 
@@ -339,9 +343,11 @@ def _as_json(row: dict, where: str, said: set[str]) -> dict:
     for name, value in row.items():
         if name not in said and made[str(name)] != value:
             said.add(name)
-            got = reading.shorten(made[str(name)])
-            logging.warning("%s: %s is no JSON (%s): it is kept as %s, and so in all rows.",
-                            where, name, reading.shorten(value), got)  # fmt: skip
+            kept = reading.shorten(json.dumps(made[str(name)]))
+            logging.warning(
+                "%s: column %s holds %s, which is no JSON: here, and wherever it is written, it is "
+                "%s.", where, name, reading.shorten(value), kept,
+            )  # fmt: skip
     return made
 
 
@@ -368,6 +374,10 @@ def _read_jsonl(path: str) -> Rows:
 
 
 def _read_json(path: str) -> Rows:
+    if os.path.getsize(path) > MOST_JSON_BYTES:
+        raise errors.UserError(
+            f"{path} is over {MOST_JSON_BYTES:,} bytes: write one object a line, as .jsonl."
+        )
     rows = reading.parse_json(_decode(pathlib.Path(path).read_bytes(), path), path, 1)
     if not isinstance(rows, list):
         raise errors.UserError(f"{path} must hold a list of objects (one a line: name it .jsonl).")

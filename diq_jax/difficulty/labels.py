@@ -77,14 +77,21 @@ def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
         if not isinstance(question, str) or not question.strip():
             got = reading.shorten(question) if "question" in row else f"columns {', '.join(row)}"
             raise errors.UserError(f"{place}: question must be a text; got {got}.")
-        if isinstance(row.get("options"), dict | list) and row["options"]:
-            question = example.ask(question, example.lettered(row["options"], place))
+        if example.has_options(row):
+            question = _with_options(question, row["options"], place)
         measured = P_CORRECT in row and not any(column in row for column in COLUMNS.values())
         levels.append(_from_share(row, place) if measured else _likert(row, place))
         questions.append(question)
     if not questions:
         raise errors.UserError(f"{FIELD} holds no rows: {source}.")
     return questions, np.array(levels, np.float32)
+
+
+def _with_options(question, options, place):
+    """As a pool row's question has them; a text that is no JSON as data.columns joins it."""
+    if isinstance(options, str) and options.lstrip()[0] not in "{[":
+        return f"{question}\n\n{options}"
+    return example.ask(question, example.lettered(options, place))
 
 
 def _likert(row, place):

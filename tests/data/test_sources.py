@@ -214,6 +214,7 @@ BAD_POOL_ROWS = {
     "short mask": (TOKENS | {"attention_mask": [1]}, "attention_mask must be as long"),
     "mask with a hole": (TOKENS | {"attention_mask": [1, 0, 1]}, "must be ones in one piece"),
     "mask of segments": (TOKENS | {"attention_mask": [1, 1, 2]}, "must be ones in one piece"),
+    "mask of lengths": (TOKENS | {"attention_mask": [1, 1, 2**62]}, "must be ones in one piece"),
     "mask of nothing": (TOKENS | {"attention_mask": [0, 0, 0]}, "must score a token after"),
     "packed": (TOKENS | {"position_ids": [0, 1, 0]}, "position_ids must count the tokens from 0"),
     "shifted": (TOKENS | {"labels": [2, 3, -100]}, "labels are shifted already"),
@@ -260,14 +261,16 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
         choices | {"id": "letter", "answer": "b"},
         choices | {"id": "words", "answer_idx": "B", "answer": "It is y, of course."},
         choices | {"id": "only words", "answer": "None is right."},
+        choices | {"id": "json", "answer_idx": "B", "options": '["x", "y"]'},
         {"id": "none", "question": "Why?", "options": None, "answer": "So."},
     ]
     path = write(tmp_path / "a.jsonl", rows)
     pool, targets = sources.load_pool(path, "", 0), sources.load_targets(path, 0, 0, "")
     assert [chat.completion_text(e, "plain") for e in pool] == [
-        "B. y", "so\n\nB. y", "B. y", "B. y", "It is y, of course.", "None is right.", "So.",
+        "B. y", "so\n\nB. y", "B. y", "B. y", "It is y, of course.", "None is right.", "B. y",
+        "So.",
     ]  # fmt: skip
-    assert {chat.question_text(e) for e in pool[:6]} == {"Which?\n\nA. x\nB. y"}
+    assert {chat.question_text(e) for e in pool[:7]} == {"Which?\n\nA. x\nB. y"}
     for text in (chat.question_text, lambda e: chat.completion_text(e, "plain")):
         assert [text(e) for e in pool] == [text(e) for e in targets]
     for change, message in (
@@ -276,6 +279,8 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
         ({"answer": "x", "options": ["x", "X"]}, "answer is 'x', option A and option B"),
         ({"answer": 1}, "answer must be a text, got 1"),
         ({}, "answer is missing"),
+        ({"options": "{'A': 'x'}"}, "options is not JSON"),
+        ({"options": "A. x", "answer": "x"}, "options must be .* by data.columns=question"),
         (
             {"answer_idx": "C", "options": [f"o{i}" for i in range(27)]},
             "options must be two to 26, .* got 27",
@@ -305,7 +310,7 @@ def test_rows_are_json_whatever_parquet_holds(tmp_path, caplog):
     }  # fmt: skip
     assert rows[1]["score"] == 0.5
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 5 and "a.parquet row 0: score is no JSON (nan)" in said[0]
+    assert len(said) == 5 and "a.parquet row 0: column score holds nan" in said[0]
 
 
 def test_parquet_that_cannot_be_rows_is_a_user_error(tmp_path):

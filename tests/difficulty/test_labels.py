@@ -38,6 +38,9 @@ def test_a_share_of_right_answers_is_a_level(tmp_path):
     rows = [{"question": "Why?", "p_correct": p, "options": options} for p in (1, 0.7, 0.0)]
     questions, levels = labels.labelled_rows(write(tmp_path / "l.jsonl", rows))
     assert questions == ["Why?\n\nA. this\nB. that"] * 3
+    for told, asked in (('["this", "that"]', questions[0]), ("(a) this", "Why?\n\n(a) this")):
+        source = write(tmp_path / "t.jsonl", [rows[0] | {"options": told}])
+        assert labels.labelled_rows(source)[0] == [asked]
     np.testing.assert_allclose(levels[:, 2], [1, 2.2, 5], rtol=1e-6)
     assert np.isnan(levels[:, :2]).all()
     for bad in (1.1, True, "0.5", None):
