@@ -6,6 +6,8 @@ name, and its folder afterwards, for a name is lost with a folder that was not s
 """
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -35,8 +37,9 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             yield pathlib.Path(scratch) / path.name
         return
     make_folder(path.parent)
+    _drop_stale(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as long as its writer lives
     temporary = pathlib.Path(name)
     try:
         yield temporary
@@ -45,6 +48,17 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _drop_stale(path) -> None:
+    """Removes the temporary files of writers of `path` that were killed."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if temporary_of(stale.name) == path.name:
+            # Of a living writer, or gone by now: not ours to remove.
+            with contextlib.suppress(OSError), open(stale, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stale.unlink()
 
 
 def temporary_of(name: str) -> str:

@@ -175,7 +175,7 @@ def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
         ids = [pair.example_id for pair in pairs]
         columns = {name: [known[i][k] for i in ids] for k, name in enumerate(preferences.SIDES)}
         artifacts.write_table(file, {"example_id": ids, **columns})
-        context.path(PARTIAL).unlink()
+    artifacts.remove(context.path(PARTIAL))
     kinds = {"example_id": "text"} | dict.fromkeys(preferences.SIDES, "finite")
     columns = (reading.read_table(file, kinds)[name].to_pylist() for name in kinds)
     return {id_: [c, r] for id_, c, r in zip(*columns, strict=True)}

@@ -52,3 +52,14 @@ def test_json_names_the_place(value, message, tmp_path):
     with artifacts.Journal(tmp_path / "journal") as journal:
         assert journal.entries == [{"a": 1}]
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_nothing_else(tmp_path):
+    others = [".x[1].json.notes.tmp", ".x1.json.abcdefgh.tmp", "x[1].json.abcdefgh.tmp"]
+    for name in [".x[1].json.abcdefgh.tmp", *others]:
+        (tmp_path / name).write_text("half")
+    with artifacts.atomic(tmp_path / "x[1].json") as slow:
+        slow.write_text("the slow writer's")
+        artifacts.write_json(tmp_path / "x[1].json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"x[1].json", *others}
+    assert (tmp_path / "x[1].json").read_text() == "the slow writer's"
