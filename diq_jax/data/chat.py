@@ -133,9 +133,11 @@ def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) ->
     derived = prompt == layout.render(asked, False)
     layout = dataclasses.replace(layout, derived=derived)
     [prompt] = _prompts([_USER], layout)
-    opened = re.search(r"<think>\s*$", prompt)
-    opened = opened[0] if opened else ""
-    start = prompt.removesuffix(opened)
+    # Qwen3 writes an empty block of reasoning: before an answer that has none of its own, and at
+    # the end of prompts that ask for none.
+    start = re.sub(r"<think>\s*(</think>\s*)?$", "", prompt)
+    block = prompt[len(start) :]
+    opened = "" if "</think>" in block else block
     if not before.startswith(start):
         raise errors.UserError(
             f"{field} has a chat template whose generation prompt is not how it begins an "
@@ -143,13 +145,12 @@ def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) ->
             f"{before[-40:]!r}."
         )
     gap = before[len(start) :]
-    close = gap.removeprefix(opened)
-    # An empty block of reasoning is how Qwen3 writes an answer that has none of its own.
+    rest = gap.removeprefix(block)
     layout = dataclasses.replace(
         layout,
         opened=opened,
-        close=close if opened and "</think>" in close else CLOSE,
-        lead="" if opened or re.fullmatch(_EMPTY_BLOCK, gap) else gap,
+        close=rest if opened and "</think>" in rest else CLOSE,
+        lead="" if opened or re.fullmatch(_EMPTY_BLOCK, rest) else rest,
         end=_end_text(after, tokenizer),
     )
     ends = _after(before + _ASSISTANT, layout.end, layout) if layout.end else list(eos)

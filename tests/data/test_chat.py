@@ -262,6 +262,19 @@ def test_an_opened_block_of_reasoning_is_closed(chat_template, template):
         assert read(layout, encoded[0])[1] == "\n</think>\n\nSince.\n\nSo.<|im_end|>"
 
 
+@pytest.mark.parametrize("said", ["", "<think>\n\n</think>\n\n"])
+def test_a_prompt_with_a_closed_block_is_followed_by_the_answer(said):
+    """Whether or not the template writes the block before an assistant's message too."""
+    block = "<think>\n\n</think>\n\n"
+    template = CHATML.replace("assistant\n' }}{% endif", f"assistant\n{block}' }}}}{{% endif")
+    template = template.replace(
+        "+ m.content", f"+ ('{said}' if m.role != 'user' else '') + m.content"
+    )
+    layout = make_layout(template)
+    prompt, completion = read(layout, encode(layout, template="plain")[0])
+    assert prompt.endswith(f"assistant\n{block}") and completion == "Since.\n\nSo.<|im_end|>"
+
+
 @pytest.mark.parametrize(
     "reasoning", ["<think>\nSince.\n</think>", "Since.\n</think>\n", " <think>\n\nSince."]
 )
