@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 
-from diq_jax.common import config, config_files, errors, processes, reading
+from diq_jax.common import config, config_files, errors, processes
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -116,7 +116,7 @@ def _usage() -> str:
 def _log_and_leave(kind, error, trace) -> None:
     """Ends a script at an exception that nothing expected: one sentence, and a log for us."""
     text = "".join(traceback.format_exception(error))
-    said = reading.shorten(" ".join(str(error).split()), 200)
+    said = textwrap.shorten(str(error), 200, placeholder=" ...")
     print(
         f"error: unexpected {kind.__name__}: {said} (a fault of diq_jax, not a known mistake). The "
         f"traceback is in {_write_log(text)}; what was finished is kept.",
