@@ -102,6 +102,29 @@ def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
     assert_close(*(np.concatenate([rows for _, rows in s.blocks()]) for s in stores))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [(0,), (1,), (0, 1)])
+def test_sigterm_to_any_stops_all_and_the_run_continues(stopped, made, tmp_path):
+    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
+    flags = (*STORE, f"--config.data.pool={pool}")
+    running = start(made, tmp_path / "two", *flags, processes=2)
+    log = tmp_path / "two/influence/store/rows.log"
+    while not (log.exists() and log.stat().st_size):
+        assert running[0].poll() is None, running[0].communicate()[1][-2000:]
+        time.sleep(0.01)
+    for index in stopped:
+        running[index].send_signal(signal.SIGTERM)
+    for process in running:
+        said = process.communicate(timeout=10)[1]
+        assert process.returncode == 143, said[-2000:]
+        assert said.count("Stopped by SIGTERM: the same command continues from here.") == 1
+        assert "error" not in said and "Traceback" not in said
+    assert log.exists(), "they ended before they could be stopped"
+    finish(start(made, tmp_path / "two", *flags))
+    finish(start(made, tmp_path / "one", *flags))
+    assert_close(scores(tmp_path / "two"), scores(tmp_path / "one"))
+
+
 @pytest.mark.parametrize(
     "script, message",
     [
