@@ -69,7 +69,11 @@ STOPPED = "Stopped by SIGTERM: the same command continues from here."
 BUSY = {
     "python": "while True: pass",
     # Like a compilation, or the wait for another process: never back in Python.
-    "elsewhere": "import ctypes; ctypes.CDLL(None).pause()",
+    "elsewhere": """
+        import ctypes
+        lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+        lock(mutex), lock(mutex)
+    """,
     "asleep": "time.sleep(600)",
     "asyncio": """
         import asyncio
