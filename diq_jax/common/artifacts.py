@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -187,28 +188,36 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 class Journal:
-    """An append-only JSON-lines file of finished work. A half line left by a killed process is
-    dropped.
+    """An append-only JSON-lines file of finished work, with a checksum in each line. What follows
+    the last whole line is dropped: the half line of a killed process, or a damaged one.
 
     Floats are written by repr, so that a float32 read back is bit-identical. All processes read it
     and keep the entries, the first writes them.
+
+    Raises:
+        UserError: there is a file of that name which is no journal; it stays as it is.
     """
+
+    _BEGIN = b'{"crc32": "'
+    _LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})", (.+\})\n')
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self.entries: list[dict] = []
         make_folder(self.path.parent)
+        found = self.path.read_bytes() if self.path.exists() else b""
+        if not found.startswith(self._BEGIN[: len(found)]):
+            raise errors.UserError(
+                f"{self.path} is not a file that this version of diq_jax goes on with: move it "
+                "away, and the work begins anew."
+            )
         whole = 0
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None:
-                    break
-                self.entries.append(entry)
-                whole += len(line)
+        while match := self._LINE.match(found, whole):
+            body = b"{" + match[2]
+            if zlib.crc32(body) != int(match[1], 16):
+                break
+            self.entries.append(json.loads(body))
+            whole = match.end()
         self._file = None
         if processes.is_first():
             self._file = open(self.path, "ab")
@@ -225,11 +234,14 @@ class Journal:
             UserError: as `write_json`.
         """
         if self._file is not None:
-            lines = [_dumps(self.path, entry).encode() + b"\n" for entry in entries]
-            self._file.write(b"".join(lines))
+            self._file.write(b"".join(self._line(entry) for entry in entries))
             self._file.flush()
             os.fsync(self._file.fileno())
         self.entries.extend(map(dict, entries))
+
+    def _line(self, entry) -> bytes:
+        body = _dumps(self.path, entry).encode()
+        return self._BEGIN + b'%08x", ' % zlib.crc32(body) + body[1:] + b"\n"
 
     def close(self) -> None:
         if self._file is not None:

@@ -196,7 +196,7 @@ def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, c
             run("cut", rows, pool, **changes)
     partial = whole.workdir.parent / "cut/difficulty/partial/scores.jsonl"
     with open(partial, "a") as f:
-        f.write('{"texts": [1, 2')
+        f.write('{"crc32": "00000000", "texts": [1, 2')
     again, second = run("cut", rows, pool, **changes)
     assert contents(whole) == contents(again)
     assert second["tokens"] == found["tokens"]
