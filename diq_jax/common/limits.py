@@ -10,7 +10,7 @@ BATCH = (1, 2**16)  # rows of one step
 RANK = (1, 2**14)
 DEVICES = (1, 2**20)
 BYTES = (1, 2**40)
-POSITIVE = (1e-12, 1e30)  # a learning rate, a scale: neither 0 nor infinite as float32
+POSITIVE = (1e-12, 3e38)  # a learning rate, a scale: neither 0 nor infinite as float32
 
 
 def or_none(limits: tuple[int, int]) -> tuple[int, int]:

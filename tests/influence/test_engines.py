@@ -40,10 +40,10 @@ def score(space, v, batch, cfg, per_token=False):
 @pytest.mark.parametrize(
     "parameters, limits",
     [
-        ("all", (2**30, 2**30)),
-        ("lora", (1, 2**30)),
+        ("all", (2**30, 2**24)),
+        ("lora", (1, 2**24)),
         ("lora", (2**30, 48)),
-        ("attn/(q|o)_proj|norm", (2**30, 2**30)),
+        ("attn/(q|o)_proj|norm", (2**30, 2**24)),
     ],
 )
 def test_per_example_gradients_equal_the_oracle(parameters, limits):
