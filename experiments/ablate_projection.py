@@ -268,7 +268,7 @@ def main() -> None:
     if settings.warmup.epochs or settings.targets != "mean":
         raise errors.UserError("The ablation needs influence.targets=mean and no warm-up.")
     variants = read_variants(settings.parameters)
-    workdir, verify = cli.folder(WORKDIR), VERIFY.value == "on"
+    workdir, verify = cli.folder(WORKDIR), cli.verify(VERIFY)
     pipeline.run(cfg, workdir, ["prepare", "influence"], overwrite=False, verify=verify)
 
     placement = devices.make_placement(cfg.parallel)

@@ -29,7 +29,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
 
 def read(specs: list[str]) -> tuple[list[str], list[predictions.Rows], list[str]]:
     """The names, the rows of both models, and the questions that both answered."""
-    found = predictions.read_all(specs, "the models", VERIFY.value == "on")
+    found = predictions.read_all(specs, "the models", cli.verify(VERIFY))
     names, (first, second) = list(found), found.values()
     ids = compare.common(first, second)
     if not len(first) == len(second) == len(ids):

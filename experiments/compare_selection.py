@@ -72,7 +72,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     request = grid.parse(METHODS.value, BUDGETS.value, SEEDS.value, RANKINGS.value)
     run = experiment.dry_run if DRY_RUN.value else experiment.run
-    run(cfg, cli.folder(WORKDIR), request, VERIFY.value == "on")
+    run(cfg, cli.folder(WORKDIR), request, cli.verify(VERIFY))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def base_of(adapter: pathlib.Path) -> str:
 
 def main() -> None:
     adapter, output = pathlib.Path(ADAPTER.value), pathlib.Path(OUTPUT.value)
-    if VERIFY.value == "on":
+    if cli.verify(VERIFY):
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if (adapter / name).is_file():
                 records.verify(adapter / name)

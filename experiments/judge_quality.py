@@ -44,7 +44,7 @@ def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
         UserError: a row without question or text, questions that differ between the models, or not
             two models for --pairwise.
     """
-    found = predictions.read_all(ANSWERS.value, "--answers", VERIFY.value == "on")
+    found = predictions.read_all(ANSWERS.value, "--answers", cli.verify(VERIFY))
     if PAIRWISE.value and len(found) != 2:
         raise errors.UserError(f"--pairwise compares two models; --answers names {len(found)}.")
     for model, rows in found.items():

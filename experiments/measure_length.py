@@ -177,7 +177,7 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     errors.check("--retention_ratio", 0 < RETENTION.value <= 1, "in (0, 1]", RETENTION.value)
     workdir = cli.folder(WORKDIR)
-    pool, percentile = read(workdir, VERIFY.value == "on")
+    pool, percentile = read(workdir, cli.verify(VERIFY))
     rows = measure(pool, percentile)
     print(
         f"{len(pool.tokens):,} rows, answer tokens {np.mean(pool.tokens):.0f} on average, "

@@ -25,7 +25,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     methods = [f"quadrant_{q}" for q in (1, 2, 3, 4)]
     request = grid.parse(methods, BUDGETS.value, SEEDS.value, [])
-    experiment.run(cfg, cli.folder(WORKDIR), request, VERIFY.value == "on")
+    experiment.run(cfg, cli.folder(WORKDIR), request, cli.verify(VERIFY))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
         return
     if cfg.parallel.distributed:
         processes.join()
-    pipeline.run(cfg, cli.folder(WORKDIR), names, OVERWRITE.value, VERIFY.value == "on")
+    pipeline.run(cfg, cli.folder(WORKDIR), names, OVERWRITE.value, cli.verify(VERIFY))
 
 
 if __name__ == "__main__":

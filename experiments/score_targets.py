@@ -50,7 +50,7 @@ def read_run(workdir: pathlib.Path) -> config.Config:
 
 
 def main() -> None:
-    workdir, verified = cli.folder(WORKDIR), VERIFY.value == "on"
+    workdir, verified = cli.folder(WORKDIR), cli.verify(VERIFY)
     cfg = read_run(workdir)
     placement = devices.make_placement(cfg.parallel)
     context = stages.Context(cfg, workdir, placement)

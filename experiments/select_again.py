@@ -82,7 +82,7 @@ def main() -> None:
     record, run = read_record(file), file.parent.parent
     cfg = records.config_of(record, file.parent)
     link_inputs(record, run, workdir)
-    with pipeline.at_work(cfg, workdir, VERIFY.value == "on") as context:
+    with pipeline.at_work(cfg, workdir, cli.verify(VERIFY)) as context:
         stages.execute(pipeline.STAGES["selection"], context, overwrite=False)
     again = records.finished(workdir, "selection")
     changed = {

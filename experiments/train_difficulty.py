@@ -49,7 +49,7 @@ def print_agreement(metrics) -> None:
 def main() -> None:
     cfg = cli.read_config(CONFIG)
     placement = devices.make_placement(cfg.parallel)
-    context = stages.Context(cfg, cli.folder(WORKDIR), placement, VERIFY.value == "on")
+    context = stages.Context(cfg, cli.folder(WORKDIR), placement, cli.verify(VERIFY))
     # As in pipeline.run: TPUs and GPUs round float32 products unless told otherwise.
     with pipeline.locked(context.workdir), jax.default_matmul_precision("highest"):
         ran = stages.execute(STAGE, context, OVERWRITE.value)

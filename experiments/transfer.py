@@ -27,7 +27,7 @@ def main() -> None:
     cfg = cli.read_config(CONFIG)
     rankings = [f"{method}_transferred={SCORES.value}:{method}" for method in METHODS.value]
     request = grid.parse(METHODS.value, BUDGETS.value, SEEDS.value, rankings)
-    experiment.run(cfg, cli.folder(WORKDIR), request, VERIFY.value == "on")
+    experiment.run(cfg, cli.folder(WORKDIR), request, cli.verify(VERIFY))
 
 
 if __name__ == "__main__":

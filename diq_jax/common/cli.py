@@ -73,6 +73,13 @@ def define_verify() -> flags.FlagHolder:
     )
 
 
+def verify(holder: flags.FlagHolder) -> bool:
+    """What that flag says; a word about it where it says no."""
+    if holder.value == "off":
+        logging.warning("--verify=off: files of runs are used whether or not they are as written.")
+    return holder.value == "on"
+
+
 def folder(holder: flags.FlagHolder) -> pathlib.Path:
     """The folder that a flag names. Raises UserError for an empty name, which is no folder."""
     if not holder.value.strip():
@@ -115,6 +122,7 @@ def _usage() -> str:
 
 def _log_and_leave(kind, error, trace) -> None:
     """Ends a script at an exception that nothing expected: one sentence, and a log for us."""
+    processes.wait_if_stopping()
     text = "".join(traceback.format_exception(error))
     said = textwrap.shorten(str(error), 200, placeholder=" ...")
     print(

@@ -351,7 +351,12 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         UserError: a field that does not exist (with the nearest that does), of the wrong type, out
             of range, or at odds with another.
     """
-    return _with_sample(_build(Config, _typed(Config, config.to_dict(), "")))
+    return from_dict(config.to_dict())
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """As `resolve`, of a config that was read from a stage.json."""
+    return _with_sample(_build(Config, _typed(Config, values, "")))
 
 
 def _with_sample(cfg: Config) -> Config:

@@ -3,22 +3,24 @@
 Until `join` a process is alone: it is the first, and waits for nobody.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from diq_jax.common import errors
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code that shells know
 LONGEST_STOP = 5  # seconds that the words of a stopped process may take
+ANSWERING = 2  # seconds in which all others have asked the first process
 LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000  # a stage of the first process may take days
 
 STOPPED = "diq_jax/stopped"
 _index, _joined = 0, False
+_stopping = threading.Lock()
 
 
 def join() -> None:
@@ -48,7 +50,7 @@ def join() -> None:
             "JAX_PROCESS_ID."
         ) from None
     _index, _joined = jax.process_index(), True
-    threading.Thread(target=_wait_for_others, daemon=True).start()
+    threading.Thread(target=_listen, daemon=True).start()
 
 
 def joined() -> bool:
@@ -72,6 +74,7 @@ def leave(code: int) -> NoReturn:
     """Exits. Not by way of jax's own farewell, which waits for others that wait for this one: they
     end when they miss it.
     """
+    wait_if_stopping()
     if _joined:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -88,40 +91,60 @@ def stop_on_sigterm() -> None:
     """
     received, write = os.pipe()
     os.set_blocking(write, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def wait() -> None:
         while os.read(received, 1) != bytes([signal.SIGTERM]):
             pass
-        _stop(tell=_joined)
+        _stop()
 
     threading.Thread(target=wait, daemon=True).start()
+    # An event loop of asyncio takes the pipe for itself; it is always back in Python soon.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_stop, daemon=True).start())
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
-def _stop(tell: bool) -> NoReturn:
-    threading.Timer(LONGEST_STOP, os._exit, (TERMINATED,)).start()
-    print("\nStopped by SIGTERM: the same command continues from here.", file=sys.stderr)
+def wait_if_stopping() -> None:
+    """Returns at once unless SIGTERM has come: then the process ends here, and what fails in it
+    because others have ended is no news.
+    """
+    if _stopping.locked():
+        time.sleep(2 * LONGEST_STOP)
+
+
+def _stop(told: bool = False) -> None:
+    if not _stopping.acquire(blocking=False):
+        return  # another thread is at it
+    threading.Timer(LONGEST_STOP, _end).start()
     sys.stdout.flush()
-    sys.stderr.flush()
-    if tell:
-        _client().key_value_set(STOPPED, "", allow_overwrite=True)
-        time.sleep(1)  # the first process answers the others' questions
+    if _joined:
+        if not told:
+            _others(lambda client: client.key_value_set(STOPPED, "by SIGTERM", allow_overwrite=True))
+        if is_first():
+            time.sleep(ANSWERING)
+    _end()
+
+
+def _end() -> NoReturn:
+    os.write(2, b"\nStopped by SIGTERM: the same command continues from here.\n")
     os._exit(TERMINATED)
 
 
-def _wait_for_others() -> None:
-    """Asks every second: a thread that blocks in the client would break the process's exit."""
-    from jax import errors as jax_errors
-
-    while True:
+def _listen() -> None:
+    """Stops this process when another one says that it was stopped. It asks every second, since a
+    thread that blocks in the client would break the process's exit.
+    """
+    while not _others(lambda client: client.key_value_try_get(STOPPED)):
         time.sleep(1)
-        with contextlib.suppress(jax_errors.JaxRuntimeError):  # nobody has stopped
-            _client().key_value_try_get(STOPPED)
-            _stop(tell=False)
+    _stop(told=True)
 
 
-def _client():
+def _others(ask: Callable[[Any], Any]) -> Any:
+    """The answer of the service by which processes know of each other; None where it has none, or
+    is gone.
+    """
     from orbax.checkpoint import multihost
 
-    return multihost.get_jax_distributed_client()
+    try:
+        return ask(multihost.get_jax_distributed_client())
+    except RuntimeError:
+        return None

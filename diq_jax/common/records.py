@@ -8,10 +8,9 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import pyarrow as pa
 
 from diq_jax.common import artifacts, config, errors, progress, reading
@@ -100,7 +99,7 @@ def config_of(record: Mapping[str, Any], path: pathlib.Path) -> config.Config:
     none of this version's.
     """
     try:
-        return config.resolve(ml_collections.ConfigDict(record["config"]))
+        return config.from_dict(record["config"])
     except errors.UserError as e:
         raise errors.UserError(f"{path / NAME} holds a config of another version: {e}") from None
 
@@ -125,21 +124,26 @@ def verify(path: str | os.PathLike, checksum: str = "") -> bool:
             break
     else:
         return False
-    stage = record["stage"]
     if record["status"] != DONE:
+        stage = record["stage"]
         raise errors.UserError(
             f"{path} is of the stage {stage!r}, which has not finished: run with --stages={stage}."
         )
-    name = path.absolute().relative_to(folder).as_posix()
+    _compare(path, folder, record, checksum or artifacts.sha256(path))
+    return True
+
+
+def _compare(path, folder, record, checksum) -> None:
+    name = path.absolute().relative_to(folder.absolute()).as_posix()
     if name not in record["outputs"]:
         problem = f"is not among the files that {folder / NAME} says it has written"
-    elif (checksum or artifacts.sha256(path)) != record["outputs"][name]:
+    elif checksum != record["outputs"][name]:
         problem = f"was damaged or changed: its checksum is not the one in {folder / NAME}"
     else:
-        return True
+        return
     raise errors.UserError(
-        f"{path} {problem}. Redo the stage with --stages={stage} --overwrite, or use the file as "
-        "it is with --verify=off."
+        f"{path} {problem}. Redo the stage with --stages={record['stage']} --overwrite, or use the "
+        "file as it is with --verify=off."
     )
 
 
@@ -147,10 +151,10 @@ def verify_outputs(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Holds every output that is there against its record; a bar shows where that takes long."""
     found = [folder / name for name in record["outputs"] if (folder / name).is_file()]
     for path, checksum in checksums(f"verify {folder.name}", found):
-        verify(path, checksum)
+        _compare(path, folder, record, checksum)
 
 
-def checksums(title: str, paths: list[pathlib.Path]):
+def checksums(title: str, paths: Sequence[pathlib.Path]) -> Iterator[tuple[pathlib.Path, str]]:
     """Yields (path, sha256) with a bar that shows where it takes more than a few seconds."""
     with progress.byte_bar(title, sum(path.stat().st_size for path in paths)) as bar:
         for path in paths:

@@ -235,10 +235,9 @@ def _clear(stage, folder, before, now) -> None:
     """
     outputs = (before or {}).get("outputs", {})
     own = [n for n in _files(folder) if n != records.NAME and _is_own(stage, n, outputs)]
-    if not own:
-        return
-    marked = now | {"status": records.CLEARING, "outputs": outputs}
-    artifacts.write_json(folder / records.NAME, marked)
+    if own:
+        marked = now | {"status": records.CLEARING, "outputs": outputs}
+        artifacts.write_json(folder / records.NAME, marked)
     for name in own:
         artifacts.remove(folder / name)
     if processes.is_first():
