@@ -11,6 +11,7 @@ synced, but of the files only what was. (ext4, XFS and NFS leave something betwe
 
 import os
 import pathlib
+import stat
 from typing import Any
 
 Files = dict[str, bytes]
@@ -27,7 +28,7 @@ class Disk:
         self.root = folder
         self.cuts: list[Files] = []
         self._bytes: dict[int, bytes] = {}  # of a file, by inode
-        self._names: dict[int, dict[str, int]] = {}  # of a folder: {name: inode}
+        self._names: dict[int, dict[str, os.stat_result]] = {}  # of a folder
         self._held: list[int] = []  # open handles: an inode in use is given to no other file
 
     def __enter__(self) -> "Disk":
@@ -48,7 +49,7 @@ class Disk:
             os.close(handle)
 
     def lasting(self) -> Files:
-        """What the poorest cut at the very end leaves."""
+        """What the poorest cut right now leaves."""
         return self._poorest()
 
     def _watch(self, call, syncs):
@@ -65,7 +66,7 @@ class Disk:
         self._held.append(os.dup(handle))
         path = pathlib.Path(os.readlink(f"/proc/self/fd/{handle}"))
         if os.path.isdir(path):
-            self._names[status.st_ino] = {p.name: p.lstat().st_ino for p in path.iterdir()}
+            self._names[status.st_ino] = {p.name: p.lstat() for p in path.iterdir()}
         else:
             self._bytes[status.st_ino] = path.read_bytes()
 
@@ -77,24 +78,19 @@ class Disk:
     def _poorest(self) -> Files:
         found: Files = {}
 
-        def visit(inode, path):
-            if inode in self._names:
-                for name, child in self._names[inode].items():
-                    visit(child, f"{path}/{name}" if path else name)
-            elif inode in self._bytes:
-                found[path] = self._bytes[inode]
-            elif path:
-                # A name without anything of its own: an empty file, or an empty folder.
-                found[path] = b""
+        def visit(folder: int, path: str):
+            for name, child in self._names.get(folder, {}).items():
+                if stat.S_ISDIR(child.st_mode):
+                    visit(child.st_ino, f"{path}{name}/")
+                else:
+                    found[path + name] = self._bytes.get(child.st_ino, b"")
 
         visit(self.root.stat().st_ino, "")
         return found
 
     def _oddest(self) -> Files:
         files = (p for p in self.root.rglob("*") if p.is_file())
-        return {
-            str(p.relative_to(self.root)): self._bytes.get(p.stat().st_ino, b"") for p in files
-        }
+        return {str(p.relative_to(self.root)): self._bytes.get(p.stat().st_ino, b"") for p in files}
 
 
 def restore(files: Files, folder: pathlib.Path) -> pathlib.Path:

@@ -83,7 +83,7 @@ class Cache:
         self.usage, self.damaged = (0, 0, 0, 0), 0
         self._replies: dict[str, Reply] = {}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            artifacts.make_folder(self.path.parent)
             self._file = open(self.path, "a+b", buffering=0)  # a failed write leaves nothing
         except OSError as e:
             raise errors.UserError(f"{self.path} cannot be written: {e.strerror}.") from None

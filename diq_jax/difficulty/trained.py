@@ -58,12 +58,13 @@ def save(
         model: {"encoder", "heads"} and "words" if used, as folds.fit makes it.
         hf_config: the pretrained encoder's config.json.
     """
-    (folder / RECORD).unlink(missing_ok=True)
+    artifacts.remove(folder / RECORD)
     layers = jax.tree.leaves(model["encoder"]["layers"])[0].shape[0]
     settings = {**hf_config, "num_hidden_layers": layers, "architectures": ["BertModel"]}
     tensors = hf.encoder_tensors(model["encoder"])
     checkpoint.save_checkpoint(folder, settings, tensors, MAX_SHARD_BYTES)
     tokenizer.save_pretrained(folder)
+    artifacts.sync_tree(folder)
     ours = {name: tree for name, tree in model.items() if name != "encoder"}
     with artifacts.atomic(folder / HEADS) as temporary:
         arrays = trees.named_leaves(jax.tree.map(np.asarray, ours))

@@ -131,7 +131,7 @@ def run(context: stages.Context) -> dict[str, Any]:
                         bar.update(len(rows), new, model=name)
         done = _done(journal)
     _write(context, names, questions, [(part, _table(part, names, done)) for part, _ in scored])
-    context.path(PARTIAL).unlink()
+    artifacts.remove(context.path(PARTIAL))
     tokens = sum(
         part.tokens(i, done[name, part.name, i])
         for part, _ in scored

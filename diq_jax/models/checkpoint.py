@@ -166,9 +166,9 @@ def save_checkpoint(
         max_shard_bytes: a shard is closed before it grows beyond this; one tensor may exceed it.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    artifacts.make_folder(folder)
     for stale in (folder / CONFIG, folder / INDEX):
-        stale.unlink(missing_ok=True)
+        artifacts.remove(stale)
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, max_shard_bytes):
@@ -181,9 +181,9 @@ def save_checkpoint(
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [WEIGHTS]
     for stale in folder.glob("model*.safetensors"):
-        stale.unlink()
+        artifacts.remove(stale)
     for i, name in enumerate(names):
-        os.replace(_part(folder, i + 1), folder / name)
+        artifacts.replace(_part(folder, i + 1), folder / name)
     if len(shards) > 1:
         shard_of = {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import errors, trees
+from diq_jax.common import artifacts, errors, trees
 from diq_jax.models import hf, tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -27,6 +27,7 @@ def save_model(folder: str | os.PathLike, params, hf_config: dict[str, Any], bas
             "model's dtype; try a lower learning_rate, or model.dtype=float32."
         )
     tokenizer.load_tokenizer(base, field).save_pretrained(folder)
+    artifacts.sync_tree(folder)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)
 
 

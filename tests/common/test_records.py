@@ -70,10 +70,8 @@ def test_verification_can_be_left_out(tmp_path):
     ],
 )
 def test_a_record_does_not_make_a_wrong_value_right(tmp_path, values, kind, problem):
-    artifacts.write_table(tmp_path / NAME, scores(values, kind))
-    table = pq.read_table(tmp_path / NAME)
     write(tmp_path)
-    artifacts.write_table(tmp_path / NAME, table)
+    pq.write_table(pa.table(scores(values, kind)), tmp_path / NAME)
     outputs = {"influence.parquet": artifacts.sha256(tmp_path / NAME)}
     artifacts.write_json(
         tmp_path / "influence/stage.json",
