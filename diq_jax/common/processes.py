@@ -104,9 +104,11 @@ def stop_on_sigterm() -> None:
 
 
 def wait_if_stopping() -> None:
-    """Returns at once unless SIGTERM has come: then the process ends here, and what fails in it
-    because others have ended is no news.
+    """Returns at once unless SIGTERM has come, here or to another process: then this one ends, and
+    what fails in it because others have ended is no news.
     """
+    if _joined and _is_told():
+        _stop(told=True)
     if _stopping.locked():
         time.sleep(2 * LONGEST_STOP)
 
@@ -118,7 +120,9 @@ def _stop(told: bool = False) -> None:
     sys.stdout.flush()
     if _joined:
         if not told:
-            _others(lambda client: client.key_value_set(STOPPED, "by SIGTERM", allow_overwrite=True))
+            _others(
+                lambda client: client.key_value_set(STOPPED, "by SIGTERM", allow_overwrite=True)
+            )
         if is_first():
             time.sleep(ANSWERING)
     _end()
@@ -133,9 +137,13 @@ def _listen() -> None:
     """Stops this process when another one says that it was stopped. It asks every second, since a
     thread that blocks in the client would break the process's exit.
     """
-    while not _others(lambda client: client.key_value_try_get(STOPPED)):
+    while not _is_told():
         time.sleep(1)
     _stop(told=True)
+
+
+def _is_told() -> bool:
+    return bool(_others(lambda client: client.key_value_try_get(STOPPED)))
 
 
 def _others(ask: Callable[[Any], Any]) -> Any:
@@ -146,5 +154,5 @@ def _others(ask: Callable[[Any], Any]) -> Any:
 
     try:
         return ask(multihost.get_jax_distributed_client())
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
