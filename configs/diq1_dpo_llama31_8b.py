@@ -11,7 +11,7 @@ The preferences are yours: id, question, chosen, rejected. beta, learning rate a
 usual ones: the paper's are not known.
 """
 
-from diq_jax.common import config
+from diq_jax import config
 
 
 def get_config():

@@ -11,7 +11,7 @@ projection, the mean loss, the percentile of difficulty, and the benchmarks' nam
 With configs/huatuo_qwen3_8b.py:exact the inner product is taken exactly, over all parameters.
 """
 
-from diq_jax.common import config, errors
+from diq_jax import config, errors
 
 
 def get_config(engine="projected"):

@@ -6,7 +6,7 @@ Result:  test loss, 48 questions: DIQ - random -0.046 (-0.058 to -0.035), accura
          points; one seed
 """
 
-from diq_jax.common import config
+from diq_jax import config
 
 
 def get_config():

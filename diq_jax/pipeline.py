@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from absl import logging
 
-from diq_jax.common import artifacts, config, devices, errors, processes, records, stages
+from diq_jax import config, errors
 from diq_jax.data import chat, encoded, example, sources
 from diq_jax.difficulty import stage as difficulty
 from diq_jax.evaluate import generation
@@ -27,6 +27,7 @@ from diq_jax.influence import stage as influence
 from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.report import stage as report
+from diq_jax.run import artifacts, devices, processes, records, stages
 from diq_jax.selection import hygiene_stage
 from diq_jax.selection import stage as selection
 

@@ -3,10 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
-from diq_jax import pipeline
-from diq_jax.common import config, devices, stages
+from diq_jax import config, pipeline
 from diq_jax.data import preferences, sources
 from diq_jax.difficulty import labels, trained
+from diq_jax.run import devices, stages
 
 
 def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> str:

@@ -22,20 +22,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax import pipeline
-from diq_jax.common import (
-    artifacts,
-    cli,
-    devices,
-    errors,
-    influence_config,
-    metrics,
-    stages,
-    trees,
-)
+from diq_jax import errors, influence_config, pipeline, stats, trees
+from diq_jax.commands import cli
 from diq_jax.data import encoded
 from diq_jax.influence import direction, engines, per_example, projection, scoring
 from diq_jax.models import load
+from diq_jax.run import artifacts, devices, stages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 VERIFY = cli.define_verify()
@@ -167,13 +159,13 @@ def summarise(scores, exact, tokens, v, variants) -> list[dict]:
 
 def agreement(found, exact) -> dict[str, float]:
     """Means over draws; of Spearman also the least and the most."""
-    rank = [metrics.spearman(s, exact) for s in found]
+    rank = [stats.spearman(s, exact) for s in found]
     high = exact >= np.median(exact)
     return {
         "spearman": float(np.mean(rank)),
         "spearman_least": float(np.min(rank)),
         "spearman_most": float(np.max(rank)),
-        "pearson": float(np.mean([metrics.pearson(s, exact) for s in found])),
+        "pearson": float(np.mean([stats.pearson(s, exact) for s in found])),
         "top_1_percent": float(np.mean([overlap(s, exact, 0.01) for s in found])),
         "top_10_percent": float(np.mean([overlap(s, exact, 0.1) for s in found])),
         # Difficulty does not depend on the projection: a quadrant changes with the side of the

@@ -16,9 +16,11 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from diq_jax.common import answers, artifacts, asking, cli, config, errors
+from diq_jax import config, errors
+from diq_jax.clients import annotate, answers, asking
+from diq_jax.commands import cli
 from diq_jax.data import chat, sources
-from diq_jax.difficulty import annotate
+from diq_jax.run import artifacts
 
 ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.")
 OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.")

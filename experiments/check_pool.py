@@ -15,8 +15,10 @@ import time
 
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config
+from diq_jax import config
+from diq_jax.commands import cli
 from diq_jax.data import sources
+from diq_jax.run import artifacts
 from diq_jax.selection import hygiene
 
 POOL = flags.DEFINE_string("pool", None, "As data.pool.")

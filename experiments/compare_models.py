@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, errors
+from diq_jax import errors
+from diq_jax.commands import cli
 from diq_jax.evaluate import compare, predictions
 from diq_jax.report import tables
+from diq_jax.run import artifacts
 
 VERIFY = cli.define_verify()
 METRIC = flags.DEFINE_enum(

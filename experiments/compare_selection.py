@@ -22,8 +22,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax.common import cli
-from diq_jax.compare import experiment, grid
+from comparison import experiment, grid
+from diq_jax.commands import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRESETS = {

@@ -12,8 +12,10 @@ import pathlib
 import jax
 from absl import flags
 
-from diq_jax.common import cli, config, devices, errors, reading, records
+from diq_jax import config, errors
+from diq_jax.commands import cli
 from diq_jax.models import export, load, lora
+from diq_jax.run import devices, reading, records
 
 VERIFY = cli.define_verify()
 ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.")

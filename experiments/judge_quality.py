@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from diq_jax.common import answers, artifacts, asking, cli, errors
-from diq_jax.evaluate import judge, predictions
+from diq_jax import errors
+from diq_jax.clients import answers, asking, judge
+from diq_jax.commands import cli
+from diq_jax.evaluate import predictions
 from diq_jax.report import tables
+from diq_jax.run import artifacts
 
 VERIFY = cli.define_verify()
 ANSWERS = flags.DEFINE_list("answers", None, "RUN:MODEL or FILE.jsonl[:MODEL], comma-separated.")

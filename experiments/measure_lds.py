@@ -28,21 +28,14 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax.common import (
-    artifacts,
-    cli,
-    config,
-    devices,
-    errors,
-    influence_config,
-    metrics,
-    progress,
-    trees,
-)
+import datamodel
+from diq_jax import config, errors, influence_config, stats, trees
+from diq_jax.commands import cli
 from diq_jax.data import batches, chat, example, sources
-from diq_jax.influence import curvature, datamodel, direction, exact, projection, warmup
+from diq_jax.influence import curvature, direction, exact, projection, warmup
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, tokenizer
+from diq_jax.run import artifacts, devices, progress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
@@ -329,7 +322,7 @@ def main() -> None:
         {
             "title": title,
             "settings": settings_of(),
-            "reliability": metrics.finite(reliability),
+            "reliability": stats.finite(reliability),
             "rows": rows,
         },
     )

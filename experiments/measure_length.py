@@ -24,7 +24,10 @@ import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from diq_jax.common import artifacts, cli, errors, gradient_store, metrics, records
+from diq_jax import errors, stats
+from diq_jax.commands import cli
+from diq_jax.data import gradient_store
+from diq_jax.run import artifacts, records
 from diq_jax.selection import methods
 
 VERIFY = cli.define_verify()
@@ -108,19 +111,17 @@ def measure(pool: Pool, percentile: float) -> list[dict]:
     for name, scores in found.items():
         chosen = diq(scores, pool, percentile)
         inside = {
-            str(source): metrics.finite(
-                metrics.spearman(
-                    scores[pool.sources == source], pool.tokens[pool.sources == source]
-                )
+            str(source): stats.finite(
+                stats.spearman(scores[pool.sources == source], pool.tokens[pool.sources == source])
             )
             for source in largest[: SOURCES.value]
         }
         rows.append(
             {
                 "name": name,
-                "tokens": metrics.finite(metrics.spearman(scores, pool.tokens)),
-                "loss": metrics.finite(metrics.spearman(scores, pool.loss)),
-                "difficulty": metrics.finite(metrics.spearman(scores, pool.difficulty)),
+                "tokens": stats.finite(stats.spearman(scores, pool.tokens)),
+                "loss": stats.finite(stats.spearman(scores, pool.loss)),
+                "difficulty": stats.finite(stats.spearman(scores, pool.difficulty)),
                 "tokens_in_source": inside,
                 "selected": int(chosen.sum()),
                 "selected_tokens": float(np.mean(pool.tokens[chosen])),
@@ -182,8 +183,8 @@ def main() -> None:
     print(
         f"{len(pool.tokens):,} rows, answer tokens {np.mean(pool.tokens):.0f} on average, "
         f"{np.median(pool.tokens):.0f} in the middle; Spearman of loss with tokens "
-        f"{metrics.spearman(pool.loss, pool.tokens):+.2f}, of difficulty with tokens "
-        f"{metrics.spearman(pool.difficulty, pool.tokens):+.2f}"
+        f"{stats.spearman(pool.loss, pool.tokens):+.2f}, of difficulty with tokens "
+        f"{stats.spearman(pool.difficulty, pool.tokens):+.2f}"
     )
     show(rows)
     title = f"Influence and length, {len(pool.tokens):,} rows; selected by DIQ in colour"

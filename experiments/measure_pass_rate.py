@@ -20,11 +20,13 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, progress
+from diq_jax import config, errors
+from diq_jax.commands import cli
 from diq_jax.data import sources
 from diq_jax.difficulty import labels
 from diq_jax.evaluate import generation
 from diq_jax.models import checkpoint, generate, load, tokenizer
+from diq_jax.run import artifacts, devices, progress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")

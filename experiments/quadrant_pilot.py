@@ -11,8 +11,8 @@ from the others, in selection.quadrant_order.
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax.common import cli
-from diq_jax.compare import experiment, grid
+from comparison import experiment, grid
+from diq_jax.commands import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 VERIFY = cli.define_verify()

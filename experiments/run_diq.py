@@ -13,7 +13,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from diq_jax import pipeline, preflight
-from diq_jax.common import cli, processes
+from diq_jax.commands import cli
+from diq_jax.run import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")

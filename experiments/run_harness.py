@@ -11,10 +11,12 @@ top_p). Prints the harness's table and, with --out, writes its numbers as JSON.
 
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors
+from diq_jax import config, errors
+from diq_jax.commands import cli
 from diq_jax.data import chat
 from diq_jax.evaluate import harness_generation
 from diq_jax.models import load, lora, tokenizer
+from diq_jax.run import artifacts, devices
 
 MODEL = flags.DEFINE_string("model", None, "As model.path.")
 TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.")

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from diq_jax.common import artifacts, cli, config, devices, errors, records, stages
+from diq_jax import config, errors
+from diq_jax.commands import cli
 from diq_jax.data import chat, sources
 from diq_jax.influence import direction, engines, scoring, store
 from diq_jax.influence import stage as influence
 from diq_jax.models import load, tokenizer
+from diq_jax.run import artifacts, devices, records, stages
 
 POOL, STORE = "prepare/pool.parquet", "influence/store"
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from diq_jax import pipeline
-from diq_jax.common import artifacts, cli, errors, reading, records, stages
+from diq_jax import errors, pipeline
+from diq_jax.commands import cli
+from diq_jax.run import artifacts, reading, records, stages
 
 STAGE = flags.DEFINE_string("stage", None, "The selection/stage.json of a finished run.")
 VERIFY = cli.define_verify()

@@ -14,8 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from diq_jax import pipeline
-from diq_jax.common import cli, devices, records, stages
+from diq_jax.commands import cli
 from diq_jax.difficulty import agreement, stage
+from diq_jax.run import devices, records, stages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 VERIFY = cli.define_verify()

@@ -13,10 +13,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax.common import cli, devices, metrics
+from diq_jax import stats
+from diq_jax.commands import cli
 from diq_jax.data import batches, chat, sources
 from diq_jax.influence import direction, exact
 from diq_jax.models import load, tokenizer
+from diq_jax.run import devices
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 EXAMPLES = flags.DEFINE_integer("examples", 24, "Of the pool, from its start.", lower_bound=3)
@@ -72,7 +74,7 @@ def main() -> None:
     predicted = -ETA.value * np.array(influence)
     slope = float(np.sum(predicted * change) / np.sum(predicted**2))
     print(f"{len(pool)} examples, {len(targets)} targets, eta {ETA.value:g}: "
-          f"Pearson {metrics.pearson(predicted, change):.4f}, slope {slope:.3f}")  # fmt: skip
+          f"Pearson {stats.pearson(predicted, change):.4f}, slope {slope:.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

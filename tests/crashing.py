@@ -315,8 +315,8 @@ def preload() -> None:
     import orbax.checkpoint  # noqa: F401
     import transformers.models.auto  # noqa: F401
 
+    from comparison import experiment  # noqa: F401
     from diq_jax import pipeline  # noqa: F401
-    from diq_jax.compare import experiment  # noqa: F401
 
 
 def main(arguments: Sequence[str]) -> int:

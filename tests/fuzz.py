@@ -251,8 +251,8 @@ def _gguf(base, gguf) -> None:
 
 def act(base: pathlib.Path, workdir: pathlib.Path, kind: str, stages: str) -> None:
     """What a user's command would do with the inputs in `base`."""
-    from diq_jax import pipeline
-    from diq_jax.common import config, devices
+    from diq_jax import config, pipeline
+    from diq_jax.run import devices
 
     if stages == "weights":
         _load(base, kind, devices.make_placement(config.Parallel()))
@@ -294,7 +294,7 @@ def _load(base, kind, placement) -> None:
 
 def one(base: pathlib.Path, kind: str, seed: int) -> tuple[str, str]:
     """Runs a case on a copy of `base`: (ok, refused, TRACEBACK or LOST; what was said)."""
-    from diq_jax.common import errors
+    from diq_jax import errors
 
     pattern, damage, stages = KINDS[kind]
     rng = random.Random(f"{kind}/{seed}")

@@ -14,7 +14,7 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import errors, trees
+from diq_jax import errors, trees
 from diq_jax.models import checkpoint, decoder, load, lora, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.models import export as export_lib

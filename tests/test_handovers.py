@@ -11,8 +11,8 @@ import pytest
 import scripts
 import tiny
 
-from diq_jax import pipeline
-from diq_jax.common import artifacts, config, devices, errors, records, stages
+from diq_jax import config, errors, pipeline
+from diq_jax.run import artifacts, devices, records, stages
 
 SETTINGS = {
     "model.max_tokens": 256,

@@ -14,9 +14,9 @@ import folders
 import pyarrow.parquet as pq
 import pytest
 
-from diq_jax import pipeline, preflight
-from diq_jax.common import artifacts, config, errors, reading
+from diq_jax import config, errors, pipeline, preflight
 from diq_jax.evaluate import generation
+from diq_jax.run import artifacts, reading
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import config, devices
+from diq_jax import config
 from diq_jax.data import example
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, load
+from diq_jax.run import devices
 
 
 def decoder_config(**changes):

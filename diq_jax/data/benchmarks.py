@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import logging
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import example
 
 PREFIX = "benchmark:"

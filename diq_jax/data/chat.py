@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import transformers
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat_template
 from diq_jax.data import example as example_lib
 

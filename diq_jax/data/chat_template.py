@@ -11,7 +11,8 @@ from typing import Any
 
 import transformers
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
+from diq_jax.run import reading
 
 WORKER = pathlib.Path(__file__).with_name("template_worker.py")
 MOST_SECONDS = 3.0  # of a processor, for one conversation

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
+from diq_jax.run import reading
 
 IGNORED = -100  # a label that is not scored, as in transformers
 CONTRACT = {name: name for name in ("id", "question", "reasoning", "answer")}

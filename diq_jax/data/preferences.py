@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
 from diq_jax.data import chat, sources
 from diq_jax.data import example as example_lib
+from diq_jax.run import reading
 
 SIDES = ("chosen", "rejected")
 

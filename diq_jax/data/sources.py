@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diq_jax.common import artifacts, errors, reading
+from diq_jax import errors
 from diq_jax.data import benchmarks
 from diq_jax.data import example as example_lib
+from diq_jax.run import artifacts, reading
 
 Rows = Iterator[tuple[dict, str]]  # a row and where it stands
 

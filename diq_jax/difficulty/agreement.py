@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import config, metrics
+from diq_jax import config, stats
 from diq_jax.difficulty import calibration, classifier, heads, labels, words
 
 SAMPLES = 1000  # of the bootstrap
@@ -45,11 +45,11 @@ def _perspective(label, probabilities, texts, parts, seed):
     length = np.array([len(text) for text in texts])
     ridge = words.ridge(texts, label, parts)
     baselines = {
-        "question length": {"spearman": metrics.finite(metrics.spearman(length, label))},
+        "question length": {"spearman": stats.finite(stats.spearman(length, label))},
         "median level": _agreement(label, np.full(len(label), np.median(label))),
         TF_IDF: _agreement(label, ridge),
     }
-    drawn = metrics.bootstrap_spearman(np.stack([level, ridge], 1), label, SAMPLES, seed)
+    drawn = stats.bootstrap_spearman(np.stack([level, ridge], 1), label, SAMPLES, seed)
     own = _agreement(label, level)
     difference = _interval(drawn[:, 0] - drawn[:, 1])
     if difference and baselines[TF_IDF]["spearman"] is not None:
@@ -68,11 +68,9 @@ def _perspective(label, probabilities, texts, parts, seed):
 
 def _agreement(label, level):
     return {
-        "spearman": metrics.finite(metrics.spearman(level, label)),
+        "spearman": stats.finite(stats.spearman(level, label)),
         "mae": float(np.mean(np.abs(level - label))),
-        "kappa": metrics.finite(
-            metrics.quadratic_kappa(_whole(label), _whole(level), labels.LEVELS)
-        ),
+        "kappa": stats.finite(stats.quadratic_kappa(_whole(label), _whole(level), labels.LEVELS)),
     }
 
 

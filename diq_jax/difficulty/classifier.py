@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diq_jax.common import config, devices, trees
+from diq_jax import config, trees
 from diq_jax.difficulty import heads as heads_lib
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder
+from diq_jax.run import devices
 
 WARMUP_RATIO = 0.1  # of all steps; a cosine to zero follows
 WEIGHT_DECAY = 0.01

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from diq_jax.common import artifacts, config, devices, errors, progress, reading, trees
+from diq_jax import config, errors, trees
 from diq_jax.difficulty import classifier, heads, labels, words
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, devices, progress, reading
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.optimize
 import threadpoolctl
 
-from diq_jax.common import config
+from diq_jax import config
 from diq_jax.difficulty import labels
 
 # Gaussian priors, as inverse variances, for rows whose features have a mean square norm of 1: those

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import config, errors, reading
+from diq_jax import config, errors
 from diq_jax.data import example, sources
+from diq_jax.run import reading
 
 FIELD = "difficulty.source"
 LEVELS = 5

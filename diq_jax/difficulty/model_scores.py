@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, devices, errors, progress, stages
+from diq_jax import errors
 from diq_jax.data import batches, chat, encoded, example
 from diq_jax.models import checkpoint, load, loss, tokenizer
+from diq_jax.run import artifacts, devices, progress, stages
 
 PARTIAL = "difficulty/partial/model-scores"  # what a killed run continues from
 SCORES = "difficulty/model_scores.parquet"

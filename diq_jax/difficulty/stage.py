@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, config, errors, progress, stages
+from diq_jax import config, errors
 from diq_jax.data import example
 from diq_jax.difficulty import (
     agreement,
@@ -31,6 +31,7 @@ from diq_jax.difficulty import (
 )
 from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, progress, stages
 
 FIELD = "difficulty.encoder"
 POOL = "prepare/pool.parquet"

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from diq_jax.common import artifacts, config, errors, reading, trees
+from diq_jax import config, errors, trees
 from diq_jax.difficulty import labels
 from diq_jax.models import checkpoint, hf
+from diq_jax.run import artifacts, reading
 
 RECORD, HEADS = "difficulty.json", "difficulty.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9

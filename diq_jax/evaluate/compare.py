@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.evaluate import calibration, intervals, predictions, significance
 
 LEVEL = 0.05  # a p-value below it is called a difference

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import config as config_lib
-from diq_jax.common import devices, errors
+from diq_jax import config as config_lib
+from diq_jax import errors
 from diq_jax.data import batches, chat, example
 from diq_jax.evaluate import extract
 from diq_jax.models import generate, load, sampling, tokenizer
+from diq_jax.run import devices
 
 # No stand-in for the letter: weak models copy it.
 INSTRUCTION = (

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import devices, errors, progress
+from diq_jax import errors
 from diq_jax.data import batches, chat
 from diq_jax.evaluate import harness_generation, options
 from diq_jax.models import decoder, load, loss
+from diq_jax.run import devices, progress
 
 try:
     import lm_eval

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import devices, errors, progress
+from diq_jax import errors
 from diq_jax.data import batches, chat
 from diq_jax.evaluate import generation
 from diq_jax.models import generate, load, sampling
+from diq_jax.run import devices, progress
 
 MAX_SHAPES = 4  # prompt lengths to pad to, of one call: each is two compilations
 LONGEST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -15,7 +15,7 @@ def estimates(values, samples: int, seed: int | Sequence[int]) -> np.ndarray:
     """The mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...) float64.
 
     Questions are drawn with replacement, the same for every column and those that
-    metrics.bootstrap_interval draws with this seed; so the difference of two columns is the paired
+    stats.bootstrap_interval draws with this seed; so the difference of two columns is the paired
     bootstrap of their difference.
     """
     values = np.asarray(values, np.float64)

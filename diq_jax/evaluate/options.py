@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import batches, example
 
 PROMPT_SEGMENT = 1  # as batches.make_batch has it

@@ -12,8 +12,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from diq_jax.common import errors, reading, records
+from diq_jax import errors
 from diq_jax.data import sources
+from diq_jax.run import reading, records
 
 TESTS = ("example_id", "question", "options", "choices", "answer")
 Rows = dict[str, dict[str, Any]]  # by example_id, in the order of the file

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import artifacts, devices, errors, progress, stages
-from diq_jax.common import config as config_lib
+from diq_jax import config as config_lib
+from diq_jax import errors
 from diq_jax.data import batches, benchmarks, encoded, example
 from diq_jax.evaluate import generation, intervals, options
 from diq_jax.models import checkpoint, load, lora, loss, tokenizer
+from diq_jax.run import artifacts, devices, progress, stages
 
 MAX_SHAPES = 4  # batch shapes of the targets, and of the tests: each is a compilation
 PARTIAL = "evaluate/scores.partial.jsonl"

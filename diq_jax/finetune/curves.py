@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-from diq_jax.common import errors
+from diq_jax import errors
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import finetune_config
+from diq_jax import finetune_config
 from diq_jax.data import batches, preferences, steps
 from diq_jax.finetune import sft
 from diq_jax.models import config as model_config

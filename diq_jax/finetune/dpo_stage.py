@@ -6,21 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax.common import (
-    artifacts,
-    config,
-    devices,
-    errors,
-    finetune_config,
-    progress,
-    reading,
-    stages,
-    trees,
-)
+from diq_jax import config, errors, finetune_config, trees
 from diq_jax.data import batches, chat, preferences, sources
 from diq_jax.finetune import curves, dpo, loop, sft
 from diq_jax.models import checkpoint, load, lora, tokenizer
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, devices, progress, reading, stages
 
 DATA = "finetune.dpo.data"
 SFT = "finetune/adapter"

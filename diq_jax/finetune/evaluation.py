@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import devices, stages
 from diq_jax.data import batches, encoded
 from diq_jax.finetune import sft
 from diq_jax.models import load, loss
+from diq_jax.run import devices, stages
 
 MAX_SHAPES = 4  # of batches: each is a compilation
 

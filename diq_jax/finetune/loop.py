@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import errors, progress, trees
+from diq_jax import errors, trees
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import states
+from diq_jax.run import progress
 
 Record = dict[str, float]  # a step's metrics by name
 ADVICE = "Try a lower learning_rate, finetune.clip_norm=1 or model.dtype=float32."

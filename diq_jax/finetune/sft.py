@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diq_jax.common import devices, finetune_config, trees
+from diq_jax import finetune_config, trees
 from diq_jax.data import steps
 from diq_jax.models import config as model_config
 from diq_jax.models import lora, loss
+from diq_jax.run import devices
 
 
 @flax.struct.dataclass

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import artifacts, errors, reading, stages, trees
+from diq_jax import errors, trees
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import curves, evaluation, loop, sft
 from diq_jax.models import checkpoint, decoder, export, load, lora
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, reading, stages
 
 SELECTED = "selected"
 

@@ -14,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from diq_jax.common import artifacts, errors, reading
+from diq_jax import errors
+from diq_jax.run import artifacts, reading
 
 KEPT = 2
 CHECKSUMS = "checksums.json"

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import devices, trees
+from diq_jax import trees
 from diq_jax.models import decoder, loss
+from diq_jax.run import devices
 
 HEAD = ("params/embed/", "params/head/")  # what stands after the last hidden state
 

@@ -12,8 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import devices, influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.models import load, lora, loss
+from diq_jax.run import devices
 
 # Randomised truncated SVD (Halko et al., arXiv 0909.4061): columns beyond the rank, and passes.
 OVERSAMPLE, PASSES = 16, 4

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax.common import devices, influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.influence import direction, exact, factored, per_example, projection, warmup
+from diq_jax.run import devices
 
 
 @dataclasses.dataclass(frozen=True)

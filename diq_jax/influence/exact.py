@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import trees
+from diq_jax import trees
 from diq_jax.influence import direction
 from diq_jax.models import loss
 

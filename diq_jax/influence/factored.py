@@ -21,7 +21,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import errors, influence_config, trees
+from diq_jax import errors, influence_config, trees
 from diq_jax.influence import direction, projection
 from diq_jax.models import layers, loss
 

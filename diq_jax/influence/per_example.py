@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.influence import direction
 
 

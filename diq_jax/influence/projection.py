@@ -20,7 +20,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import errors, influence_config, trees
+from diq_jax import errors, influence_config, trees
 
 ATOM = 32  # coordinates of a dense block: a uint32 holds their signs for one output
 BUCKETS = 2  # of the sparse kind: more spreads single large coordinates, and costs as much again

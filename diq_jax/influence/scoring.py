@@ -11,19 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax.common import (
-    artifacts,
-    devices,
-    errors,
-    influence_config,
-    processes,
-    progress,
-    stages,
-    trees,
-)
+from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, example, packing
 from diq_jax.influence import curvature, direction, engines, per_example, store, warmup
 from diq_jax.models import load
+from diq_jax.run import artifacts, devices, processes, progress, stages
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,20 +10,12 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import (
-    artifacts,
-    errors,
-    influence_config,
-    metrics,
-    processes,
-    records,
-    stages,
-    trees,
-)
+from diq_jax import errors, influence_config, stats, trees
 from diq_jax.data import encoded
 from diq_jax.influence import direction, scoring, warmup
 from diq_jax.models import checkpoint, decoder, load, lora
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, processes, records, stages
 
 
 def fingerprints(context: stages.Context) -> Mapping[str, str]:
@@ -127,8 +119,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         "target_groups": list(task.groups),
         "target_loss": _by_task(tasks, target_losses),
         "correlations": {
-            "spearman_influence_tokens": metrics.finite(metrics.spearman(influence, tokens)),
-            "spearman_influence_loss": metrics.finite(metrics.spearman(influence, loss)),
+            "spearman_influence_tokens": stats.finite(stats.spearman(influence, tokens)),
+            "spearman_influence_loss": stats.finite(stats.spearman(influence, loss)),
         },
         **scored.record,
     }

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, gradient_store, processes, reading
+from diq_jax.data import gradient_store
+from diq_jax.run import artifacts, processes, reading
 
 HEADER = np.dtype([("index", "<u4"), ("checksum", "<u4"), ("loss", "<f4")])
 # The reading half, under the names that users find here.

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from diq_jax.common import artifacts, devices, errors, influence_config, progress, trees
+from diq_jax import errors, influence_config, trees
 from diq_jax.data import example, steps
 from diq_jax.influence import direction
+from diq_jax.run import artifacts, devices, progress
 
 B1, B2, EPS = 0.9, 0.999, 1e-8  # Adam's
 WARMUP_RATIO = 0.03  # of the steps

@@ -18,8 +18,9 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 
-from diq_jax.common import artifacts, errors, reading
+from diq_jax import errors
 from diq_jax.models import gguf_file, safetensors_file, stored, torch_file
+from diq_jax.run import artifacts, reading
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

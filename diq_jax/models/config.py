@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
+from diq_jax.run import reading
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 ENCODERS = ("bert",)

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diq_jax.common import artifacts, errors, trees
+from diq_jax import errors, trees
 from diq_jax.models import hf, tokenizer
+from diq_jax.run import artifacts
 
 MAX_SHARD_BYTES = 5 * 10**9
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from diq_jax.common import devices, errors
+from diq_jax import errors
 from diq_jax.models import cache, config, sampling
+from diq_jax.run import devices
 
 END, STOP, LENGTH = "end", "stop", "length"  # why an answer ended
 

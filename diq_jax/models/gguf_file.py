@@ -12,8 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
 from diq_jax.models import gguf_header, stored
+from diq_jax.run import reading
 
 # general.architecture -> transformers class. Mistral files carry the architecture llama.
 ARCHITECTURES = {

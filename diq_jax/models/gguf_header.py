@@ -14,8 +14,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
 from diq_jax.models import stored
+from diq_jax.run import reading
 
 VERSIONS = (2, 3)
 MOST_ENTRIES = 2**16  # metadata keys, and tensors; a model of 80 layers has 724 tensors

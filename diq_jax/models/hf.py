@@ -10,8 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import errors, reading, trees
+from diq_jax import errors, trees
 from diq_jax.models import checkpoint, decoder, encoder, stored
+from diq_jax.run import reading
 
 # Path in the tree -> tensor name; {i} is the layer. Kernels are stored (out, in) on their side.
 DECODER_NAMES = {

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from diq_jax.common import devices
 from diq_jax.models import checkpoint, config, decoder, hf
+from diq_jax.run import devices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from diq_jax.common import artifacts, errors, reading, trees
+from diq_jax import errors, trees
 from diq_jax.models import config, decoder, safetensors_file, stored
+from diq_jax.run import artifacts, reading
 
 PEFT_PREFIX = "base_model.model.model.layers."
 PEFT_MODULES = {"attn": "self_attn", "mlp": "mlp"}

@@ -6,8 +6,9 @@ import pathlib
 
 import safetensors
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
 from diq_jax.models import stored
+from diq_jax.run import reading
 
 MOST_HEADER = 10**8  # bytes, the library's limit
 # The format's name of each type that the library gives as a numpy array.

@@ -17,8 +17,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from diq_jax.common import artifacts, errors, reading
+from diq_jax import errors
 from diq_jax.models import checkpoint, gguf_file
+from diq_jax.run import artifacts, reading
 
 FILE = "tokenizer.json"
 FILES = (FILE, "tokenizer.model", "vocab.json", "vocab.txt")

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import errors, reading
+from diq_jax import errors
 from diq_jax.models import stored
+from diq_jax.run import reading
 
 MOST_PICKLE = 2**22  # bytes; a model of 800 tensors needs 100,000
 MOST_OPCODES = 2**20  # of one pickle; such a model needs 40,000

@@ -14,7 +14,7 @@ import markupsafe
 import numpy as np
 import plotly.offline
 
-from diq_jax.common import config
+from diq_jax import config
 from diq_jax.report import classifier, figures, tables
 
 MOST_POINTS = 4000  # of the scatters; browsers drag with more SVG marks

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from diq_jax.common import artifacts, reading, records, stages
 from diq_jax.report import page, tables
+from diq_jax.run import artifacts, reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
 PAIRS = "selection/hygiene.parquet"

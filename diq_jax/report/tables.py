@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.common import config, metrics
+from diq_jax import config, stats
 
 METRICS = {  # name: (title, unit, factor, decimals)
     "test_loss": ("Test loss", "nats/token", 1, 3),
@@ -74,7 +74,7 @@ def decimals_for(values) -> int:
 
 def correlation(x, y) -> str:
     """Spearman's rho, or why there is none."""
-    rho = metrics.spearman(x, y) if len(x) > 1 else math.nan
+    rho = stats.spearman(x, y) if len(x) > 1 else math.nan
     return number(rho, 2) if math.isfinite(rho) else "not defined: a constant"
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diq_jax.common import config
+from diq_jax import config
 from diq_jax.selection import texts
 
 KINDS = ("exact", "options", "near", "excerpt", "ngram", "paraphrase")

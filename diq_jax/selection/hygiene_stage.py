@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.common import artifacts, errors, progress, stages
+from diq_jax import errors
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, progress, stages
 from diq_jax.selection import hygiene, methods
 
 FIELD, POOL = "difficulty.encoder", "prepare/pool.parquet"

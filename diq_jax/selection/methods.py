@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.common import config
+from diq_jax import config
 from diq_jax.selection import quadrants
 
 

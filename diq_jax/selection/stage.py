@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diq_jax.common import artifacts, config, errors, gradient_store, metrics, stages
+from diq_jax import config, errors, stats
+from diq_jax.data import gradient_store
+from diq_jax.run import artifacts, stages
 from diq_jax.selection import diversity, hygiene, hygiene_stage, methods, quadrants, reasons
 
 POOL = "prepare/pool.parquet"
@@ -86,9 +88,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     artifacts.write_json(
         context.path("selection/thresholds.json"),
         {
-            "difficulty": metrics.finite(tau_d),
-            "influence": None if cfg.selection.length_residual else metrics.finite(m_dot),
-            "influence_residual": metrics.finite(m_dot) if cfg.selection.length_residual else None,
+            "difficulty": stats.finite(tau_d),
+            "influence": None if cfg.selection.length_residual else stats.finite(m_dot),
+            "influence_residual": stats.finite(m_dot) if cfg.selection.length_residual else None,
             "selected": keep,
         },
     )

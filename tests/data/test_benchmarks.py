@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diq_jax.common import config, errors
+from diq_jax import config, errors
 from diq_jax.data import benchmarks, sources
 
 ABCD = {"A": "one", "B": "two", "C": "three", "D": "four"}

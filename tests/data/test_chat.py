@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat
 from diq_jax.data import example as example_lib
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import transformers
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat_template
 
 MESSAGES = [

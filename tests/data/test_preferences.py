@@ -3,7 +3,7 @@
 import folders
 import pytest
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat, preferences
 
 GOOD = {"id": "a", "question": "why?", "chosen": "because", "rejected": "no"}

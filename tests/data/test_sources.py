@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat, sources
 
 ROWS = [

@@ -11,7 +11,7 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat, example
 from diq_jax.models import tokenizer as tokenizer_lib
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diq_jax.common import metrics
+from diq_jax import stats
 from diq_jax.difficulty import agreement, calibration, words
 
 
@@ -58,7 +58,7 @@ def test_ridge_learns_from_the_other_folds_only():
     texts, levels = asked()
     parts = np.arange(60) % 5
     found = words.ridge(texts, levels, parts)
-    assert metrics.spearman(found, levels) > 0.8
+    assert stats.spearman(found, levels) > 0.8
     changed = levels.copy()
     changed[parts == 0] = 5 - changed[parts == 0]
     again = words.ridge(texts, changed, parts)
@@ -105,10 +105,10 @@ def test_measure_of_a_perfect_classifier():
 def test_bootstrap_spearman_is_the_spearman_of_the_drawn_rows():
     rng = np.random.default_rng(0)
     y, columns = rng.integers(0, 5, 40), rng.integers(0, 9, (40, 2))
-    found = metrics.bootstrap_spearman(columns, y, 3, 7)
+    found = stats.bootstrap_spearman(columns, y, 3, 7)
     draws = np.random.Generator(np.random.PCG64(7))
     for row in found:
         drawn = draws.integers(0, 40, 40)
-        expected = [metrics.spearman(columns[drawn, c], y[drawn]) for c in (0, 1)]
+        expected = [stats.spearman(columns[drawn, c], y[drawn]) for c in (0, 1)]
         np.testing.assert_allclose(row, expected, atol=1e-12)
-    assert np.isnan(metrics.bootstrap_spearman(np.ones((40, 1)), y, 1, 0)).all()
+    assert np.isnan(stats.bootstrap_spearman(np.ones((40, 1)), y, 1, 0)).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.difficulty import classifier, folds, heads
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder

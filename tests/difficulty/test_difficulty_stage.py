@@ -13,10 +13,11 @@ import torch
 import transformers
 from tokenizers import models, pre_tokenizers, processors
 
-from diq_jax.common import artifacts, config, errors, metrics, reading, stages
+from diq_jax import config, errors, stats
 from diq_jax.difficulty import agreement, classifier, folds, labels, stage, trained
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, reading, stages
 
 WORDS = ["why", "how", "what", "is", "the", "heart", "liver", "drug", "dose", "rare", "gene"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -126,7 +127,7 @@ def test_scores_every_row_in_order_with_metrics(run):
     for i, perspective in enumerate(config.PERSPECTIVES):
         measured = found["metrics"]["perspectives"][perspective]
         own, label = values[:24][::-1][:, i], levels[:, i]
-        assert measured["spearman"] == metrics.spearman(own, label)
+        assert measured["spearman"] == stats.spearman(own, label)
         assert measured["mae"] == pytest.approx(np.mean(np.abs(own - label)), rel=1e-6)
         assert measured["baselines"]["median level"]["spearman"] is None
 

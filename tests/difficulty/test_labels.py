@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from diq_jax.common import config, errors
+from diq_jax import config, errors
 from diq_jax.difficulty import labels
 
 ROW = {

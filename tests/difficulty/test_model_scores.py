@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors, reading
+from diq_jax import config, errors, pipeline
 from diq_jax.data import batches, chat, encoded, example
 from diq_jax.difficulty import model_scores
 from diq_jax.models import decoder, load, tokenizer
+from diq_jax.run import artifacts, reading
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import scipy.stats
 
-from diq_jax.common import artifacts, reading
 from diq_jax.evaluate import calibration, compare, predictions, significance
+from diq_jax.run import artifacts, reading
 
 ROOT = pathlib.Path(__file__).parents[2]
 

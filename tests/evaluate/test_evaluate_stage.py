@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diq_jax.common import artifacts, config, devices, errors, reading, stages
+from diq_jax import config, errors
 from diq_jax.evaluate import options, stage
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, export, hf, load, lora, loss
+from diq_jax.run import artifacts, devices, reading, stages
 
 V = D = 32
 SETTINGS = {

@@ -12,11 +12,11 @@ import folders
 import pytest
 import tiny
 
-from diq_jax import pipeline
-from diq_jax.common import artifacts, config, errors, reading
+from diq_jax import config, errors, pipeline
 from diq_jax.data import example
 from diq_jax.evaluate import generation, stage
 from diq_jax.models import generate, load
+from diq_jax.run import artifacts, reading
 
 RESULTS, PREDICTIONS = "evaluate/results.json", "evaluate/predictions.jsonl"
 

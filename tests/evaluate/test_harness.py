@@ -17,11 +17,11 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: extra `harness`
 
 import tiny
 
-from diq_jax import pipeline
-from diq_jax.common import config, errors, reading
+from diq_jax import config, errors, pipeline
 from diq_jax.data import chat
 from diq_jax.evaluate import harness, harness_generation
 from diq_jax.models import decoder, load, tokenizer
+from diq_jax.run import reading
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASK = """

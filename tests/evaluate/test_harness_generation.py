@@ -4,7 +4,7 @@ import folders
 import pytest
 import tiny
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import chat
 from diq_jax.evaluate import generation, harness_generation
 from diq_jax.models import generate, load, sampling, tokenizer

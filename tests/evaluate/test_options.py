@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 
-from diq_jax.common import config, devices, errors
+from diq_jax import config, errors
 from diq_jax.data import batches, example
 from diq_jax.evaluate import options
 from diq_jax.models import layers, load, loss
+from diq_jax.run import devices
 
 SHAPE = dict(
     vocab_size=61,

@@ -10,10 +10,10 @@ import tiny
 import torch
 import transformers
 
-from diq_jax import pipeline
-from diq_jax.common import config, reading
+from diq_jax import config, pipeline
 from diq_jax.evaluate import options
 from diq_jax.models import hf, load
+from diq_jax.run import reading
 
 PER_TASK = 17  # of six tasks
 

@@ -11,11 +11,12 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import config, devices, finetune_config, trees
+from diq_jax import config, finetune_config, trees
 from diq_jax.data import example, preferences
 from diq_jax.finetune import dpo, sft
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, hf, lora
+from diq_jax.run import devices
 
 # PEFT asks transformers for a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

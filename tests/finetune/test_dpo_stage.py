@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import artifacts, config, devices, errors, reading, stages
+from diq_jax import config, errors
 from diq_jax.finetune import dpo_stage
 from diq_jax.models import checkpoint, lora
 from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, devices, reading, stages
 
 PAIRS = 20
 OUTPUTS = (

@@ -24,11 +24,12 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import artifacts, config, devices, errors, reading, stages
+from diq_jax import config, errors
 from diq_jax.data import encoded, example
 from diq_jax.finetune import stage
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, hf, lora
+from diq_jax.run import artifacts, devices, reading, stages
 
 CFG = model_config.decoder_config(tiny.HF_CONFIG, "test")
 ROWS, CHOSEN = 20, 10

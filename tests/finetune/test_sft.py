@@ -12,12 +12,13 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import config, devices, errors, finetune_config, trees
+from diq_jax import config, errors, finetune_config, trees
 from diq_jax.data import batches, example
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import sft
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, hf, lora
+from diq_jax.run import devices
 
 # PEFT asks transformers for a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import loop, states
 

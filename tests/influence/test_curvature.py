@@ -10,7 +10,7 @@ import pytest
 import tiny
 from jax import flatten_util
 
-from diq_jax.common import influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import curvature, direction
 from diq_jax.models import decoder, loss

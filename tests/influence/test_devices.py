@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import influence_config
+from diq_jax import influence_config
 from diq_jax.data import batches, packing
 from diq_jax.influence import direction, engines
 
 # One device against eight, three (an uneven last batch) and 4 x 2, for every engine.
 DEVICES = """
 import jax, numpy as np, tiny
-from diq_jax.common import influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.data import batches, packing
 from diq_jax.influence import direction, engines
 from diq_jax.models import decoder, load

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 
-from diq_jax.common import errors, influence_config, trees
+from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, packing
 from diq_jax.influence import direction, engines, exact, factored, per_example
 from diq_jax.models import lora

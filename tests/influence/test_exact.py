@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import errors, influence_config, trees
+from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import direction, exact
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from diq_jax import pipeline
-from diq_jax.common import config, errors, metrics, reading
+from diq_jax import config, errors, pipeline, stats
 from diq_jax.influence import store
+from diq_jax.run import reading
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROJECTED = {"influence.engine": "projected", "influence.projection.dim": 4096}
@@ -84,7 +84,7 @@ def test_the_store_gives_the_scores_and_takes_new_targets(made, tmp_path, capsys
     changes = PROJECTED | {"influence.store.shard_rows": 10, "influence.targets": "task"}
     table = run(made, tmp_path / "run", changes)
     exact = influence(pq.read_table(made / "exact" / TABLE))
-    assert metrics.pearson(influence(table), exact) > 0.98
+    assert stats.pearson(influence(table), exact) > 0.98
     opened = store.open_store(tmp_path / "run/influence/store")
     opened.verify()
     assert len(opened.shards) == 3 and opened.manifest["made_from"]["parameters"] == "all"

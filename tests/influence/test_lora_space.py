@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 
-from diq_jax.common import influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import direction, engines, exact, warmup
 from diq_jax.models import lora, loss

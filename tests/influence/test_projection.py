@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diq_jax.common import errors, influence_config
+from diq_jax import errors, influence_config
 from diq_jax.influence import projection
 
 SIZE, DIM = 600, 64

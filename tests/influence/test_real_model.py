@@ -10,11 +10,11 @@ import tiny
 import torch
 import transformers
 
-from diq_jax import pipeline
-from diq_jax.common import config, influence_config, metrics, stages
+from diq_jax import config, influence_config, pipeline, stats
 from diq_jax.data import batches, encoded
 from diq_jax.influence import direction, exact
 from diq_jax.models import decoder, hf, load
+from diq_jax.run import stages
 
 ROWS, TARGETS = 12, 3
 
@@ -95,5 +95,5 @@ def test_influence_ranks_real_rows_as_torch_autograd_does(real):
     for row in pool:
         gradient = torch.autograd.grad(torch_loss(theirs, row), parameters)
         expected.append(sum(float((a * b).sum()) for a, b in zip(gradient, mean, strict=True)))
-    assert metrics.pearson(got, expected) > 0.9999
+    assert stats.pearson(got, expected) > 0.9999
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

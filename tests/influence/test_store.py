@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.influence import store
 
 ROWS, DIM = 10, 6

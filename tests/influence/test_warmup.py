@@ -8,7 +8,7 @@ import oracle
 import pytest
 import tiny
 
-from diq_jax.common import errors, influence_config, trees
+from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, steps
 from diq_jax.influence import direction, engines, warmup
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.models import checkpoint, decoder, gguf_header, hf
 from diq_jax.models import config as model_config
 

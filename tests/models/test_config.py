@@ -7,7 +7,7 @@ import pytest
 import tiny
 import transformers
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.models import config
 
 FIELD = "model.path"

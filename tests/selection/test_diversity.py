@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from diq_jax.common import gradient_store
+from diq_jax.data import gradient_store
 from diq_jax.selection import diversity
 
 # Unit vectors of the plane at these angles, in degrees.

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diq_jax.common import artifacts, config, devices, errors, reading, stages
+from diq_jax import config, errors
 from diq_jax.data import sources
+from diq_jax.run import artifacts, devices, reading, stages
 from diq_jax.selection import hygiene, hygiene_stage, stage, texts
 
 SETTINGS = config.Selection()

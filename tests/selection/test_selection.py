@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diq_jax.common import config
+from diq_jax import config
 from diq_jax.selection import methods, quadrants
 
 

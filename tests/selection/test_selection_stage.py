@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.common import artifacts, config, errors, reading, stages
+from diq_jax import config, errors
 from diq_jax.influence import store
+from diq_jax.run import artifacts, reading, stages
 from diq_jax.selection import diversity, methods, reasons, stage
 
 N, KEEP = 24, 6

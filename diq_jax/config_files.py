@@ -1,0 +1,75 @@
+"""Loads a config file, which is Python that others wrote: whatever goes wrong in it is one sentence
+that names the file and, where there is one, the line.
+"""
+
+import importlib.machinery
+import importlib.util
+import pathlib
+import traceback
+
+import ml_collections
+from absl import flags
+
+from diq_jax import config, errors
+
+
+class Parser(flags.ArgumentParser):
+    """Reads a --config flag, FILE or FILE:ARGUMENT, as `load` does."""
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        return load(argument)
+
+    def flag_type(self) -> str:
+        return "config file"
+
+
+def load(argument: str) -> ml_collections.ConfigDict:
+    """Returns what get_config() of FILE, or get_config(ARGUMENT) of FILE:ARGUMENT, returns, locked.
+
+    Raises:
+        UserError: the file is missing, cannot be run or raises anything; or its config has other
+            fields or types than `config.default()`. Ranges are checked later, after the flags.
+    """
+    name, *given = argument.split(":", 1)
+    file = pathlib.Path(name)
+    if not file.is_file():
+        near = errors.nearest(file.name, sorted(path.name for path in file.parent.glob("*.py")))
+        raise errors.UserError(f"--config: there is no config file {file}.{near}")
+    try:
+        found = _run(file, given)
+        if isinstance(found, ml_collections.ConfigDict):
+            values = found.to_dict()
+    except errors.UserError:
+        raise
+    except (Exception, SystemExit) as e:  # another's code may raise anything
+        raise errors.UserError(_sentence(file, e)) from None
+    if not isinstance(found, ml_collections.ConfigDict):
+        raise errors.UserError(
+            f"{file}: get_config() must return the config that it begins with, config.default(); "
+            f"got {type(found).__name__}."
+        )
+    try:
+        config.check_form(values)
+    except errors.UserError as e:
+        raise errors.UserError(f"{file}: {e}") from None
+    return found.lock()
+
+
+def _run(file: pathlib.Path, given: list[str]):
+    loader = importlib.machinery.SourceFileLoader("diq_config_file", str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    exec(loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
+    if not callable(getattr(module, "get_config", None)):
+        raise errors.UserError(f"{file}: there is no function get_config() in this file.")
+    return module.get_config(*given)
+
+
+def _sentence(file: pathlib.Path, error: BaseException) -> str:
+    """Names the line of the file that raised, or that called what raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        lines.append(error.lineno)
+    where = f"{file}:{lines[-1]}" if lines else str(file)
+    said = " ".join(str(error).split())[:200]
+    return f"{where}: the config file raised {type(error).__name__}{f': {said}' if said else ''}."

@@ -1,0 +1,255 @@
+"""Files that are either whole or not there, also after a power cut: atomic writes, parquet tables,
+and a journal to resume from.
+
+What a function here has written when it returns stays: a file's bytes are synced before it gets its
+name, and its folder afterwards, for a name is lost with a folder that was not synced.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diq_jax import errors
+from diq_jax.run import processes, reading
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary path beside `path`, renamed to `path` when the block ends well. What any
+    process but the first writes there is dropped.
+    """
+    path = pathlib.Path(path)
+    if not processes.is_first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield pathlib.Path(scratch) / path.name
+        return
+    make_folder(path.parent)
+    _drop_stale(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as long as its writer lives
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        sync(temporary)
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _drop_stale(path) -> None:
+    """Removes the temporary files of writers of `path` that were killed."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if temporary_of(stale.name) == path.name:
+            # Of a living writer, or gone by now: not ours to remove.
+            with contextlib.suppress(OSError), open(stale, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stale.unlink()
+
+
+def temporary_of(name: str) -> str:
+    """The name of the file that `atomic` was writing under this temporary name, or ""."""
+    found = re.fullmatch(r"\.(.+)\.\w{8}\.tmp", name)
+    return found[1] if found else ""
+
+
+def replace(source: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Renames a synced file inside its folder, and syncs the folder."""
+    os.replace(source, path)
+    sync(pathlib.Path(path).parent)
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder, with those above it that are missing, and syncs each one's parent."""
+    path = pathlib.Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: str | os.PathLike) -> None:
+    """Syncs all files and folders below, which other libraries wrote, and the folder itself."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(os.path.join(place, name))
+        sync(place)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Raises UserError, naming the place, where a number is not finite or a text no Unicode."""
+    write_text(path, _dumps(path, value, indent=1) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError as `write_json`."""
+    lines = (_dumps(f"{path}:{i}", row) + "\n" for i, row in enumerate(rows, start=1))
+    write_text(path, "".join(lines))
+
+
+def _dumps(path, value, indent=None):
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError:
+        name, leaf = next(_unfit(value, ""), ("a value", value))
+        raise errors.UserError(
+            f"{path} is not written: {name} would be {reading.shorten(leaf)}, which is neither a "
+            "finite number nor a text."
+        ) from None
+    return text
+
+
+def _unfit(value, name) -> Iterator[tuple[str, Any]]:
+    """The values inside that are no JSON in UTF-8, as (dotted name, value)."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unfit(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _unfit(inner, f"{name}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, value
+    elif isinstance(value, str) and value != value.encode(errors="replace").decode():
+        yield name, value
+
+
+def write_table(
+    path: str | os.PathLike, columns: Mapping[str, Any] | pa.Table, unknown: Collection[str] = ()
+) -> None:
+    """Writes a parquet file; the bytes depend on the values and the pyarrow version only.
+
+    Args:
+        unknown: the columns where NaN stands for an unknown number.
+
+    Raises:
+        UserError: another number is not finite; the column and the row are named.
+    """
+    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    for name in table.column_names:
+        finite = reading.finite_rows(table[name], nan=name in unknown)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            ids = table["example_id"] if "example_id" in table.column_names else range(len(finite))
+            raise errors.UserError(
+                f"{path} is not written: {name} of {str(ids[row])!r} would be "
+                f"{reading.shorten(table[name][row].as_py())}, which is not finite."
+            )
+    with atomic(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Deletes a file, or a folder with all in it, if it is there; only the first process does. Of a
+    symbolic link only the link goes.
+    """
+    path = pathlib.Path(path)
+    if not processes.is_first() or not os.path.lexists(path):
+        return
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    sync(path.parent)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Journal:
+    """An append-only JSON-lines file of finished work, with a checksum in each line. What follows
+    the last whole line is dropped: the half line of a killed process, or a damaged one.
+
+    Floats are written by repr, so that a float32 read back is bit-identical. All processes read it
+    and keep the entries, the first writes them.
+
+    Raises:
+        UserError: there is a file of that name which is no journal; it stays as it is.
+    """
+
+    _BEGIN = b'{"crc32": "'
+    _LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})", (.+\})\n')
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.entries: list[dict] = []
+        make_folder(self.path.parent)
+        found = self.path.read_bytes() if self.path.exists() else b""
+        if not found.startswith(self._BEGIN[: len(found)]):
+            raise errors.UserError(
+                f"{self.path} is not a file that this version of diq_jax goes on with: move it "
+                "away, and the work begins anew."
+            )
+        whole = 0
+        while match := self._LINE.match(found, whole):
+            body = b"{" + match[2]
+            if zlib.crc32(body) != int(match[1], 16):
+                break
+            self.entries.append(json.loads(body))
+            whole = match.end()
+        self._file = None
+        if processes.is_first():
+            self._file = open(self.path, "ab")
+            self._file.truncate(whole)
+            sync(self.path.parent)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        self.extend([entry])
+
+    def extend(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Adds entries that belong together, with one write to the disk.
+
+        Raises:
+            UserError: as `write_json`.
+        """
+        if self._file is not None:
+            self._file.write(b"".join(self._line(entry) for entry in entries))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.entries.extend(map(dict, entries))
+
+    def _line(self, entry) -> bytes:
+        body = _dumps(self.path, entry).encode()
+        return self._BEGIN + b'%08x", ' % zlib.crc32(body) + body[1:] + b"\n"
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

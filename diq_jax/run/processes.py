@@ -1,0 +1,158 @@
+"""Several processes that work as one (jax.distributed): each computes its part, the first writes.
+
+Until `join` a process is alone: it is the first, and waits for nobody.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from diq_jax import errors
+
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells know
+LONGEST_STOP = 5  # seconds that the words of a stopped process may take
+ANSWERING = 2  # seconds in which all others have asked the first process
+LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000  # a stage of the first process may take days
+
+STOPPED = "diq_jax/stopped"
+_index, _joined = 0, False
+_stopping = threading.Lock()
+
+
+def join() -> None:
+    """Joins the processes of this run, before jax has looked for devices.
+
+    TPU pods, Slurm and Open MPI say themselves who takes part; elsewhere the environment does:
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+        UserError: nothing says who takes part, or the others cannot be reached.
+    """
+    global _index, _joined
+    import jax
+
+    # It would take SIGTERM for itself, and tell only those who ask it at every step.
+    jax.config.update("jax_enable_preemption_service", False)
+    number, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=int(number) if number else None,
+            process_id=int(index) if index else None,
+        )
+    except (ValueError, RuntimeError) as e:
+        raise errors.UserError(
+            "parallel.distributed=True: this process could not join others "
+            f"({str(e).rstrip('.')}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID."
+        ) from None
+    _index, _joined = jax.process_index(), True
+    threading.Thread(target=_listen, daemon=True).start()
+
+
+def joined() -> bool:
+    return _joined
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints."""
+    return _index == 0
+
+
+def wait(what: str) -> None:
+    """Until every process is here; what the first one wrote before is then there for all."""
+    if _joined:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_WAIT_MS)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits. Not by way of jax's own farewell, which waits for others that wait for this one: they
+    end when they miss it.
+    """
+    wait_if_stopping()
+    if _joined:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def stop_on_sigterm() -> None:
+    """Lets SIGTERM end this process, and those that joined it, whatever it is at: exit code 143.
+
+    A thread does it, since Python's own handlers wait until the main thread is back in Python, and
+    that may be compiling, or waiting for another process. What is on the disk is as after a kill:
+    whole, and the same command continues.
+    """
+    received, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def wait() -> None:
+        while os.read(received, 1) != bytes([signal.SIGTERM]):
+            pass
+        _stop()
+
+    threading.Thread(target=wait, daemon=True).start()
+    # An event loop of asyncio takes the pipe for itself; it is always back in Python soon.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_stop, daemon=True).start())
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+
+def wait_if_stopping() -> None:
+    """Returns at once unless SIGTERM has come, here or to another process: then this one ends, and
+    what fails in it because others have ended is no news.
+    """
+    if _joined and _is_told():
+        _stop(told=True)
+    if _stopping.locked():
+        time.sleep(2 * LONGEST_STOP)
+
+
+def _stop(told: bool = False) -> None:
+    if not _stopping.acquire(blocking=False):
+        return  # another thread is at it
+    threading.Timer(LONGEST_STOP, _end).start()
+    sys.stdout.flush()
+    if _joined:
+        if not told:
+            _others(
+                lambda client: client.key_value_set(STOPPED, "by SIGTERM", allow_overwrite=True)
+            )
+        if is_first():
+            time.sleep(ANSWERING)
+    _end()
+
+
+def _end() -> NoReturn:
+    os.write(2, b"\nStopped by SIGTERM: the same command continues from here.\n")
+    os._exit(TERMINATED)
+
+
+def _listen() -> None:
+    """Stops this process when another one says that it was stopped. It asks every second, since a
+    thread that blocks in the client would break the process's exit.
+    """
+    while not _is_told():
+        time.sleep(1)
+    _stop(told=True)
+
+
+def _is_told() -> bool:
+    return bool(_others(lambda client: client.key_value_try_get(STOPPED)))
+
+
+def _others(ask: Callable[[Any], Any]) -> Any:
+    """The answer of the service by which processes know of each other; None where it has none, or
+    is gone.
+    """
+    from orbax.checkpoint import multihost
+
+    try:
+        return ask(multihost.get_jax_distributed_client())
+    except (RuntimeError, ValueError):
+        return None

@@ -1,0 +1,97 @@
+"""Nested dicts of arrays: slash paths, selection by regex, and arithmetic."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diq_jax import errors
+
+
+def path_name(path) -> str:
+    """A jax key path as `layers/attn/q_proj/kernel`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def named_leaves(tree, is_leaf=None) -> dict[str, Any]:
+    """{slash path: leaf} in tree order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def map_named(fn: Callable[[str, Any], Any], tree, is_leaf=None):
+    """Maps fn(slash path, leaf) over a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: fn(path_name(path), leaf), tree, is_leaf=is_leaf
+    )
+
+
+def partition(tree, chosen: Callable[[str], bool]):
+    """Splits a tree in two of the same nesting, (chosen leaves, the rest), None elsewhere."""
+    return (
+        map_named(lambda name, leaf: leaf if chosen(name) else None, tree),
+        map_named(lambda name, leaf: None if chosen(name) else leaf, tree),
+    )
+
+
+def partition_like(tree, other):
+    """Splits a tree in two, (leaves where `other` has one, the rest), None elsewhere."""
+    return partition(tree, named_leaves(other).__contains__)
+
+
+def not_finite(tree) -> list[str]:
+    """Returns the paths of the leaves that hold NaN or an infinity."""
+    finite = jax.device_get(_finite(tree))
+    return [name for name, good in named_leaves(finite).items() if not good]
+
+
+@jax.jit
+def _finite(tree):
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
+def combine(left, right):
+    """Undoes `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
+    )
+
+
+def insert(tree: dict, extra: dict[str, Any]) -> dict:
+    """A copy of a nested dict with values added at slash paths, beside what is there."""
+    tree = dict(tree)
+    for name, value in extra.items():
+        first, _, rest = name.partition("/")
+        tree[first] = insert(tree.get(first) or {}, {rest: value}) if rest else value
+    return tree
+
+
+def matching(names, pattern: str, field: str) -> set[str]:
+    """The names in which the regex `pattern` is found.
+
+    Raises:
+        UserError: the pattern is no regex, or nothing matches.
+    """
+    regex = errors.check_regex(field, pattern)
+    names = list(names)
+    found = {name for name in names if regex.search(name)}
+    if not found:
+        raise errors.UserError(
+            f"{field}: {pattern!r} matches none of the {len(names)} parameters, such as "
+            f"{', '.join(names[:3])}.{errors.nearest(pattern, names)}"
+        )
+    return found
+
+
+def vdot(left, right):
+    """The inner product over all leaves, accumulated in float32."""
+    products = jax.tree.map(
+        lambda a, b: jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)), left, right
+    )
+    return sum(jax.tree.leaves(products))
+
+
+def size(tree) -> int:
+    """How many numbers a tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,172 @@
+"""The comparison from start to end: scores once, trainings cell by cell, one table, one picture."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from comparison import cost, grid, runner, statistics, table
+from diq_jax import config, pipeline
+from diq_jax.report import budgets as picture
+from diq_jax.report import figures
+from diq_jax.run import artifacts, stages
+from diq_jax.selection import methods
+
+STAGES = ("prepare", "difficulty", "influence", "selection")
+
+
+def run(
+    cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
+) -> dict[str, Any]:
+    """Runs the stages up to selection and every cell, skipping what is done; writes
+    compare/results.json, table.md and figure.png and prints the tables.
+
+    Raises:
+        UserError: bad input, or another run holds the workdir.
+    """
+    grid.check(cfg, request)
+    pipeline.run(cfg, workdir, STAGES, overwrite=False, verify=verify)
+    with pipeline.at_work(cfg, workdir, verify) as context:
+        data = runner.read_data(context)
+        ranks, removed = grid.orders(context, request)
+        cells = grid.cells(request, ranks, removed)
+        keys, found = runner.run(context, data, cells)
+        results = summarise(context, request, data, cells, keys, found)
+        results["settings"]["removed"] = int(removed.sum())
+        artifacts.write_json(context.path("compare/results.json"), results)
+        artifacts.write_text(context.path("compare/table.md"), table.markdown(results))
+        with artifacts.atomic(context.path("compare/figure.png")) as temporary:
+            temporary.write_bytes(figures.render(picture.draw, results).png)
+    print(table.plain(results))
+    print(f"Wrote {workdir / 'compare'}: results.json, table.md, figure.png.")
+    return results
+
+
+def dry_run(
+    cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
+) -> None:
+    """Prints the grid, then prepares the data and prints the predicted FLOPs; trains nothing."""
+    grid.check(cfg, request)
+    pool = "full" if 1 in request.budgets else "no full"
+    shares = [budget for budget in request.budgets if budget < 1]
+    count = (len(shares) * len(request.names) + (1 in request.budgets)) * request.seeds
+    print(f"{count} cells: {len(request.names)} methods ({', '.join(request.names)}) x "
+          f"{', '.join(f'{100 * b:g} %' for b in shares) or 'no budget'} and {pool} x "
+          f"{request.seeds} seeds", flush=True)  # fmt: skip
+    pipeline.run(cfg, workdir, ["prepare"], overwrite=False, verify=verify)
+    with pipeline.at_work(cfg, workdir, verify) as context:
+        print(table.prediction(predict(context, request)))
+
+
+def predict(context: stages.Context, request: grid.Request) -> list[tuple[str, float]]:
+    """(what, FLOPs): a budget's trainings at the pool's mean length, before anything is scored."""
+    cfg, data = context.config, runner.read_data(context)
+    shape = cost.decoder_config(cfg)
+    epoch = cost.total_flops(shape, data.pool, "thin_gradient", cfg.finetune.remat)
+    rows = [
+        ("influence", cost.influence_flops(shape, cfg.influence, data.pool, data.targets)),
+    ]
+    if cfg.difficulty.model_scores:
+        rows.append(("model scores", cost.model_score_flops(shape, data.pool, data.targets)))
+    cells = 1
+    for budget in request.budgets:
+        arms = 1 if budget == 1 else len(request.names)
+        share = methods.budget(budget, len(data.pool)) / len(data.pool)
+        flops = arms * request.seeds * cfg.finetune.epochs * share * epoch
+        rows.append((f"{arms * request.seeds} trainings on {100 * budget:g} %", flops))
+        cells += arms * request.seeds
+    tested = [*data.targets, *(question.row for question in data.questions)]
+    rows.append((f"{cells} evaluations", cells * cost.total_flops(shape, tested, "forward")))
+    return rows
+
+
+def summarise(
+    context: stages.Context,
+    request: grid.Request,
+    data: runner.Data,
+    cells: Sequence[grid.Cell],
+    keys: Sequence[str],
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What results.json holds: a row for the base model, and for each method and budget."""
+    settings = context.config.evaluate
+    tests = [question.task for question in data.questions]
+    tasks = {m: data.target_tasks if m == "target_loss" else tests for m in statistics.METRICS}
+    groups: dict[tuple[str, float], list[str]] = {}
+    for cell, key in zip(cells, keys, strict=True):
+        groups.setdefault((cell.method, cell.budget), []).append(key)
+
+    def values(keys):
+        return {m: np.array([found[k][m] for k in keys], np.float64) for m in statistics.METRICS}
+
+    drawn = settings.bootstrap_samples, settings.seed
+    base = statistics.compare(values([runner.BASE]), None, tasks, *drawn)
+    rows = [{"method": runner.BASE, "budget": 0.0, "metrics": base}]
+    costs = _method_costs(context, request)
+    for (method, budget), mine in groups.items():
+        reference = None
+        if method not in (grid.RANDOM, grid.FULL):
+            reference = values(groups[grid.RANDOM, budget])
+        measured = statistics.compare(values(mine), reference, tasks, *drawn)
+        trained = [found[key] for key in mine]
+        rows.append(
+            {
+                "method": method,
+                "budget": budget,
+                "rows": trained[0]["rows"],
+                **{name: _mean(trained, name) for name in AVERAGED},
+                "metrics": measured,
+                "cost": _total(costs[method], trained),
+            }
+        )
+    return {
+        "settings": {
+            "model": context.config.model.path,
+            "pool": len(data.pool),
+            "targets": len(data.targets),
+            "tests": len(data.questions),
+            "tasks": len(set(tests)),
+            "seeds": request.seeds,
+            "bootstrap_samples": settings.bootstrap_samples,
+            "versions": stages.versions(),
+        },
+        "rows": rows,
+    }
+
+
+AVERAGED = ("steps", "tokens", "answer_tokens", "first_loss", "last_loss")
+
+
+def _mean(results, name) -> float:
+    return float(np.mean([result[name] for result in results]))
+
+
+def _method_costs(context, request) -> dict[str, dict[str, float]]:
+    """FLOPs and seconds of selecting by each method, before any training."""
+    own = cost.selection_costs(context.workdir, context.verify)
+    sources = {name: (own, name) for name in request.methods}
+    for name, (workdir, method) in request.rankings.items():
+        sources[name] = (
+            cost.selection_costs(workdir, context.verify),
+            grid.ranking_method(workdir, method),
+        )
+    zero = {"flops": 0.0, "seconds": 0.0}
+    return {
+        name: {unit: sum(parts[part][unit] for part in cost.needs(method)) for unit in zero}
+        for name, (parts, method) in sources.items()
+    } | {grid.FULL: zero}
+
+
+def _total(selection, trained) -> dict[str, float]:
+    """The cost of a row: its selection once, and one training of it."""
+    flops, seconds = (_mean(trained, name) for name in ("flops", "train_seconds"))
+    return {
+        "selection_flops": selection["flops"],
+        "training_flops": flops,
+        "flops": selection["flops"] + flops,
+        "selection_seconds": round(selection["seconds"], 1),
+        "training_seconds": round(seconds, 1),
+        "seconds": round(selection["seconds"] + seconds, 1),
+        "evaluate_seconds": round(_mean(trained, "evaluate_seconds"), 1),
+    }

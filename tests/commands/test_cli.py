@@ -1,0 +1,119 @@
+"""How a script ends: done, a mistake of the user, a fault of ours, Ctrl-C, SIGTERM."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+HEAD = """
+    import os, signal, sys, time
+    from absl import flags
+    from diq_jax.commands import cli
+    from diq_jax import errors
+    WORKDIR = flags.DEFINE_string("workdir", "nowhere", "A folder.")
+"""
+
+
+def start(tmp_path, main, *arguments) -> subprocess.Popen:
+    """A script with the body of main()."""
+    script = tmp_path / "script.py"
+    body = textwrap.dedent(HEAD) + "def main():\n" + textwrap.indent(textwrap.dedent(main), "    ")
+    script.write_text(body + "\ncli.run(main)\n")
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+
+
+def finish(tmp_path, main, *arguments):
+    """(exit code, lines of stdout, lines of stderr)."""
+    process = start(tmp_path, main, *arguments)
+    out, err = process.communicate()
+    return process.returncode, out.splitlines(), err.splitlines()
+
+
+@pytest.mark.parametrize("workdir", ["run", "nowhere"])
+def test_a_fault_is_one_sentence_and_its_traceback_is_kept(workdir, tmp_path):
+    (tmp_path / "run").mkdir()
+    main = "{}['a\\nkey that nobody expected']"
+    code, _, [said] = finish(tmp_path, main, f"--workdir={tmp_path / workdir}")
+    assert code == 1 and said.startswith(r"error: unexpected KeyError: 'a\nkey that nobody")
+    [log] = (tmp_path / "run" if workdir == "run" else tmp_path).glob("error-*.log")
+    assert str(log) in said
+    assert "Traceback" in log.read_text() and "script.py" in log.read_text()
+
+
+def test_a_fault_where_nothing_can_be_written_is_still_one_sentence(tmp_path):
+    main = "flags.FLAGS.workdir = '/proc'; import tempfile; tempfile.tempdir = '/proc'; 1 / 0"
+    code, _, [said] = finish(tmp_path, main)
+    assert code == 1 and "unexpected ZeroDivisionError: division by zero" in said
+    assert "none can be written" in said
+
+
+def test_a_mistake_leaves_no_log(tmp_path):
+    main = "raise errors.UserError('the pool is empty.')"
+    assert finish(tmp_path, main) == (2, [], ["error: the pool is empty."])
+    assert not list(tmp_path.glob("error-*"))
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_workdir_is_refused(empty, tmp_path):
+    code, _, [said] = finish(tmp_path, "cli.folder(WORKDIR)", f"--workdir={empty}")
+    assert code == 2 and said == f"error: --workdir must name a folder; got {empty!r}."
+
+
+STOPPED = "Stopped by SIGTERM: the same command continues from here."
+BUSY = {
+    "python": "while True: pass",
+    # Like a compilation, or the wait for another process: never back in Python.
+    "elsewhere": """
+        import ctypes
+        lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+        lock(mutex), lock(mutex)
+    """,
+    "asleep": "time.sleep(600)",
+    "asyncio": """
+        import asyncio
+        async def work():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, print)
+            await asyncio.sleep(600)
+        asyncio.run(work())
+    """,
+    "after asyncio": """
+        import asyncio
+        async def work():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, print)
+        asyncio.run(work())
+        while True: time.sleep(0.1)
+    """,
+}
+
+
+@pytest.mark.parametrize("busy", BUSY)
+def test_sigterm_ends_a_process_whatever_it_is_at(busy, tmp_path):
+    process = start(tmp_path, 'print("ready", flush=True)\n' + textwrap.dedent(BUSY[busy]))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=5)
+    assert (process.returncode, err.split("\n")) == (143, ["", STOPPED, ""])
+
+
+def test_other_signals_do_not_stop_it(tmp_path):
+    main = """
+        signal.signal(signal.SIGUSR1, lambda *_: print("seen"))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+        print("done")
+    """
+    assert finish(tmp_path, main) == (0, ["seen", "done"], [])
+
+
+def test_the_log_of_a_fault_is_nobody_elses_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    for _ in range(2):
+        finish(tmp_path, "1 / 0", f"--workdir={tmp_path / 'run'}")
+    assert len(list(pathlib.Path(tmp_path / "run").glob("error-*.log"))) == 2

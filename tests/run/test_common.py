@@ -1,0 +1,177 @@
+"""Config, artifacts, metrics and trees."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from diq_jax import config, errors, finetune_config, influence_config, stats, trees
+from diq_jax.run import artifacts, reading
+
+
+def changed(**fields):
+    c = config.default()
+    c.model.path = "x"
+    for name, value in fields.items():
+        *sections, field = name.split("__")
+        node = c
+        for section in sections:
+            node = node[section]
+        node[field] = value
+    return c
+
+
+def test_every_field_is_documented_and_resolves():
+    cfg = config.resolve(changed())
+    assert cfg.influence.lora.rank == 8
+    files = (
+        pathlib.Path(module.__file__) for module in (config, finetune_config, influence_config)
+    )
+    source = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    for name in config.field_names():
+        field = name.rsplit(".", 1)[-1]
+        found = [i for i, line in enumerate(source) if line.startswith(f"    {field}: ")]
+        assert any("#" in source[i] or "#" in source[i - 1] for i in found), name
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"selection__retention_ratio": 0.0}, r"retention_ratio must be in \(0, 1\]; got 0\.0"),
+        ({"selection__retention_ratio": float("nan")}, "must be finite"),
+        ({"selection__method": "dqi"}, "Did you mean 'diq'"),
+        ({"model__dtype": "float16"}, "model.dtype must be one of float32, bfloat16"),
+        ({"finetune__accumulation_steps": 3}, "must divide batch_size 8"),
+        ({"finetune__baselines": "random,lenght"}, "finetune.baselines must be one of"),
+        ({"parallel__strategy": "pmap", "parallel__model": 2}, "parallel.model must be 1"),
+        ({"difficulty__percentile": 101.0}, r"in \[0, 100\]"),
+        ({"difficulty__head": "ordnal"}, "Did you mean 'ordinal'"),
+        ({"difficulty__class_weights": "even"}, "class_weights must be one of none, balanced"),
+        ({"difficulty__layer_decay": 0.0}, r"layer_decay must be in \(0, 1\]; got 0\.0"),
+        ({"difficulty__patience": 1, "difficulty__epochs": 0}, "needs difficulty.epochs above 0"),
+        ({"selection__quadrant_order": "1,2,2,4"}, r"1, 2, 3 and 4 in some order"),
+        ({"selection__source_cap": 0.0}, r"source_cap must be in \(0, 1\]"),
+        ({"selection__method": "ifd"}, r"method=ifd needs difficulty\.model_scores=True"),
+        ({"finetune__baselines": "random,k_center"}, r"baselines=k_center needs .* gradient store"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(errors.UserError, match=message):
+        config.resolve(changed(**fields))
+
+
+def test_the_config_is_locked():
+    with pytest.raises(AttributeError, match="retention_ratio"):
+        config.default().selection.retention_rato = 0.1
+
+
+def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    artifacts.write_text(path, "old")
+    with pytest.raises(RuntimeError), artifacts.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_journal_drops_a_half_line_and_keeps_float32_bits(tmp_path):
+    path = tmp_path / "j.jsonl"
+    value = float(np.float32(0.1) * np.float32(1e-20))
+    with artifacts.Journal(path) as journal:
+        journal.append({"v": value})
+    with open(path, "ab") as f:
+        f.write(b'{"v": 0.')
+    with artifacts.Journal(path) as journal:
+        assert journal.entries == [{"v": value}]
+        journal.append({"v": 2})
+    assert [entry["v"] for entry in reading.read_jsonl(path)] == [value, 2]
+    assert np.float32(value).tobytes() == np.float32(json.loads(repr(value))).tobytes()
+
+
+def test_journal_takes_no_damaged_line(tmp_path):
+    """Wherever a bit is turned, what is read back is the beginning of what was written."""
+    path, entries = tmp_path / "j.jsonl", [{"v": 0.5, "id": "ü"}, {"v": 1.5}, {"v": [2, {}]}]
+    with artifacts.Journal(path) as journal:
+        journal.extend(entries)
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        if place // 8 < len(b'{"crc32": "'):
+            with pytest.raises(errors.UserError, match="move it away"):
+                artifacts.Journal(path)
+            continue
+        line = whole[: place // 8].count(b"\n")
+        with artifacts.Journal(path) as journal:
+            assert journal.entries == entries[:line]
+            journal.extend(entries[line:])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["my own notes\n", '{"v": 1}\n', "{", "\x00"])
+def test_a_file_that_is_no_journal_stays(content, tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text(content)
+    if content == "{":  # as a kill at the very first byte leaves it
+        with artifacts.Journal(path) as journal:
+            assert journal.entries == []
+        return
+    with pytest.raises(errors.UserError, match=r"j\.jsonl is not a file .* move it away"):
+        artifacts.Journal(path)
+    assert path.read_text() == content
+
+
+def test_tables_are_the_same_bytes_every_time(tmp_path):
+    columns = {"id": ["a", "b"], "x": np.array([1.5, 2.5], np.float32)}
+    for name in ("a.parquet", "b.parquet"):
+        artifacts.write_table(tmp_path / name, columns)
+    assert artifacts.sha256(tmp_path / "a.parquet") == artifacts.sha256(tmp_path / "b.parquet")
+
+
+def test_metrics_against_scipy_and_by_hand():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 30)).round(1)
+    assert stats.pearson(x, y) == pytest.approx(scipy.stats.pearsonr(x, y)[0])
+    assert stats.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+    assert np.isnan(stats.pearson(x, np.ones(30)))
+    # Weights (i - j)^2: observed 1 (one pair off by one). Chance: labels 1 1 2, predictions 1 2 2,
+    # so 2/3 of labels are 1 and 1/3 of predictions are: 3 * (2/3 * 2/3 + 1/3 * 1/3) = 5/3.
+    assert stats.quadratic_kappa([1, 1, 2], [1, 2, 2], 2) == pytest.approx(1 - 1 / (5 / 3))
+    low, high = stats.bootstrap_interval(x, lambda v: v.mean(axis=1), 2000, 0)
+    half = 1.96 * x.std() / np.sqrt(30)
+    assert low == pytest.approx(x.mean() - half, abs=0.08)
+    assert high == pytest.approx(x.mean() + half, abs=0.08)
+
+
+def test_krippendorff_alpha_by_hand_and_as_published():
+    nan = np.nan
+    # Units 1 1, 1 2, 2 2: one of three pairs disagrees, observed 2/6 (both directions, 6 ratings);
+    # of 6 * 5 ordered pairs of the ratings 1 1 1 2 2 2, 18 differ: alpha = 1 - (2/6) / (18/30).
+    by_hand = [[1, 1, 2], [1, 2, 2]]
+    for scale in ("ordinal", "interval"):
+        assert stats.krippendorff_alpha(by_hand, scale) == pytest.approx(1 - (2 / 6) / (18 / 30))
+    # The reliability data of section C of the 2011 note, and what it gives for both scales.
+    ratings = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+        [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+    ]
+    assert stats.krippendorff_alpha(ratings, "ordinal") == pytest.approx(0.815, abs=5e-4)
+    assert stats.krippendorff_alpha(ratings, "interval") == pytest.approx(0.849, abs=5e-4)
+    assert stats.krippendorff_alpha([[1, 5], [1, 5]], "ordinal") == 1
+    assert np.isnan(stats.krippendorff_alpha([[1, 1], [1, nan]], "ordinal"))
+
+
+def test_partition_and_combine_are_inverse():
+    tree = {"a": {"x": jnp.ones(2), "y": jnp.zeros(3)}, "b": None}
+    chosen, rest = trees.partition(tree, {"a/x"}.__contains__)
+    assert list(trees.named_leaves(chosen)) == ["a/x"]
+    assert list(trees.named_leaves(rest)) == ["a/y"]
+    both = trees.combine(chosen, rest)
+    assert list(trees.named_leaves(both)) == ["a/x", "a/y"] and both["b"] is None
