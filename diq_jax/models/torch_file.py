@@ -1,8 +1,8 @@
 """Weights that torch.save wrote (pytorch_model.bin), read without torch and without running them.
 
-A pickle is a program. This one is run by an interpreter of our own that can make texts, numbers,
-tuples, lists, dicts and tensors and nothing else: a pickle that names anything else is refused
-before that name is looked up anywhere. Both formats of torch.save are read:
+A pickle is a program. This interpreter can make texts, numbers, tuples, lists, dicts and tensors,
+and nothing else: a pickle that names anything else is refused before that name is looked up. Both
+formats of torch.save are read:
 
     zip      (torch 1.6 and later) NAME/data.pkl, and each storage uncompressed in NAME/data/KEY
     legacy   (before) five pickles: magic, version, machine, the object, keys of its storages; then
@@ -15,10 +15,11 @@ import io
 import math
 import mmap
 import pathlib
+import pickle
 import pickletools
 import struct
-import warnings
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,7 @@ from diq_jax import errors
 from diq_jax.models import stored
 from diq_jax.run import reading
 
-MOST_PICKLE = 2**22  # bytes; a model of 800 tensors needs 100,000
-MOST_OPCODES = 2**20  # of one pickle; such a model needs 40,000
+MOST_PICKLE = 2**21  # bytes; a model of 800 tensors needs 100,000
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 DTYPES = {
@@ -43,10 +43,24 @@ DTYPES = {
     "torch ByteStorage": np.dtype("u1"),
     "torch BoolStorage": np.dtype("?"),
 }
-ORDERED_DICT = "collections OrderedDict"
-REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
-REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
-ADMITTED = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *DTYPES}
+# Globals that a pickle may name: _call knows what they do.
+ADMITTED = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter", *DTYPES,
+}  # fmt: skip
+PLAIN_OPCODES = b"".join((
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE,
+    pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT,
+    pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.EMPTY_TUPLE,
+    pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    pickle.APPEND, pickle.APPENDS, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET,
+    pickle.LONG_BINGET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID,
+))  # fmt: skip
+# What the interpreter raises for a pickle that is not whole.
+DAMAGED = (
+    pickle.UnpicklingError, ValueError, IndexError, KeyError, AttributeError, TypeError, EOFError,
+    struct.error,
+)  # fmt: skip
 
 
 class Refused(Exception):
@@ -58,10 +72,6 @@ class _Name:
     """A global of ADMITTED, as its two words; never the object."""
 
     text: str
-
-
-class _Mark:
-    """Stands on the stack where the items of a list, tuple or dict begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +149,7 @@ def _open_zip(file, data):
 
     if f"{folder}byteorder" in entries and content("byteorder") != b"little":
         raise Refused("it has the byte order of another kind of machine")
-    return _views(_run(io.BytesIO(content("data.pkl")))), places
+    return _views(_unpickle(io.BytesIO(content("data.pkl")))), places
 
 
 def _entries(file: pathlib.Path) -> list[zipfile.ZipInfo]:
@@ -168,17 +178,17 @@ def _open_legacy(data):
     """As `_open_zip`, for the format before torch 1.6."""
     stream = io.BytesIO(data[:MOST_PICKLE])
     try:
-        known = _run(stream) == LEGACY_MAGIC
+        known = _unpickle(stream) == LEGACY_MAGIC
     except Refused:
         known = False
     if not known:
         raise Refused("it is no file of torch.save: it begins neither as its zip nor as its pickle")
-    if _run(stream) != LEGACY_VERSION:
+    if _unpickle(stream) != LEGACY_VERSION:
         raise Refused(f"it is of another version than {LEGACY_VERSION} of torch's first format")
-    machine = _run(stream)
+    machine = _unpickle(stream)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise Refused("it has the byte order of another kind of machine")
-    views, keys = _views(_run(stream)), _run(stream)
+    views, keys = _views(_unpickle(stream)), _unpickle(stream)
     sizes = {view.storage.key: view.storage for view in views.values()}
     if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys):
         raise Refused("its list of storages is damaged")
@@ -224,150 +234,98 @@ def _check(views: dict[str, _View], places: dict[str, tuple[int, int]]) -> None:
             raise Refused(f"{shown} reaches beyond its storage of {storage.count:,} numbers")
 
 
-def _run(stream: io.BytesIO) -> Any:
-    """Interprets one pickle and leaves the stream behind it.
-
-    Raises:
-        Refused: a damaged pickle, or one that does anything that a state dict does not need.
-    """
-    machine = _Machine()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of an odd escape in a name
-            return _steps(machine, stream)
-    except (ValueError, IndexError, KeyError) as e:
-        raise Refused(f"its pickle is damaged ({type(e).__name__})") from None
-
-
-def _steps(machine: "_Machine", stream: io.BytesIO) -> Any:
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if count == MOST_OPCODES:
-            raise Refused(f"its pickle has over {MOST_OPCODES:,} opcodes")
-        machine.step(opcode.name, argument)
-    return machine.pop()
-
-
-class _Machine:
-    """The stack and memo of a pickle."""
-
-    def __init__(self):
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def pop(self) -> Any:
-        return self.stack.pop()
-
-    def items(self) -> list[Any]:
-        """Takes what lies above the last mark."""
-        at = len(self.stack) - 1
-        while self.stack[at] is not _Mark:
-            at -= 1
-            if at < 0:
-                raise IndexError
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
-        return items
-
-    def step(self, name: str, argument: Any) -> None:
-        """Runs one opcode."""
-        stack = self.stack
-        if name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
-        elif name in _LITERALS:
-            stack.append(argument)
-        elif name in ("PROTO", "FRAME", "STOP"):
-            pass
-        elif name == "TUPLE":
-            stack.append(tuple(self.items()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            items = [self.pop() for _ in range(count)][::-1]
-            stack.append(tuple(items))
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name == "GLOBAL":
-            stack.append(_admitted(argument))
-        elif name == "STACK_GLOBAL":
-            inner, module = self.pop(), self.pop()
-            stack.append(_admitted(f"{module} {inner}"))
-        elif name == "BINPERSID":
-            stack.append(_storage(self.pop()))
-        elif name == "REDUCE":
-            arguments, function = self.pop(), self.pop()
-            stack.append(_call(function, arguments))
-        elif name == "BUILD":
-            self.pop()  # what a state dict says of its modules' versions
-            if not isinstance(stack[-1], collections.OrderedDict):
-                raise Refused("its pickle sets the state of an object, as no state dict does")
-        elif name in ("APPEND", "APPENDS"):
-            items = [self.pop()] if name == "APPEND" else self.items()
-            _is(stack[-1], list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = [self.pop(), self.pop()][::-1] if name == "SETITEM" else self.items()
-            _set(_is(stack[-1], dict), items)
-        else:
-            raise Refused(f"its pickle uses the opcode {name}, as no state dict does")
-
-
-_CONSTANTS = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "MARK": lambda: _Mark,
-}  # fmt: skip
-_LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
-
-
-def _admitted(text: str) -> _Name:
-    if text not in ADMITTED:
-        raise Refused(
-            f"its pickle names {reading.shorten(text.replace(' ', '.'))}, and only tensors of plain"
-            " types are read from a pickle"
-        )
-    return _Name(text)
-
-
 def _storage(identity: Any) -> _Storage:
     """The storage of a persistent id: ("storage", type, key, device, count[, None])."""
     match identity:
-        case ("storage", _Name(text), str(key), str(), int(count)) if text in DTYPES and count >= 0:
-            return _Storage(key, DTYPES[text], count)
-        case ("storage", _Name(text), str(key), str(), int(count), None) if (
-            text in DTYPES and count >= 0
-        ):
-            return _Storage(key, DTYPES[text], count)
+        case ("storage", _Name(text), str(key), str(), int(count), *rest) if text in DTYPES:
+            if count >= 0 and rest in ([], [None]):
+                return _Storage(key, DTYPES[text], count)
     raise Refused("its pickle refers to something that is no storage of a plain type")
 
 
 def _call(function: Any, arguments: Any) -> Any:
     match function, arguments:
-        case _Name(text), () if text == ORDERED_DICT:
+        case _Name("collections OrderedDict"), ():
             return collections.OrderedDict()
-        case _Name(text), (_Storage() as storage, int(offset), shape, strides, *_) if (
-            text == REBUILD_TENSOR
-        ):
-            sizes = (offset, *_is(shape, tuple), *_is(strides, tuple))
-            whole = all(type(n) is int and 0 <= n < 2**48 for n in sizes)
+        case _Name("torch._utils _rebuild_parameter"), (_View() as view, *_):
+            return view
+        case _Name("torch._utils _rebuild_tensor_v2"), (
+            _Storage() as storage, int(offset), tuple(shape), tuple(strides), *_
+        ):  # fmt: skip
+            whole = all(type(n) is int and 0 <= n < 2**48 for n in (offset, *shape, *strides))
             if whole and len(shape) == len(strides) <= 32:
                 return _View(storage, offset, shape, strides)
-        case _Name(text), (_View() as view, *_) if text == REBUILD_PARAMETER:
-            return view
     raise Refused("its pickle calls a function in a way that no state dict does")
 
 
-def _set(target: dict, items: list[Any]) -> None:
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Hashing a tuple of tuples of tuples can take forever.
-        if not isinstance(key, str | int):
-            raise Refused("its pickle has a dict whose keys are neither texts nor numbers")
-        target[key] = value
+def _refuse(opcode: str) -> Callable[[Any], None]:
+    def refuse(_):
+        raise Refused(f"its pickle uses the opcode {opcode}, as no state dict does")
+
+    return refuse
 
 
-def _is(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise Refused(f"its pickle uses a {type(value).__name__} as a {kind.__name__}")
-    return value
+class _StateDict(pickle._Unpickler):
+    """Interprets a pickle that needs no object but tensors and the collections that hold them.
+
+    Of the interpreter of the standard library it keeps what moves plain values. A global never
+    becomes the object that it names: it stays two words, which `_call` knows or refuses.
+    """
+
+    def persistent_load(self, pid: Any) -> "_Storage":
+        return _storage(pid)
+
+    def find_class(self, module: str, name: str) -> "_Name":
+        if (text := f"{module} {name}") not in ADMITTED:
+            raise Refused(
+                f"its pickle names {reading.shorten(f'{module}.{name}')}, and only tensors of plain"
+                " types are read from a pickle"
+            )
+        return _Name(text)
+
+    def reduce(self):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.append(_call(function, arguments))
+
+    def build(self):
+        self.stack.pop()  # what a state dict says of its modules' versions
+        if not isinstance(self.stack[-1], collections.OrderedDict):
+            raise Refused("its pickle sets the state of an object, as no state dict does")
+
+    def setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set([key, value])
+
+    def setitems(self):
+        self.set(self.pop_mark())
+
+    def set(self, items):
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise Refused(f"its pickle uses a {type(target).__name__} as a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Hashing a tuple of tuples of tuples can take forever.
+            if not isinstance(key, str | int):
+                raise Refused("its pickle has a dict whose keys are neither texts nor numbers")
+            target[key] = value
+
+    dispatch = {  # noqa: RUF012 (pickle declares it so)
+        ord(opcode.code): _refuse(opcode.name) for opcode in pickletools.opcodes
+    }
+    dispatch |= {code: pickle._Unpickler.dispatch[code] for code in PLAIN_OPCODES}
+    dispatch |= {
+        pickle.REDUCE[0]: reduce, pickle.BUILD[0]: build,
+        pickle.SETITEM[0]: setitem, pickle.SETITEMS[0]: setitems,
+    }  # fmt: skip
+
+
+def _unpickle(stream: io.BytesIO) -> Any:
+    """Interprets one pickle and leaves the stream behind it.
+
+    Raises:
+        Refused: a damaged pickle, or one that does anything that a state dict does not need.
+    """
+    try:
+        return _StateDict(stream).load()
+    except DAMAGED as e:
+        raise Refused(f"its pickle is damaged ({type(e).__name__})") from None
