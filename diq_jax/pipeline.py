@@ -264,10 +264,10 @@ WRITES = {
     ),
     "finetune": ("losses.jsonl", *TRAINED, "state/*", "tensorboard/*"),
     "dpo": (
-        "losses.jsonl", "reference.parquet", "reference.partial.jsonl",
+        "losses.jsonl", "reference.parquet", "partial/*",
         *(f"adapter/{name}" for name in ADAPTER), "state/*", "tensorboard/*",
     ),
-    "evaluate": ("results.json", "predictions.jsonl", "scores.partial.jsonl"),
+    "evaluate": ("results.json", "predictions.jsonl", "partial/*"),
     "report": ("report.html", *(f"{name}.png" for name in report.PICTURES)),
 }  # fmt: skip
 

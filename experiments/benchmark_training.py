@@ -28,8 +28,8 @@ from absl import flags
 from diq_jax import config, errors, finetune_config
 from diq_jax.commands import cli
 from diq_jax.data import example, steps
-from diq_jax.finetune import sft
-from diq_jax.models import hf, load, lora
+from diq_jax.finetune import fit, sft
+from diq_jax.models import hf, load, training
 from diq_jax.run import artifacts, devices
 
 MODEL = flags.DEFINE_string(
@@ -59,22 +59,22 @@ def our_step(kind: str, model: load.Model, rows, placement) -> Callable[[], floa
         parameters="lora" if kind == "lora" else "all", rank=RANK.value, alpha=2.0 * RANK.value,
         batch_size=len(rows), epochs=1_000,
     )  # fmt: skip
-    (step, *_) = sft.plan(rows, {"all": range(len(rows))}, settings, placement.rows_multiple)["all"]
-    optimizer = sft.make_optimizer(settings, 1_000)
-    train_step = sft.make_train_step(model.cfg, settings, optimizer, placement)
+    arms, multiple = {"all": range(len(rows))}, placement.rows_multiple
+    (step, *_) = fit.plan(rows, arms, settings, 0, multiple)["all"]
+    optimizer = training.adamw(settings.weight_decay, settings.clip_norm)
+    train_step = fit.make_train_step(model, settings, placement)
     if kind == "lora":
-        key = jax.random.key(0)
-        adapter = lora.init(
-            key, model.cfg, settings.targets, settings.rank, settings.alpha, True, "--rank"
-        )
-        state, frozen = sft.init_state(adapter, optimizer)
+        state, frozen = sft.init_state(sft.init_adapter(model.cfg, settings, 0), optimizer)
     else:
         params = placement.single(model.params)
         state, frozen = sft.init_weights(params, "all", optimizer), None
-    kept = [state]
+    key, kept = sft.dropout_keys(0, 1)[0], [state]
 
     def take() -> float:
-        kept[0], metrics = train_step(model.params, frozen, kept[0], steps.microbatches(rows, step))
+        found = steps.microbatches(rows, step)
+        kept[0], metrics = train_step(
+            model.params, frozen, kept[0], found, settings.learning_rate, key
+        )
         jax.block_until_ready(kept[0])
         return float(metrics["loss"])
 

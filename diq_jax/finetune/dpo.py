@@ -3,7 +3,7 @@
 A pair's loss is -log sigmoid(m), m = beta ((log p_c - log r_c) - (log p_r - log r_r)): p and r are
 the policy's and the reference's probabilities of the chosen and the rejected completion, summed
 over answer tokens. The reference never changes, so its numbers are taken once and come with the
-batch. With label smoothing e the loss is -(1 - e) log sigmoid(m) - e log sigmoid(-m).
+batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +31,8 @@ class PairRows:
     reference: Any  # (2 P,) float32: the reference's log-probability of each row's answer
 
 
-def pair_losses(policy, reference, beta: float, label_smoothing: float):
-    """Loss and margin m of each pair.
+def pair_losses(policy: jax.Array, reference: jax.Array, beta: float) -> tuple[Any, Any]:
+    """Returns the loss and the margin m of each pair.
 
     Args:
         policy, reference: (P, 2) log-probabilities of the chosen and the rejected answer.
@@ -42,33 +42,36 @@ def pair_losses(policy, reference, beta: float, label_smoothing: float):
     """
     change = policy - reference
     margins = beta * (change[:, 0] - change[:, 1])
-    right, wrong = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong, margins
+    return -jax.nn.log_sigmoid(margins), margins
 
 
-def log_probabilities(params, cfg, batch, adapter=None, remat=False):
-    """The log-probability of each row's answer, (B,) float32: a sum over its tokens, in nats."""
+def log_probabilities(
+    params: dict,
+    cfg: model_config.DecoderConfig,
+    batch: batches.Batch,
+    adapter: dict | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Returns the log-probability of each row's answer, (B,) float32: summed over its tokens."""
     return -loss.example_losses(params, cfg, batch, "sum", adapter, remat)
 
 
 def example_sums(
     cfg: model_config.DecoderConfig, settings: finetune_config.Dpo, remat: bool
 ) -> Callable:
-    """A function (params, factors, frozen, step, PairRows) -> sums over the pairs, for
-    sft.train_step_of: loss, margin, accuracy (whether the margin is above 0), gradient, examples.
+    """Makes a function (params, factors, frozen, key, PairRows) -> sums over the pairs, for
+    training.make_train_step: loss, margin, accuracy (the margin is above 0), gradient, examples.
     """
 
-    def sums(params, factors, frozen, step, rows):
-        del step  # no dropout
+    def sums(params, factors, frozen, key, rows):
+        del key  # no dropout
         real = 1.0 - rows.batch.is_padding[::2].astype(jnp.float32)
 
         def total(factors):
             weights, adapter = sft.merge(params, factors, frozen)
             policy = log_probabilities(weights, cfg, rows.batch, adapter, remat).reshape(-1, 2)
             reference = rows.reference.reshape(-1, 2)
-            losses, margins = pair_losses(
-                policy, reference, settings.beta, settings.label_smoothing
-            )
+            losses, margins = pair_losses(policy, reference, settings.beta)
             return jnp.sum(losses * real), (jnp.sum(margins * real), jnp.sum((margins > 0) * real))
 
         (value, (margin, right)), gradient = jax.value_and_grad(total, has_aux=True)(factors)
@@ -79,7 +82,7 @@ def example_sums(
 
 
 def make_batch(pairs: Sequence[preferences.Pair], group: batches.Group) -> batches.Batch:
-    """The group's pairs as numpy rows, two for each, then padding."""
+    """Lays out the group's pairs as numpy rows, two for each, then padding."""
     rows = [side for i in group.indices for side in pairs[i].sides]
     return batches.make_batch(rows, 2 * group.rows, group.tokens, group.answers)
 
@@ -89,7 +92,7 @@ def microbatches(
     reference: Mapping[str, Sequence[float]],
     step: steps.Step,
 ) -> list[PairRows]:
-    """The rows of a step, with {pair: the reference's (chosen, rejected)} beside them."""
+    """Lays out the rows of a step, with {pair: the reference's (chosen, rejected)} beside them."""
     out = []
     for group in step.groups:
         known = np.zeros((group.rows, 2), np.float32)

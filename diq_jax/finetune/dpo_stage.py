@@ -8,14 +8,14 @@ import numpy as np
 
 from diq_jax import config, errors, finetune_config, trees
 from diq_jax.data import batches, chat, preferences, sources
-from diq_jax.finetune import curves, dpo, loop, sft
-from diq_jax.models import checkpoint, load, lora, tokenizer
+from diq_jax.finetune import curves, dpo, fit, loop, sft
+from diq_jax.models import checkpoint, load, lora, tokenizer, training
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, devices, progress, reading, stages
+from diq_jax.run import artifacts, devices, parts, progress, reading, stages
 
 DATA = "finetune.dpo.data"
 SFT = "finetune/adapter"
-REFERENCE, PARTIAL = "dpo/reference.parquet", "dpo/reference.partial.jsonl"
+REFERENCE, PARTIAL = "dpo/reference.parquet", "dpo/partial"
 MAX_SHAPES = 4  # of the reference's batches: each is a compilation
 
 
@@ -28,22 +28,20 @@ def run(context: stages.Context) -> dict[str, Any]:
     """
     settings = context.config.finetune
     pairs, dropped = load_pairs(context.config, _layout(context.config))
-    training = _as_sft(settings)
-    planned = sft.plan(
-        [pair.longer for pair in pairs], {"dpo": range(len(pairs))}, training,
-        context.placement.rows_multiple,
-    )["dpo"]  # fmt: skip
-    losses_file, state_folder = context.path("dpo/losses.jsonl"), context.path("dpo/state")
+    as_sft = _as_sft(settings)
+    longer, multiple = [pair.longer for pair in pairs], context.placement.rows_multiple
+    planned = fit.plan(longer, {"dpo": range(len(pairs))}, as_sft, as_sft.seed, multiple)["dpo"]
+    losses_file = context.path("dpo/losses.jsonl")
     tokens = 0
     if not losses_file.exists():
-        records, tokens = _train(context, pairs, planned, training)
+        records, tokens = _train(context, pairs, planned, as_sft)
         rows = [
             {"step": number, "epoch": step.epoch, **record,
              "tokens": sum(pairs[i].tokens for i in step.indices)}
             for number, (step, record) in enumerate(zip(planned, records, strict=True))
         ]  # fmt: skip
         artifacts.write_jsonl(losses_file, rows)
-    artifacts.remove(state_folder)
+    artifacts.remove(context.path("dpo/state"))
     rows = reading.read_jsonl(losses_file)
     total = sum(row["tokens"] for row in rows)
     ends = {
@@ -108,28 +106,26 @@ def _as_sft(settings: finetune_config.Finetune) -> finetune_config.Finetune:
     return dataclasses.replace(settings, **values, dropout=0.0, packing=False, max_steps=0)
 
 
-def _train(context, pairs, planned, training):
+def _train(context, pairs, planned, settings):
     """Trains and exports. Returns (metrics of each step, tokens of this call)."""
     cfg, placement = context.config, context.placement
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     adapter = _start(context, model)
-    optimizer = sft.make_optimizer(training, len(planned))
+    optimizer = training.adamw(settings.weight_decay, settings.clip_norm)
     state, frozen = sft.init_state(adapter, optimizer)
     reference = _reference(context, model, adapter, pairs)
-    sums = dpo.example_sums(model.cfg, training.dpo, training.remat)
-    train_step = sft.train_step_of(sums, optimizer, placement)
-    with curves.open_log(context.path("dpo/tensorboard"), training.tensorboard) as log:
-        run = loop.Run(
-            "dpo", context.path("dpo/state"), planned,
-            [pair.example_id for pair in pairs], [pair.tokens for pair in pairs],
-            training.checkpoint_every_steps, log=log,
-        )  # fmt: skip
-        state, records, tokens = loop.train(
-            run, state,
-            lambda state, step: train_step(
-                model.params, frozen, state, dpo.microbatches(pairs, reference, step)
-            ),
-        )  # fmt: skip
+    sums = dpo.example_sums(model.cfg, settings.dpo, settings.remat)
+    train_step = training.make_train_step(sums, optimizer, placement)
+    rates = fit.learning_rates(settings, len(planned))
+
+    def take(state, number):
+        rows = dpo.microbatches(pairs, reference, planned[number])
+        return train_step(model.params, frozen, state, rows, rates[number], None)
+
+    examples = [(pair.example_id, pair.tokens) for pair in pairs]
+    with curves.open_log(context.path("dpo/tensorboard"), settings.tensorboard) as log:
+        upkeep = loop.Upkeep(context.path("dpo/state"), settings.checkpoint_every_steps, log=log)
+        state, records, tokens = loop.train("dpo", planned, examples, state, frozen, take, upkeep)
     trained = trees.combine(state.factors, frozen)
     lora.save_peft(context.path("dpo/adapter"), trained, _alpha(trained), 0.0, cfg.model.path)
     return records, tokens
@@ -160,20 +156,19 @@ def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
     """
     file = context.path(REFERENCE)
     if not file.exists():
-        with artifacts.Journal(context.path(PARTIAL)) as journal:
-            _score(context, model, adapter, pairs, journal)
-            known = dict(pair for entry in journal.entries for pair in entry["pairs"])
-        ids = [pair.example_id for pair in pairs]
-        columns = {name: [known[i][k] for i in ids] for k, name in enumerate(preferences.SIDES)}
-        artifacts.write_table(file, {"example_id": ids, **columns})
+        finished = parts.Parts(context.path(PARTIAL))
+        _score(context, model, adapter, pairs, finished)
+        values = finished.columns()["log_probabilities"]
+        columns = {name: values[:, k] for k, name in enumerate(preferences.SIDES)}
+        artifacts.write_table(file, {"example_id": [p.example_id for p in pairs], **columns})
     artifacts.remove(context.path(PARTIAL))
     kinds = {"example_id": "text"} | dict.fromkeys(preferences.SIDES, "finite")
     columns = (reading.read_table(file, kinds)[name].to_pylist() for name in kinds)
     return {id_: [c, r] for id_, c, r in zip(*columns, strict=True)}
 
 
-def _score(context, model, adapter, pairs, journal):
-    """Appends the log-probabilities of what the journal does not hold, a batch an entry."""
+def _score(context, model, adapter, pairs, finished):
+    """Adds the log-probabilities of the pairs that are not finished, a batch a part."""
     placement, rows = context.placement, [pair.longer for pair in pairs]
     # A pair is two rows.
     tokens = max(context.config.evaluate.batch_tokens // 2, 1)
@@ -183,18 +178,17 @@ def _score(context, model, adapter, pairs, journal):
         rows=True,
     )
     placed = placement.replicate(adapter)
-    done = {id_ for entry in journal.entries for id_, _ in entry["pairs"]}
 
     def started():
         for group in groups:
-            chosen = [pairs[i] for i in group.indices]
-            if not done.issuperset(pair.example_id for pair in chosen):
+            if not finished.done.issuperset(group.indices):
                 batch = placement.batch(dpo.make_batch(pairs, group))
-                yield chosen, score(model.params, placed, batch)
+                yield group.indices, score(model.params, placed, batch)
 
-    with progress.Progress("dpo reference", len(pairs), len(done)) as bar:
-        for chosen, output in devices.one_behind(started()):
-            values = np.asarray(output).reshape(-1, 2)[: len(chosen)].tolist()
-            ids = [pair.example_id for pair in chosen]
-            journal.append({"pairs": list(zip(ids, values, strict=True))})
-            bar.update(len(chosen), sum(pair.tokens for pair in chosen))
+    with progress.Progress("dpo reference", len(pairs), len(finished.done)) as bar:
+        for indices, output in devices.one_behind(started()):
+            values = np.asarray(output, np.float64).reshape(-1, 2)
+            new = [k for k, i in enumerate(indices) if i not in finished.done]
+            chosen = [indices[k] for k in new]
+            finished.add(chosen, {"log_probabilities": values[new]})
+            bar.update(len(chosen), sum(pairs[i].tokens for i in chosen))

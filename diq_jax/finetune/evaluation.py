@@ -7,14 +7,14 @@ import numpy as np
 
 from diq_jax.data import batches, encoded
 from diq_jax.finetune import sft
-from diq_jax.models import load, loss
+from diq_jax.models import load, loss, training
 from diq_jax.run import devices, stages
 
 MAX_SHAPES = 4  # of batches: each is a compilation
 
 
 def make(context: stages.Context, model: load.Model) -> Callable:
-    """A function (factors, frozen) -> the mean over targets of their mean answer-token loss, nats.
+    """Makes a function (factors, frozen) -> the mean over targets of their mean answer-token loss.
 
     The targets are those of prepare/targets.parquet, all of them; no test is looked at.
     """
@@ -30,16 +30,14 @@ def make(context: stages.Context, model: load.Model) -> Callable:
 
     score = placement.compile(sums, rows=False)
 
-    def started(factors, frozen):
-        placed = sft.place_factors(model.params, factors, frozen, placement)
-        fixed = placement.replicate(frozen)
-        for group in groups:
-            rows = [targets[i] for i in group.indices]
-            batch = batches.make_batch(rows, group.rows, group.tokens, group.answers)
-            yield score(model.params, placed, fixed, placement.batch(batch))
-
     def mean_loss(factors, frozen) -> float:
-        total = sum(float(part) for part in devices.one_behind(started(factors, frozen)))
+        placed = training.place_factors(model.params, factors, frozen, placement)
+        fixed = placement.replicate(frozen)
+        started = (
+            score(model.params, placed, fixed, placement.batch(batch))
+            for _, batch in batches.iterate(groups, targets)
+        )
+        total = sum(float(part) for part in devices.one_behind(started))
         return float(np.float32(total / len(targets)))
 
     return mean_loss

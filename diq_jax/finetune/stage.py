@@ -5,19 +5,16 @@ rows differ. The train state goes to disk every few steps, so that a killed run 
 the same bytes.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import errors, trees
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.data import steps as steps_lib
-from diq_jax.finetune import curves, evaluation, loop, sft
+from diq_jax.finetune import curves, evaluation, fit, loop, sft
 from diq_jax.models import checkpoint, decoder, export, load, lora
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, reading, stages
@@ -36,11 +33,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     """
     settings = context.config.finetune
     encoded, arms = _subsets(context)
-    steps = sft.plan(encoded, arms, settings, context.placement.rows_multiple)
-    losses_file, state_folder = (
-        context.path("finetune/losses.jsonl"),
-        context.path("finetune/state"),
-    )
+    steps = fit.plan(encoded, arms, settings, settings.seed, context.placement.rows_multiple)
+    losses_file = context.path("finetune/losses.jsonl")
     last_file = "adapter_config.json" if settings.trains_adapter else "config.json"
     finished = [folder / last_file for folder in _folders(context, arms).values()]
     tokens = 0
@@ -50,7 +44,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             row for arm in arms for row in _rows(arm, steps[arm], records[arm], encoded, settings)
         ]
         artifacts.write_jsonl(losses_file, rows)
-    artifacts.remove(state_folder)
+    artifacts.remove(context.path("finetune/state"))
     return _summary(reading.read_jsonl(losses_file), encoded, arms, tokens)
 
 
@@ -114,75 +108,47 @@ def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]])
     """Trains and exports every arm. Returns ({arm: metrics of each step}, tokens of this call)."""
     settings, settings_model = context.config.finetune, context.config.model
     model = load.load(settings_model.path, settings_model.dtype, context.placement)
-    # Every arm has as many rows, so one schedule serves them all.
-    optimizer = sft.make_optimizer(settings, len(steps[SELECTED]))
-    train_step = sft.make_train_step(model.cfg, settings, optimizer, context.placement)
-    evaluate = evaluation.make(context, model) if settings.eval_every_steps else None
+    train_step = fit.make_train_step(model, settings, context.placement)
+    target_loss = evaluation.make(context, model) if settings.eval_every_steps else None
     records, tokens = {}, 0
     for arm, folder in _folders(context, steps).items():
-        state, frozen = _start(context, model, optimizer)
-        keep_best = functools.partial(_keep_best, context, model, folder, evaluate, frozen)
+
+        def keep_best(state, frozen, before, folder=folder):
+            """Exports a state that beats all `before` beside `folder`."""
+            now = target_loss(state.factors, frozen)
+            if np.isfinite(now) and all(now < loss for loss in before):
+                best = folder.with_name(f"best_{folder.name}")
+                _export(context, model, best, state.factors, frozen)
+            return now
+
         events = context.path(f"finetune/tensorboard/{arm}")
         with curves.open_log(events, settings.tensorboard) as log:
-            run = loop.Run(
-                f"finetune {arm}", context.path(f"finetune/state/{arm}"), steps[arm],
-                [e.example_id for e in encoded], [len(e.input_ids) for e in encoded],
-                settings.checkpoint_every_steps, settings.eval_every_steps, keep_best, log,
+            upkeep = loop.Upkeep(
+                context.path(f"finetune/state/{arm}"), settings.checkpoint_every_steps,
+                settings.eval_every_steps, keep_best if target_loss else None, log,
             )  # fmt: skip
-            state, records[arm], new_tokens = loop.train(
-                run, state,
-                lambda state, step, frozen=frozen: train_step(
-                    model.params, frozen, state, steps_lib.microbatches(encoded, step)
-                ),
+            fitted = fit.fit(
+                model, encoded, settings, settings.seed, context.placement, f"finetune {arm}",
+                steps[arm], train_step, upkeep,
             )  # fmt: skip
-        tokens += new_tokens
-        _export(context, model, folder, state, frozen)
+        records[arm], tokens = fitted.records, tokens + fitted.tokens
+        _export(context, model, folder, fitted.factors, fitted.frozen)
     return records, tokens
 
 
-def _keep_best(context, model, folder, evaluate, frozen, state, before) -> float:
-    """The targets' loss; a state that beats all `before` is exported beside `folder`."""
-    now = evaluate(state.factors, frozen)
-    if np.isfinite(now) and all(now < loss for loss in before):
-        _export(context, model, folder.with_name(f"best_{folder.name}"), state, frozen)
-    return now
-
-
-def _start(context, model, optimizer):
-    """An arm's first state, and the leaves of the adapter that are not trained; None where the
-    model's own parameters are.
-    """
-    settings = context.config.finetune
-    if not settings.trains_adapter:
-        params = context.placement.single(model.params)
-        return sft.init_weights(params, settings.parameters, optimizer), None
-    # Factors stay float32 whatever the model's dtype: an update of 1e-4 vanishes in bfloat16.
-    adapter = jax.jit(
-        lambda key: lora.init(
-            key, model.cfg, settings.targets, settings.rank, settings.alpha,
-            zero_b=True, field="finetune.targets",
-        )
-    )(sft.split_key(settings.seed)[0])  # fmt: skip
-    return sft.init_state(adapter, optimizer)
-
-
-def _export(context, model, folder, state, frozen):
+def _export(context, model, folder, factors, frozen):
     settings, path = context.config.finetune, context.config.model.path
     if frozen is not None:
-        trained = trees.combine(state.factors, frozen)
-        lora.save_peft(folder, trained, settings.alpha, settings.dropout, path)
+        adapter = trees.combine(factors, frozen)
+        lora.save_peft(folder, adapter, settings.alpha, settings.dropout, path)
         return
-    params, _ = sft.merge(context.placement.single(model.params), state.factors, None)
+    params, _ = sft.merge(context.placement.single(model.params), factors, None)
     export.save_model(folder, params, model.hf_config, path, "model.path")
-
-
-def _tokens(encoded, indices) -> int:
-    return sum(len(encoded[i].input_ids) for i in indices)
 
 
 def _rows(arm, steps, records, encoded, settings):
     """The lines of losses.jsonl; target_loss stands where it was evaluated."""
-    rates = np.asarray(jax.jit(sft.schedule(settings, len(steps)))(jnp.arange(len(steps))))
+    rates = fit.learning_rates(settings, len(steps))
     for number, (step, record, rate) in enumerate(zip(steps, records, rates, strict=True)):
         yield {
             "arm": arm,
@@ -190,7 +156,7 @@ def _rows(arm, steps, records, encoded, settings):
             "epoch": step.epoch,
             "loss": record["loss"],
             "learning_rate": float(f"{rate:.6g}"),
-            "tokens": _tokens(encoded, step.indices),
+            "tokens": sum(len(encoded[i].input_ids) for i in step.indices),
             **({"target_loss": record["target_loss"]} if "target_loss" in record else {}),
         }
 

@@ -13,16 +13,16 @@ import transformers
 
 from diq_jax import config, finetune_config, trees
 from diq_jax.data import example, preferences
-from diq_jax.finetune import dpo, sft
+from diq_jax.finetune import dpo, fit, sft
 from diq_jax.models import config as model_config
-from diq_jax.models import decoder, hf, lora
+from diq_jax.models import decoder, hf, lora, training
 from diq_jax.run import devices
 
 # PEFT asks transformers for a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 CFG = model_config.decoder_config(tiny.HF_CONFIG, "test")
-SETTINGS = finetune_config.Dpo(beta=0.3, label_smoothing=0.1, learning_rate=1e-2, batch_size=8)
+SETTINGS = finetune_config.Dpo(beta=0.3, learning_rate=1e-2, batch_size=8)
 FINETUNE = finetune_config.Finetune(batch_size=8, epochs=1, learning_rate=1e-2)
 
 
@@ -54,7 +54,7 @@ def init_adapter(zero_b):
 
 def plan(pairs, settings=FINETUNE, rows_multiple=1):
     longer = [pair.longer for pair in pairs]
-    return sft.plan(longer, {"dpo": range(len(pairs))}, settings, rows_multiple)["dpo"]
+    return fit.plan(longer, {"dpo": range(len(pairs))}, settings, 0, rows_multiple)["dpo"]
 
 
 def reference_of(params, pairs, adapter=None):
@@ -80,17 +80,14 @@ def test_losses_by_hand():
     # changes (1, -1) and (0.5, 0.5): margins 0.5 * 2 = 1 and 0; -log sigmoid(1) = log(1 + 1 / e).
     policy, reference = jnp.array([[-3.0, -7.0], [-2.5, -4.5]]), jnp.array([[-4.0, -6.0]] * 2)
     policy = policy.at[1].set([-3.5, -5.5])
-    losses, margins = dpo.pair_losses(policy, reference, 0.5, 0.0)
+    losses, margins = dpo.pair_losses(policy, reference, 0.5)
     np.testing.assert_allclose(margins, [1, 0], rtol=1e-6)
     np.testing.assert_allclose(losses, [np.log(1 + np.exp(-1)), np.log(2)], rtol=1e-6)
-    # Smoothing e adds e * margin: -log sigmoid(-m) = m - log sigmoid(m).
-    smoothed, _ = dpo.pair_losses(policy, reference, 0.5, 0.2)
-    np.testing.assert_allclose(smoothed, losses + 0.2 * margins, rtol=1e-6)
 
 
 def test_at_the_reference_the_loss_is_log_two_exactly():
     policy = jnp.asarray(np.random.default_rng(0).normal(-80, 30, (50, 2)), jnp.float32)
-    losses, margins = dpo.pair_losses(policy, policy, 0.1, 0.0)
+    losses, margins = dpo.pair_losses(policy, policy, 0.1)
     np.testing.assert_array_equal(losses, np.float32(np.log(2)))
     np.testing.assert_array_equal(margins, 0)
 
@@ -101,7 +98,9 @@ def test_loss_and_gradient_equal_the_formula_in_float64(params, tmp_path):
     (step,) = plan(pairs)
     (rows,) = dpo.microbatches(pairs, reference_of(params, pairs), step)
     factors, frozen = trees.partition(adapter, lora.is_factor)
-    found = jax.jit(dpo.example_sums(CFG, SETTINGS, remat=False))(params, factors, frozen, 0, rows)
+    found = jax.jit(dpo.example_sums(CFG, SETTINGS, remat=False))(
+        params, factors, frozen, None, rows
+    )
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.HF_CONFIG))
     state = {name: torch.from_numpy(array.copy()) for name, array in hf.decoder_tensors(params)}
@@ -121,9 +120,7 @@ def test_loss_and_gradient_equal_the_formula_in_float64(params, tmp_path):
         with torch.no_grad(), model.disable_adapter():
             reference = [answer(side) for side in pair.sides]
         margin = SETTINGS.beta * (policy[0] - reference[0] - (policy[1] - reference[1]))
-        smooth = SETTINGS.label_smoothing
-        total = total - (1 - smooth) * torch.nn.functional.logsigmoid(margin)
-        total = total - smooth * torch.nn.functional.logsigmoid(-margin)
+        total = total - torch.nn.functional.logsigmoid(margin)
         right += int(margin > 0)
     total.backward()
     np.testing.assert_allclose(float(found["loss"]), float(total.detach()), rtol=1e-5)
@@ -142,15 +139,16 @@ def train(params, pairs, settings=SETTINGS, finetune=FINETUNE):
     """All steps. Returns (factors, metrics of each step)."""
     placement = devices.make_placement(config.Parallel(data=1))
     steps = plan(pairs, finetune, placement.rows_multiple)
-    optimizer = sft.make_optimizer(finetune, len(steps))
+    optimizer = training.adamw(finetune.weight_decay, finetune.clip_norm)
+    rates = fit.learning_rates(finetune, len(steps))
     state, frozen = sft.init_state(init_adapter(zero_b=True), optimizer)
-    step_fn = sft.train_step_of(
+    step_fn = training.make_train_step(
         dpo.example_sums(CFG, settings, finetune.remat), optimizer, placement
     )
     reference, records = reference_of(params, pairs), []
-    for step in steps:
+    for step, rate in zip(steps, rates, strict=True):
         rows = dpo.microbatches(pairs, reference, step)
-        state, metrics = step_fn(params, frozen, state, rows)
+        state, metrics = step_fn(params, frozen, state, rows, rate, None)
         records.append({name: float(x) for name, x in metrics.items()})
     return state.factors, records
 

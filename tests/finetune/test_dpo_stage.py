@@ -21,7 +21,7 @@ from diq_jax import config, errors
 from diq_jax.finetune import dpo_stage
 from diq_jax.models import checkpoint, lora
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, devices, reading, stages
+from diq_jax.run import devices, parts, reading, stages
 
 PAIRS = 20
 OUTPUTS = (
@@ -129,17 +129,17 @@ def test_killed_and_resumed_is_identical(whole, prepared, tmp_path, monkeypatch)
     shutil.copytree(prepared, workdir)
 
     # Once while the reference is scored, in this process ...
-    append = artifacts.Journal.append
+    add = parts.Parts.add
 
-    def stop_at_the_second(journal, entry):
-        if journal.entries:
+    def stop_at_the_second(finished, rows, columns):
+        if finished.done:
             raise KeyboardInterrupt
-        append(journal, entry)
+        add(finished, rows, columns)
 
-    monkeypatch.setattr(artifacts.Journal, "append", stop_at_the_second)
+    monkeypatch.setattr(parts.Parts, "add", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         dpo_stage.run(make_context(workdir, data=1))
-    assert files(workdir) == ["reference.partial.jsonl"]
+    assert [name.split("-")[:2] for name in files(workdir)] == [["partial/part", "00000000"]]
     # ... and once, really killed, while it trains.
     process = start(workdir)
     state = workdir / "dpo/state"

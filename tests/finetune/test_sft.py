@@ -15,9 +15,9 @@ import transformers
 from diq_jax import config, errors, finetune_config, trees
 from diq_jax.data import batches, example
 from diq_jax.data import steps as steps_lib
-from diq_jax.finetune import sft
+from diq_jax.finetune import fit, sft
 from diq_jax.models import config as model_config
-from diq_jax.models import decoder, hf, lora
+from diq_jax.models import decoder, hf, load, lora, training
 from diq_jax.run import devices
 
 # PEFT asks transformers for a property that transformers 5 renames.
@@ -55,30 +55,29 @@ def placement():
     return devices.make_placement(config.Parallel(data=1))
 
 
+KEY = sft.dropout_keys(0, 1)[0]
+
+
 def init_adapter(settings, zero_b=True):
-    key = sft.split_key(settings.seed)[0]
-    targets, rank, alpha = settings.targets, settings.rank, settings.alpha
-    return lora.init(key, CFG, targets, rank, alpha, zero_b, "test")
+    if zero_b:
+        return sft.init_adapter(CFG, settings, settings.seed)
+    key = jax.random.split(jax.random.key(settings.seed))[0]
+    return lora.init(key, CFG, settings.targets, settings.rank, settings.alpha, False, "test")
 
 
-def train(params, placement, settings, encoded, zero_b=True):
-    """All steps. Returns (adapter or parameters, losses)."""
+def plan(encoded, settings, rows_multiple=1):
     arms = {"selected": range(len(encoded))}
-    steps = sft.plan(encoded, arms, settings, placement.rows_multiple)["selected"]
-    optimizer = sft.make_optimizer(settings, len(steps))
-    if settings.trains_adapter:
-        state, frozen = sft.init_state(init_adapter(settings, zero_b), optimizer)
-    else:
-        state, frozen = sft.init_weights(params, settings.parameters, optimizer), None
-    train_step = sft.make_train_step(CFG, settings, optimizer, placement)
-    losses = []
-    for step in steps:
-        rows = steps_lib.microbatches(encoded, step)
-        state, metrics = train_step(params, frozen, state, rows)
-        losses.append(float(metrics["loss"]))
-    if frozen is None:
-        return sft.merge(params, state.factors, None)[0], losses
-    return trees.combine(state.factors, frozen), losses
+    return fit.plan(encoded, arms, settings, settings.seed, rows_multiple)["selected"]
+
+
+def train(params, placement, settings, encoded):
+    """All steps. Returns (adapter or parameters, losses)."""
+    model = load.Model(params, CFG, {}, "tiny")
+    fitted = fit.fit(model, encoded, settings, settings.seed, placement)
+    losses = [record["loss"] for record in fitted.records]
+    if fitted.frozen is None:
+        return sft.merge(params, fitted.factors, None)[0], losses
+    return fitted.adapter, losses
 
 
 def assert_same(first, second, atol=2e-6):
@@ -100,9 +99,9 @@ def torch_train(model, settings, encoded) -> list[float]:
     adamw = torch.optim.AdamW(
         trained, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay
     )
-    schedule, losses = sft.schedule(settings, settings.epochs), []
+    rates, losses = fit.learning_rates(settings, settings.epochs), []
     for step in range(settings.epochs):
-        adamw.param_groups[0]["lr"] = float(schedule(step))
+        adamw.param_groups[0]["lr"] = float(rates[step])
         adamw.zero_grad()
         mean = sum(
             model(
@@ -160,13 +159,12 @@ def test_masters_stay_float32_beside_a_bfloat16_model(params, placement):
     # An update of 1e-6 vanishes in bfloat16; a thousand of them do not.
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     settings = dataclasses.replace(SETTINGS, parameters="norm", learning_rate=1e-6)
-    optimizer = sft.make_optimizer(settings, 10)
-    state = sft.init_weights(small, settings.parameters, optimizer)
+    state = sft.init_weights(small, settings.parameters, training.adamw(0.1, 1.0))
+    model = load.Model(small, CFG, {}, "tiny")
     assert {x.dtype for x in jax.tree.leaves(state.factors)} == {jnp.dtype(jnp.float32)}
     encoded = random_examples(4)
-    (step, *_) = sft.plan(encoded, {"selected": range(4)}, settings, 1)["selected"]
-    train_step = sft.make_train_step(CFG, settings, optimizer, placement)
-    after, _ = train_step(small, None, state, steps_lib.microbatches(encoded, step))
+    once = dataclasses.replace(settings, max_steps=1)
+    after = fit.fit(model, encoded, once, 0, placement)
     assert (after.factors["final_norm"]["scale"] != state.factors["final_norm"]["scale"]).any()
     merged, adapter = sft.merge(small, after.factors, None)
     assert adapter is None
@@ -179,7 +177,7 @@ def test_packed_equals_unpacked(params, parameters):
     # 11 examples of 12 to 29 tokens in rows of 32: fewer rows, the same sums.
     settings = dataclasses.replace(SETTINGS, parameters=parameters, batch_size=11, epochs=1)
     encoded = random_examples(11)
-    optimizer = sft.make_optimizer(settings, 1)
+    optimizer = training.adamw()
     if parameters == "lora":
         state, frozen = sft.init_state(init_adapter(SETTINGS, zero_b=False), optimizer)
     else:
@@ -187,11 +185,11 @@ def test_packed_equals_unpacked(params, parameters):
     found, rows = {}, {}
     for packing in (False, True):
         chosen = dataclasses.replace(settings, packing=packing)
-        (step,) = sft.plan(encoded, {"selected": range(11)}, chosen, 2)["selected"]
+        (step,) = plan(encoded, chosen, 2)
         (batch,) = steps_lib.microbatches(encoded, step)
         assert sorted(step.indices) == [*range(11)]
         sums = jax.jit(sft.example_sums(CFG, chosen))
-        found[packing] = sums(params, state.factors, frozen, 0, batch)
+        found[packing] = sums(params, state.factors, frozen, KEY, batch)
         rows[packing] = len(batch.batch.tokens)
     assert rows[True] < rows[False]
     assert float(found[True]["examples"]) == float(found[False]["examples"]) == 11
@@ -208,8 +206,8 @@ def test_packed_steps_hold_the_same_examples_in_few_rows():
     encoded = random_examples(30)
     arms = {"selected": range(20), "random": range(10, 30)}
     settings = dataclasses.replace(SETTINGS, accumulation_steps=2)
-    packed = sft.plan(encoded, arms, dataclasses.replace(settings, packing=True), 4)
-    for arm, steps in sft.plan(encoded, arms, settings, 4).items():
+    packed = fit.plan(encoded, arms, dataclasses.replace(settings, packing=True), 0, 4)
+    for arm, steps in fit.plan(encoded, arms, settings, 0, 4).items():
         assert [set(s.indices) for s in packed[arm]] == [set(s.indices) for s in steps]
     groups = [g for steps in packed.values() for step in steps for g in step.groups]
     assert len({(g.rows, g.tokens, g.answers, g.examples) for g in groups}) == 1
@@ -222,8 +220,7 @@ def test_max_steps_counts_steps_whatever_the_epochs():
 
     def numbers(**changes):
         settings = dataclasses.replace(SETTINGS, **changes)
-        steps = sft.plan(encoded, {"selected": range(11)}, settings, 1)["selected"]
-        return [step.epoch for step in steps]
+        return [step.epoch for step in plan(encoded, settings)]
 
     assert numbers(max_steps=5) == [0, 0, 1, 1, 2]  # two steps an epoch
     assert numbers(max_steps=1) == [0]
@@ -242,7 +239,9 @@ def test_accumulation_and_remat_change_nothing(params, placement):
 def sums_of(params, encoded, rows):
     factors, frozen = trees.partition(init_adapter(SETTINGS, zero_b=False), lora.is_factor)
     batch = batches.make_batch(encoded, rows, 32, 32)
-    return SUMS(params, factors, frozen, 0, steps_lib.Rows(batch, np.arange(rows, dtype=np.int32)))
+    return SUMS(
+        params, factors, frozen, KEY, steps_lib.Rows(batch, np.arange(rows, dtype=np.int32))
+    )
 
 
 def test_padding_rows_add_nothing(params):
@@ -283,11 +282,13 @@ def test_dropout_depends_on_step_and_place(params):
     # B != 0, so that dropout shows in the loss.
     factors, frozen = trees.partition(init_adapter(SETTINGS, zero_b=False), lora.is_factor)
     sums = jax.jit(sft.example_sums(CFG, settings))
-    batch = batches.make_batch(encoded, 8, 32, 32)
+    batch, keys = batches.make_batch(encoded, 8, 32, 32), sft.dropout_keys(0, 2)
 
     def loss(step, first_place):
         places = np.arange(first_place, first_place + 8, dtype=np.int32)
-        return float(sums(params, factors, frozen, step, steps_lib.Rows(batch, places))["loss"])
+        return float(
+            sums(params, factors, frozen, keys[step], steps_lib.Rows(batch, places))["loss"]
+        )
 
     assert loss(0, 0) == loss(0, 0)
     assert len({loss(0, 0), loss(1, 0), loss(0, 8)}) == 3
@@ -296,13 +297,15 @@ def test_dropout_depends_on_step_and_place(params):
 def test_the_first_update_by_hand():
     # The gradient (3, 4) has norm 5, so clipping at 1 gives (0.6, 0.8); Adam's first step is the
     # sign, decay adds 0.1 p, and the rate is 0.02: p = (1, -2) -> p - 0.02 ((1, 1) + 0.1 (1, -2)).
-    settings = dataclasses.replace(SETTINGS, warmup_ratio=0.0, learning_rate=0.02)
     p, gradient = {"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([3.0, 4.0])}
     for clip_norm, first_moment in ((0.0, [0.3, 0.4]), (1.0, [0.06, 0.08])):
-        optimizer = sft.make_optimizer(dataclasses.replace(settings, clip_norm=clip_norm), 10)
-        change, state = optimizer.update(gradient, optimizer.init(p), p)
-        np.testing.assert_allclose(change["a"], [-0.022, -0.016], rtol=1e-5)
-        np.testing.assert_allclose(optax.tree.get(state, "mu")["a"], first_moment, rtol=1e-5)
+        optimizer = training.adamw(0.1, clip_norm)
+        state = training.TrainState(p, optimizer.init(p))
+        after = training.apply(optimizer, state, gradient, 0.02)
+        np.testing.assert_allclose(after.factors["a"], [1 - 0.022, -2 - 0.016], rtol=1e-5)
+        np.testing.assert_allclose(
+            optax.tree.get(after.opt_state, "mu")["a"], first_moment, rtol=1e-5
+        )
 
 
 def test_order_depends_on_seed_epoch_and_ids_alone():
@@ -310,7 +313,7 @@ def test_order_depends_on_seed_epoch_and_ids_alone():
 
     def order(encoded, seed=0):
         settings = dataclasses.replace(SETTINGS, seed=seed)
-        steps = sft.plan(encoded, {"selected": range(len(encoded))}, settings, 1)["selected"]
+        steps = plan(encoded, settings)
         return [[encoded[i].example_id for i in step.indices] for step in steps]
 
     steps = order(encoded)
@@ -326,7 +329,7 @@ def test_few_shapes_serve_all_arms():
     encoded = random_examples(60)
     arms = {"selected": range(30), "random": range(20, 50)}
     settings = dataclasses.replace(SETTINGS, batch_size=4, accumulation_steps=2)
-    planned = sft.plan(encoded, arms, settings, rows_multiple=8)
+    planned = fit.plan(encoded, arms, settings, 0, rows_multiple=8)
     groups = [g for steps in planned.values() for step in steps for g in step.groups]
     assert len({(g.rows, g.tokens, g.answers) for g in groups}) <= 2
     assert all(g.rows == 8 and len(g.indices) <= 2 for g in groups)
@@ -336,13 +339,20 @@ def test_few_shapes_serve_all_arms():
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [(0.0, 6), (0.1, 6), (0.5, 10), (0.9, 1), (0.99, 3)])
-def test_schedule_warms_up_and_never_wastes_a_step(ratio, steps):
+def test_rates_warm_up_and_never_waste_a_step(ratio, steps):
     settings = dataclasses.replace(SETTINGS, warmup_ratio=ratio, learning_rate=2.0)
-    rates = np.asarray(sft.schedule(settings, steps)(jnp.arange(steps + 1)))
+    rates = fit.learning_rates(settings, steps)
     warmup = min(int(np.ceil(ratio * steps)), steps - 1)
     np.testing.assert_allclose(
         rates[: warmup + 1], 2.0 * np.arange(1, warmup + 2) / (warmup + 1), rtol=1e-6
     )
-    cosine = 1 + np.cos(np.pi * np.arange(steps + 1 - warmup) / (steps - warmup))
+    cosine = 1 + np.cos(np.pi * np.arange(steps - warmup) / (steps - warmup))
     np.testing.assert_allclose(rates[warmup:], cosine, atol=1e-6)
-    assert (rates[:-1] > 0).all()
+    assert len(rates) == steps and (rates > 0).all()
+
+
+def test_rates_by_hand():
+    # Linear: 1 / 2, 1, then 1 - 1 / 4 ...; held: 1 / 2, 1, 1 and a cosine over two steps.
+    rates = training.learning_rates(1.0, 5, 1, "linear")
+    np.testing.assert_allclose(rates, [0.5, 1, 0.75, 0.5, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(training.learning_rates(1.0, 4, 1, hold=1), [0.5, 1, 1, 0.5])

@@ -108,9 +108,10 @@ def test_a_kill_in_the_first_save_starts_again(tmp_path):
     assert restored(tmp_path)[:2] == (0, 0.0) and not (tmp_path / "1").exists()
 
 
-def run(folder, **changes):
+def train(folder, **changes):
     steps = [steps_lib.Step(0, ()) for _ in range(3)]
-    return loop.Run("test", folder, steps, [], [], checkpoint_every=5, **changes)
+    upkeep = loop.Upkeep(folder, checkpoint_every=5, **changes)
+    return loop.train("test", steps, [], state(1), None, train_step, upkeep)
 
 
 def train_step(state, _):
@@ -123,11 +124,15 @@ def train_step(state, _):
 def test_a_last_update_that_ruins_the_parameters_is_named_and_kept_nowhere(tmp_path):
     for _ in range(2):
         with pytest.raises(errors.UserError, match=r"not finite after step 2 \(a\).*learning_rate"):
-            loop.train(run(tmp_path), state(1), train_step)
+            train(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_loss_that_is_not_finite_is_named(tmp_path):
-    evaluated = run(tmp_path, eval_every=1, evaluate=lambda state, before: np.nan)
     with pytest.raises(errors.UserError, match="target loss nan after step 0"):
-        loop.train(evaluated, state(1), train_step)
+        train(tmp_path, eval_every=1, evaluate=lambda state, frozen, before: np.nan)
+
+
+def test_without_a_folder_nothing_is_kept_and_the_last_update_is_checked():
+    with pytest.raises(errors.UserError, match=r"not finite after step 2 \(a\)"):
+        train(None)
