@@ -32,7 +32,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", 
 ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")
 OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.")
 SAMPLES = flags.DEFINE_integer("samples", 8, "Answers to each question.", lower_bound=1)
-NAME = "base"  # of the one model, in the journal
+NAME = "base"  # of the one model, in messages
 
 
 def partial_of(out: pathlib.Path) -> pathlib.Path:
@@ -70,7 +70,7 @@ def made_from(cfg: config.Config, settings: config.Evaluate) -> str:
 
 
 def write_answers(part, model, made: str, partial: pathlib.Path) -> dict:
-    """{(model, part, index): values} of all answers; those in the journal are not written again.
+    """{index: (text, tokens, finish)} of all answers; those in the journal are not written again.
 
     Raises:
         UserError: the journal is of another model, of other rows or settings.
@@ -83,13 +83,13 @@ def write_answers(part, model, made: str, partial: pathlib.Path) -> dict:
                 f"{partial} was begun with another model, other rows or settings: remove it to "
                 "start anew, or name another --out."
             )
-        done = {(NAME, part.name, entry["row"]): entry["values"] for entry in journal.entries[1:]}
+        done = {entry["row"]: entry["values"] for entry in journal.entries[1:]}
         with progress.Progress("answers", len(part.rows), len(done)) as bar:
             weights = model.params, None
-            for (i,), (values,) in generation.answers(part, NAME, weights, done, None):
-                journal.append({"row": i, "values": values})
-                done[NAME, part.name, i] = values
-                bar.update(1, part.tokens(i, values))
+            for (i,), columns in part.run(NAME, weights, done):
+                done[i] = [columns[name][0] for name in ("text", "tokens", "finish")]
+                journal.append({"row": i, "values": done[i]})
+                bar.update(1, part.tokens([i], columns))
     return done
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     tests = sources.load_tests(ROWS.value, 0, 0, "--rows")
     placement = devices.make_placement(cfg.parallel)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
-    part = generation.make_part(tests, model, settings, cfg.data.date, placement)
+    part = generation.make_answers(tests, model, settings, cfg.data.date, placement)
     out = pathlib.Path(OUT.value)
     partial = partial_of(out)
     with devices.matmul_precision(cfg.model.dtype):
@@ -108,7 +108,7 @@ def main() -> None:
     rates, unparsable = [], []
     for q, test in enumerate(tests):
         rows = range(q * settings.samples, (q + 1) * settings.samples)
-        found = generation.prediction(part, q, [done[NAME, part.name, i] for i in rows])
+        found = generation.prediction(part, q, [done[i] for i in rows])
         right = found["votes"].get(test.answer_idx, 0) / settings.samples
         # Levels that a row came with would stand before its rate in difficulty.source.
         kept = {k: v for k, v in test.row.items() if k not in labels.COLUMNS.values()}

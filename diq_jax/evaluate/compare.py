@@ -15,7 +15,7 @@ LEVEL = 0.05  # a p-value below it is called a difference
 CHOICES = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}  # metric: column
 
 
-def common(first: predictions.Rows, second: predictions.Rows) -> list[str]:
+def common(first: predictions.ById, second: predictions.ById) -> list[str]:
     """The ids that both have, in the order of the first.
 
     Raises:
@@ -34,7 +34,7 @@ def common(first: predictions.Rows, second: predictions.Rows) -> list[str]:
     return ids
 
 
-def correct(rows: predictions.Rows, ids: Sequence[str], metric: str) -> np.ndarray:
+def correct(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.ndarray:
     """(Q,) float64: 1 where the model's choice is the right answer; no choice is a wrong one.
 
     Raises:
@@ -49,7 +49,7 @@ def correct(rows: predictions.Rows, ids: Sequence[str], metric: str) -> np.ndarr
     return np.array([rows[name][column] == rows[name]["answer"] for name in ids], np.float64)
 
 
-def unparsable(rows: predictions.Rows, ids: Sequence[str], metric: str) -> np.ndarray:
+def unparsable(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.ndarray:
     """(Q,) bool: the model answered, and no choice could be read."""
     return np.array([rows[name][CHOICES[metric]] is None for name in ids])
 
@@ -110,7 +110,7 @@ def sentence(value: Mapping[str, Any], names: Sequence[str]) -> str:
     )
 
 
-def calibrated(rows: predictions.Rows, ids: Sequence[str]) -> dict[str, Any] | None:
+def calibrated(rows: predictions.ById, ids: Sequence[str]) -> dict[str, Any] | None:
     """`ece` and its table, of the choice by summed log-likelihood; None where a row has none, or
     its choice was read off generated answers.
     """

@@ -6,7 +6,7 @@ times; then the option with the most votes is the answer.
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 from diq_jax import config as config_lib
 from diq_jax import errors
 from diq_jax.data import batches, chat, example
-from diq_jax.evaluate import extract
+from diq_jax.evaluate import extract, measure
 from diq_jax.models import generate, load, sampling, tokenizer
 from diq_jax.run import devices
 
@@ -28,11 +28,12 @@ MAX_SHAPES = 4  # prompt lengths to pad to: each is two compilations
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class Answers:
     """What every model writes: `samples` answers to each question, in the questions' order.
 
     Attributes:
-        name: as messages and the journal have it.
+        name: of its parts on disk; what measure.measure asks has one.
+        rows: a prompt for each answer.
         options: letter -> text, of each question.
     """
 
@@ -43,19 +44,36 @@ class Part:
     streams: Sequence[generate.Stream]
     generator: generate.Generator
 
-    def tokens(self, row: int, values: Sequence) -> int:
-        """Tokens read and written for a row."""
-        return len(self.rows[row].ids) + values[1]
+    def tokens(self, rows: Sequence[int], columns: measure.Columns) -> int:
+        """Counts the tokens read and written for rows."""
+        return sum(len(self.rows[i].ids) for i in rows) + int(sum(columns["tokens"]))
+
+    def run(
+        self, model: str, weights: measure.Weights, done: Collection[int]
+    ) -> Iterator[tuple[list[int], measure.Columns]]:
+        """Writes the answers that are not done; yields each as it ends."""
+        for stream in self.streams:
+            # The shape stays that of the whole: a continued run computes what a whole one does.
+            left = tuple(i for i in stream.indices if i not in done)
+            stream = dataclasses.replace(stream, indices=left)
+            try:
+                for i, answer in generate.run(self.generator, *weights, self.rows, stream):
+                    yield (
+                        [i],
+                        {name: [getattr(answer, name)] for name in ("text", "tokens", "finish")},
+                    )
+            except errors.UserError as e:
+                raise errors.UserError(f"evaluate: model {model!r}: {e}") from None
 
 
-def make_part(
+def make_answers(
     tests: Sequence[example.Example],
     model: load.Model,
     settings: config_lib.Evaluate,
     date: str,
     placement: devices.Placement,
-) -> Part:
-    """The prompts and how they are answered; nothing runs yet.
+) -> Answers:
+    """Lays out the prompts and how they are answered; nothing runs yet.
 
     Args:
         date: the day, YYYY-MM-DD, that a chat template takes for today.
@@ -98,7 +116,7 @@ def make_part(
         placement,
     )
     options = [test.options for test in tests]
-    return Part("answer", prompts, options, settings.samples, streams, generator)
+    return Answers("answer", prompts, options, settings.samples, streams, generator)
 
 
 def ask(tests: Sequence[example.Example], layout: chat.Layout) -> list[list[int]]:
@@ -136,21 +154,10 @@ def end_tokens(model: load.Model, layout: chat.Layout) -> tuple[int, ...]:
     return tuple(sorted((found | set(layout.end_ids[-1:])) - {None}))
 
 
-def answers(part: Part, name, weights, done, _) -> Iterator[tuple[list[int], list]]:
-    """Writes what is not done yet; yields an index and its (text, tokens, finish) as it ends."""
-    for stream in part.streams:
-        # The shape stays that of the whole: a continued run computes what a whole one does.
-        left = tuple(i for i in stream.indices if (name, part.name, i) not in done)
-        stream = dataclasses.replace(stream, indices=left)
-        try:
-            for i, answer in generate.run(part.generator, *weights, part.rows, stream):
-                yield [i], [[answer.text, answer.tokens, answer.finish]]
-        except errors.UserError as e:
-            raise errors.UserError(f"evaluate: model {name!r}: {e}") from None
-
-
-def prediction(part: Part, question: int, written: Sequence[Sequence]) -> dict[str, Any]:
-    """What a row of evaluate/predictions.jsonl has of a question's answers.
+def prediction(
+    answers: Answers, question: int, written: Sequence[tuple[str, int, str]]
+) -> dict[str, Any]:
+    """Returns what a row of evaluate/predictions.jsonl has of a question's answers.
 
     The prediction is the letter with the most votes, of equals the one that was drawn first; None
     where no answer can be read.
@@ -161,8 +168,8 @@ def prediction(part: Part, question: int, written: Sequence[Sequence]) -> dict[s
     read = [
         {
             "text": text,
-            "letter": extract.extract(text, part.options[question], finish == generate.LENGTH),
-            "tokens": tokens,
+            "letter": extract.extract(text, answers.options[question], finish == generate.LENGTH),
+            "tokens": int(tokens),
             "finish": finish,
         }
         for text, tokens, finish in written
@@ -177,13 +184,15 @@ def prediction(part: Part, question: int, written: Sequence[Sequence]) -> dict[s
     }
 
 
-def add_answers(part: Part, rows: Sequence[dict], values: Sequence[Sequence]) -> None:
+def add_answers(answers: Answers, rows: Sequence[dict], columns: measure.Columns) -> None:
     """Puts what a model wrote into its rows of predictions.jsonl, in the place of the option that
     likelihood chose.
     """
+    written = list(zip(*(columns[name] for name in ("text", "tokens", "finish")), strict=True))
     for i, row in enumerate(rows):
         del row["prediction_norm"]
-        row |= prediction(part, i, values[i * part.samples : (i + 1) * part.samples])
+        own = written[i * answers.samples : (i + 1) * answers.samples]
+        row |= prediction(answers, i, own)
 
 
 def unparsable(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int]:

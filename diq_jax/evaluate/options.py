@@ -6,7 +6,7 @@ option begin where the prompt ends, as if it stood there alone.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,19 +140,42 @@ def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
     return int(np.argmax(log_likelihoods)), int(np.argmax(log_likelihoods / lengths))
 
 
-def prediction(model: str, question: Question, sums: np.ndarray, loss: float) -> dict[str, Any]:
-    """A row of evaluate/predictions.jsonl, of the `scores` of a question."""
-    lengths = question.lengths
-    letters, right = question.letters, question.answer
-    by_sum, by_mean = choose(sums, lengths)
-    return {
-        "model": model,
-        "example_id": question.example_id,
-        "task": question.task,
-        "answer": letters[right],
-        "prediction": letters[by_sum],
-        "prediction_norm": letters[by_mean],
-        "loss": loss,
-        "log_likelihoods": dict(zip(letters, sums.tolist(), strict=True)),
-        "tokens": dict(zip(letters, lengths.tolist(), strict=True)),
-    }
+def predictions(
+    model: str, questions: Sequence[Question], columns: Mapping[str, Sequence]
+) -> list[dict[str, Any]]:
+    """Returns the rows of evaluate/predictions.jsonl.
+
+    Args:
+        columns: log_likelihoods and loss of each question, as `scores` gives them.
+    """
+    rows = []
+    measured = zip(columns["log_likelihoods"], columns["loss"], strict=True)
+    for question, (sums, loss) in zip(questions, measured, strict=True):
+        lengths, letters = question.lengths, question.letters
+        by_sum, by_mean = choose(np.asarray(sums), lengths)
+        rows.append(
+            {
+                "model": model,
+                "example_id": question.example_id,
+                "task": question.task,
+                "answer": letters[question.answer],
+                "prediction": letters[by_sum],
+                "prediction_norm": letters[by_mean],
+                "loss": float(loss),
+                "log_likelihoods": dict(zip(letters, map(float, sums), strict=True)),
+                "tokens": dict(zip(letters, lengths.tolist(), strict=True)),
+            }
+        )
+    return rows
+
+
+def outcomes(predictions: Sequence[dict[str, Any]], metrics: Sequence[str]) -> np.ndarray:
+    """Returns the metrics of rows of `prediction`, (Q, len(metrics)) float64: test_loss, and 1
+    where the option that a metric looks at is the right one.
+    """
+    chosen = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}
+    values = [
+        [row["loss"] if m == "test_loss" else row[chosen[m]] == row["answer"] for m in metrics]
+        for row in predictions
+    ]
+    return np.array(values, np.float64)

@@ -17,10 +17,10 @@ from diq_jax.data import sources
 from diq_jax.run import reading, records
 
 TESTS = ("example_id", "question", "options", "choices", "answer")
-Rows = dict[str, dict[str, Any]]  # by example_id, in the order of the file
+ById = dict[str, dict[str, Any]]  # by example_id, in the order of the file
 
 
-def read_all(specs: Sequence[str], field: str, verified: bool = True) -> dict[str, Rows]:
+def read_all(specs: Sequence[str], field: str, verified: bool = True) -> dict[str, ById]:
     """{name: rows} of each spec: a model's name where the names differ, else the specs.
 
     Args:
@@ -38,7 +38,7 @@ def read_all(specs: Sequence[str], field: str, verified: bool = True) -> dict[st
     return dict(zip(names, (rows for _, rows in found), strict=True))
 
 
-def _read(spec: str, field: str, verified: bool) -> tuple[str, Rows]:
+def _read(spec: str, field: str, verified: bool) -> tuple[str, ById]:
     path, model = (spec, "") if os.path.exists(spec) else spec.rpartition(":")[::2]
     file = _file(path or spec, field)
     if verified:
@@ -53,7 +53,7 @@ def _read(spec: str, field: str, verified: bool) -> tuple[str, Rows]:
     if model:
         errors.check_choice(f"{field}: the model of {file}", model, models)
     tests = _tests(file, verified)
-    found: Rows = {}
+    found: ById = {}
     for row, where in rows:
         if model and str(row.get("model", "")) != model:
             continue
@@ -89,7 +89,7 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
     return {"text": answer["text"]} if "text" in answer else {}
 
 
-def _tests(file: pathlib.Path, verified: bool) -> Rows:
+def _tests(file: pathlib.Path, verified: bool) -> ById:
     """What the run's tests say of each question: its text with the options, the right one."""
     path = file.parent.parent / "prepare" / "tests.parquet"
     if file.parent.name != "evaluate" or not path.is_file():

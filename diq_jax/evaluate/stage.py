@@ -1,8 +1,7 @@
 """The evaluate stage: the base model and every fine-tuned arm, on the targets and on the tests."""
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -11,37 +10,15 @@ import numpy as np
 
 from diq_jax import config as config_lib
 from diq_jax import errors
-from diq_jax.data import batches, benchmarks, encoded, example
-from diq_jax.evaluate import generation, intervals, options
-from diq_jax.models import checkpoint, load, lora, loss, tokenizer
-from diq_jax.run import artifacts, devices, progress, stages
+from diq_jax.data import benchmarks, encoded
+from diq_jax.evaluate import generation, intervals, measure, options
+from diq_jax.models import checkpoint, load, lora, tokenizer
+from diq_jax.run import artifacts, parts, progress, stages
 
-MAX_SHAPES = 4  # batch shapes of the targets, and of the tests: each is a compilation
-PARTIAL = "evaluate/scores.partial.jsonl"
+PARTIAL = "evaluate/partial"
 BASE, SELECTED = "base", "selected"
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model*.safetensors*")
 TARGETS, TESTS = "prepare/targets.parquet", "prepare/tests.parquet"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """What every model is scored on: the targets or the tests.
-
-    Attributes:
-        name: target or question, as messages and the journal have it.
-        score: compiled (params, adapter, batch) -> an output for each row (B, ...).
-        pack: (indices, rows, tokens, answers) -> a numpy batch.
-        values: (index of a row, its output) -> the numbers to keep.
-    """
-
-    name: str
-    rows: list[example.Encoded]
-    score: Callable[..., jax.Array]
-    pack: Callable[..., batches.Batch]
-    values: Callable[[int, np.ndarray], list[float]]
-
-    def tokens(self, row: int, _) -> int:
-        return len(self.rows[row].input_ids)
 
 
 def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
@@ -109,41 +86,32 @@ def run(context: stages.Context) -> dict[str, Any]:
         )
     groups(config.evaluate, {question.task for question in questions})  # refused before hours
     model = load.load(config.model.path, config.model.dtype, context.placement)
-    parts = make_parts(targets, questions, model.cfg, context.placement)
-    scored = [(part, score) for part in parts]
-    if config.evaluate.protocol == "generate":
+    settings, placement = config.evaluate, context.placement
+    asked = measure.ask(targets, questions, model.cfg, placement, settings.batch_tokens)
+    if settings.protocol == "generate":
         tests = generation.from_table(context.table(TESTS))
-        answers = generation.make_part(
-            tests, model, config.evaluate, config.data.date, context.placement
-        )
-        scored.append((answers, generation.answers))
+        asked += (generation.make_answers(tests, model, settings, config.data.date, placement),)
     models = arms(context)
-    names = [name for name, _ in models]
-    total = len(models) * sum(len(part.rows) for part, _ in scored)
-    with artifacts.Journal(context.path(PARTIAL)) as journal:
-        done = _done(journal)
-        with progress.Progress("evaluate", total, len(done)) as bar:
-            for name, weights in _weights(models, model, context):
-                for part, values_of in scored:
-                    for rows, values in values_of(part, name, weights, done, context):
-                        entry = {"model": name, "part": part.name, "rows": rows, "values": values}
-                        journal.append(entry)
-                        new = sum(map(part.tokens, rows, values))
-                        bar.update(len(rows), new, model=name)
-        done = _done(journal)
-    _write(context, names, questions, [(part, _table(part, names, done)) for part, _ in scored])
+    folders = {name: context.path(PARTIAL) / name for name, _ in models}
+    done = sum(
+        len(parts.Parts(folder / part.name).done) for folder in folders.values() for part in asked
+    )
+    total = len(models) * sum(len(part.rows) for part in asked)
+    with progress.Progress("evaluate", total, done) as bar:
+        found = {
+            name: measure.measure(name, weights, asked, folders[name], bar)
+            for name, weights in _weights(models, model, context)
+        }
+    _write(context, questions, found, asked[2:])
     artifacts.remove(context.path(PARTIAL))
     tokens = sum(
-        part.tokens(i, done[name, part.name, i])
-        for part, _ in scored
-        for name in names
-        for i in range(len(part.rows))
+        part.tokens(range(len(part.rows)), of[part.name]) for of in found.values() for part in asked
     )
     return {
-        "rows": len(questions) * len(names),
+        "rows": len(questions) * len(found),
         "tokens": tokens,
         "resumed_tokens": tokens - bar.tokens,
-        "models": names,
+        "models": list(found),
     }
 
 
@@ -165,47 +133,6 @@ def groups(settings: config_lib.Evaluate, tasks: Collection[str]) -> dict[str, l
     return {name: members for name, members in found.items() if members}
 
 
-def _done(journal) -> dict[tuple[str, str, int], list[float]]:
-    """{(model, part, index of a row): its values}."""
-    return {
-        (entry["model"], entry["part"], index): values
-        for entry in journal.entries
-        for index, values in zip(entry["rows"], entry["values"], strict=True)
-    }
-
-
-def make_parts(targets, questions, cfg, placement) -> tuple[Part, Part]:
-    """The targets and the tests, each with its compiled program."""
-
-    # A target's loss is the very function that the influence direction differentiates.
-    def target_losses(params, adapter, batch):
-        return loss.example_losses(params, cfg, batch, "mean", adapter)
-
-    def option_losses(params, adapter, batch):
-        return loss.token_losses(params, cfg, batch, adapter)
-
-    def question_values(question, output):
-        sums, right = options.scores(question, output)
-        return [*sums.tolist(), right]
-
-    return (
-        Part(
-            "target",
-            targets,
-            placement.compile(target_losses, rows=True),
-            lambda indices, *shape: batches.make_batch([targets[i] for i in indices], *shape),
-            lambda _, output: [float(output)],
-        ),
-        Part(
-            "question",
-            [question.row for question in questions],
-            placement.compile(option_losses, rows=True),
-            lambda indices, *shape: options.pack([questions[i] for i in indices], *shape),
-            lambda i, output: question_values(questions[i], output),
-        ),
-    )
-
-
 def _weights(models, model, context) -> Iterator[tuple[str, tuple[dict, dict | None]]]:
     """Each model's (parameters, adapter), placed. With adapters the base gets zeros of the same
     shape, which add exactly 0: so one compiled program serves all models.
@@ -223,102 +150,44 @@ def _weights(models, model, context) -> Iterator[tuple[str, tuple[dict, dict | N
         yield name, (params, placement.replicate(adapter))
 
 
-def score(part: Part, name: str, weights, done, context) -> Iterator[tuple[list[int], list]]:
-    """Scores what is not done yet; yields the indices of a batch and the values of each row.
-
-    Args:
-        weights: (parameters, adapter or None), placed.
-        done: holds (name, part's name, index) of each row that needs no score.
-    """
-    placement = context.placement
-    groups = batches.plan(
-        part.rows, context.config.evaluate.batch_tokens, placement.rows_multiple, MAX_SHAPES
-    )
-
-    def dispatched():
-        for group in groups:
-            if all((name, part.name, i) in done for i in group.indices):
-                continue
-            batch = part.pack(group.indices, group.rows, group.tokens, group.answers)
-            yield group, part.score(*weights, placement.batch(batch))
-
-    for group, output in devices.one_behind(dispatched()):
-        rows = list(group.indices)
-        outputs = np.asarray(output)[: len(rows)]
-        values = [part.values(i, row) for i, row in zip(rows, outputs, strict=True)]
-        for i, row in zip(rows, values, strict=True):
-            if not np.all(np.isfinite(row)):
-                raise errors.UserError(
-                    f"evaluate: model {name!r} gives {part.name} {part.rows[i].example_id!r} a "
-                    f"likelihood that is not finite ({row}); check the weights, the fine-tuning "
-                    "(finetune/losses.jsonl) and model.dtype."
-                )
-        yield rows, values
-
-
-def _table(part, names, done) -> dict[str, list[list[float]]]:
-    """{model: the values of every row, in order}."""
-    return {name: [done[name, part.name, i] for i in range(len(part.rows))] for name in names}
-
-
-def _predictions(names, questions, option_values, written) -> list[list[dict]]:
-    """The rows of predictions.jsonl for each model; `written`: the answers' part and values."""
-    predictions = [
-        [
-            options.prediction(name, q, np.array(v[:-1]), v[-1])
-            for q, v in zip(questions, option_values[name], strict=True)
-        ]
-        for name in names
-    ]
-    for part, answers in written:
-        for name, rows in zip(names, predictions, strict=True):
-            generation.add_answers(part, rows, answers[name])
-    return predictions
-
-
-def _write(context, names, questions, tables) -> None:
-    """Args: tables: (part, {model: the values of every row}) of targets, questions and answers."""
-    settings = context.config.evaluate
-    (_, target_values), (_, option_values), *written = tables
-    predictions = _predictions(names, questions, option_values, written)
-    metrics, counts = intervals.METRICS, [{} for _ in names]
+def _write(context, questions, found, written) -> None:
+    """Args: found: {model: what was measured}; written: what was generated, or nothing."""
+    settings, names = context.config.evaluate, list(found)
+    predictions = {
+        name: options.predictions(name, questions, of["question"]) for name, of in found.items()
+    }
+    for answers in written:
+        for name, rows in predictions.items():
+            generation.add_answers(answers, rows, found[name][answers.name])
+    metrics, counts = intervals.METRICS, {name: {} for name in names}
     if written:
         metrics = intervals.GENERATED_METRICS
-        counts = [generation.unparsable(rows) for rows in predictions]
-    chosen = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}
-    measured = [
-        [
-            [p["loss"] if m == "test_loss" else p[chosen[m]] == p["answer"] for m in metrics]
-            for p in of
-        ]
-        for of in predictions
-    ]
-    losses = [np.concatenate(target_values[name]) for name in names]
+        counts = {name: generation.unparsable(rows) for name, rows in predictions.items()}
+    measured = [options.outcomes(rows, metrics) for rows in predictions.values()]
+    losses = [of["target"]["loss"] for of in found.values()]
     versus = {name: [BASE] if name != BASE else [] for name in names}
     if SELECTED in versus:
         versus[SELECTED] += [name for name in names if name not in (BASE, SELECTED)]
-    found = groups(settings, {question.task for question in questions})
+    of_groups = groups(settings, {question.task for question in questions})
     results = intervals.results(
         names,
         np.stack(losses, axis=1),
-        np.swapaxes(np.array(measured, np.float64), 0, 1),
+        np.stack(measured, axis=1),
         [question.task for question in questions],
         versus,
         settings.bootstrap_samples,
         settings.seed,
         metrics,
-        found,
+        of_groups,
     )
-    artifacts.write_jsonl(
-        context.path("evaluate/predictions.jsonl"), [row for of in predictions for row in of]
-    )
-    models = {name: count | results[name] for name, count in zip(names, counts, strict=True)}
+    rows = [row for of in predictions.values() for row in of]
+    artifacts.write_jsonl(context.path("evaluate/predictions.jsonl"), rows)
     artifacts.write_json(
         context.path("evaluate/results.json"),
         {
             "tests": len(questions),
             "targets": len(losses[0]),
-            "group_sizes": {name: len(settings.group_tasks[name]) for name in found},
-            "models": models,
+            "group_sizes": {name: len(settings.group_tasks[name]) for name in of_groups},
+            "models": {name: counts[name] | results[name] for name in names},
         },
     )

@@ -1,7 +1,6 @@
 """The generate protocol as a whole: votes, counts, a killed run, devices, bad input."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -16,7 +15,7 @@ from diq_jax import config, errors, pipeline
 from diq_jax.data import example
 from diq_jax.evaluate import generation, stage
 from diq_jax.models import generate, load
-from diq_jax.run import artifacts, reading
+from diq_jax.run import parts, reading
 
 RESULTS, PREDICTIONS = "evaluate/results.json", "evaluate/predictions.jsonl"
 
@@ -76,17 +75,17 @@ def test_the_prompt_asks_to_think_and_names_the_letter(made):
     tests = [example.from_choices(row, "test", "q", "t")]
     model = load.load(str(made / "decoder"), "float32", tiny.placement())
     settings = config.Evaluate(protocol="generate", max_new_tokens=8)
-    part = generation.make_part(tests, model, settings, config.Data().date, tiny.placement())
+    part = generation.make_answers(tests, model, settings, config.Data().date, tiny.placement())
     text = part.generator.text(part.rows[0].ids)
     assert text == f"what is it\n\nA. one\nB. two\n\n{generation.INSTRUCTION}"
     assert part.generator.ends == (2, 256)  # of config.json, and <|end|>
     with pytest.raises(errors.UserError, match=r"evaluate\.max_new_tokens=500 does not fit .*'q'"):
         settings = dataclasses.replace(settings, max_new_tokens=500)
-        generation.make_part(tests, model, settings, config.Data().date, tiny.placement())
+        generation.make_answers(tests, model, settings, config.Data().date, tiny.placement())
 
 
 def test_votes():
-    part = generation.Part("answer", [], [{"A": "one", "B": "two"}], 4, [], None)
+    part = generation.Answers("answer", [], [{"A": "one", "B": "two"}], 4, [], None)
 
     def vote(*texts):
         found = generation.prediction(part, 0, [(text, 3, generate.END) for text in texts])
@@ -105,8 +104,7 @@ def test_killed_and_resumed_is_identical(made, finished, tmp_path):
     command = [sys.executable, __file__, str(made), str(tmp_path), "7"]
     killed = subprocess.run(command, env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    lines = (tmp_path / stage.PARTIAL).read_text().splitlines()
-    assert json.loads(lines[-1])["part"] == "answer"
+    assert [*(tmp_path / stage.PARTIAL).glob("base/answer/*.arrow")]
     run(made, tmp_path)
     for name in (RESULTS, PREDICTIONS):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
@@ -131,14 +129,15 @@ def test_bad_settings_are_one_sentence(changes, message):
 
 
 def main(made, workdir, kill_after):
-    append = artifacts.Journal.append
+    add, added = parts.Parts.add, []
 
-    def append_and_die(self, entry):
-        append(self, entry)
-        if len(self.entries) == int(kill_after):
+    def add_and_die(self, rows, columns):
+        add(self, rows, columns)
+        added.append(rows)
+        if len(added) == int(kill_after):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    artifacts.Journal.append = append_and_die
+    parts.Parts.add = add_and_die
     run(pathlib.Path(made), workdir)
 
 
