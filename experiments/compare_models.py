@@ -29,7 +29,7 @@ BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each int
 SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
 
 
-def read(specs: list[str]) -> tuple[list[str], list[predictions.Rows], list[str]]:
+def read(specs: list[str]) -> tuple[list[str], list[predictions.ById], list[str]]:
     """The names, the rows of both models, and the questions that both answered."""
     found = predictions.read_all(specs, "the models", cli.verify(VERIFY))
     names, (first, second) = list(found), found.values()
@@ -42,7 +42,7 @@ def read(specs: list[str]) -> tuple[list[str], list[predictions.Rows], list[str]
     return names, [first, second], ids
 
 
-def measure(rows: list[predictions.Rows], ids: list[str]) -> dict[str, Any]:
+def measure(rows: list[predictions.ById], ids: list[str]) -> dict[str, Any]:
     hits, unread = (
         np.stack([of(model, ids, METRIC.value) for model in rows], axis=1)
         for of in (compare.correct, compare.unparsable)

@@ -15,7 +15,7 @@ import optax
 import scipy.stats
 
 from diq_jax.influence import warmup
-from diq_jax.models import loss
+from diq_jax.models import loss, training
 
 
 def draw_subsets(count: int, pool: int, share: float, seed: int) -> np.ndarray:
@@ -46,22 +46,22 @@ def fit(params, batch, order, peak, cfg) -> warmup.Checkpoint:
         batch: data.batches.Batch of the whole pool.
         order: (steps, batch_size), from `order_of`.
     """
-    adam = optax.scale_by_adam(warmup.B1, warmup.B2, warmup.EPS)
+    optimizer = training.adamw()
 
-    def step(carry, inputs):
-        params, state = carry
+    def step(state, inputs):
         rows, rate = inputs
         part = jax.tree.map(lambda x: x[rows], batch)
 
         def mean(params):
             return jnp.mean(loss.example_losses(params, cfg, part, "mean"))
 
-        change, state = adam.update(jax.grad(mean)(params), state)
-        return (jax.tree.map(lambda p, c: p - rate * c, params, change), state), None
+        return training.apply(optimizer, state, jax.grad(mean)(state.factors), rate), None
 
     rates = peak * (1 - jnp.arange(order.shape[0]) / order.shape[0])
-    (params, state), _ = jax.lax.scan(step, (params, adam.init(params)), (order, rates))
-    return warmup.Checkpoint(params, state.mu, state.nu, state.count)
+    start = training.TrainState(params, optimizer.init(params))
+    state, _ = jax.lax.scan(step, start, (order, rates))
+    moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu", "count"))
+    return warmup.Checkpoint(state.factors, *moments)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -40,7 +40,7 @@ REPLY_TOKENS = 200  # a guess for the reasons and levels
 VERDICTS = ".verdicts.jsonl"  # beside --out
 
 
-def read_answers() -> tuple[dict[str, predictions.Rows], list[str]]:
+def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
     """The rows by model, and the questions to judge: those of any, or with --pairwise of both.
 
     Raises:

@@ -35,7 +35,7 @@ from diq_jax.data import batches, chat, example, sources
 from diq_jax.influence import curvature, direction, exact, projection, warmup
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, tokenizer
-from diq_jax.run import artifacts, devices, progress
+from diq_jax.run import artifacts, devices, parts, progress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
@@ -139,29 +139,24 @@ def make_setting(cfg: config.Config) -> Setting:
 
 
 def train_subsets(setting: Setting, subsets, workdir: pathlib.Path) -> np.ndarray:
-    """Target losses after training on each subset with each seed, (subsets, seeds, targets)."""
-    measured = np.zeros((len(subsets), SEEDS.value, TARGETS.value), np.float32)
+    """Measures the target losses after training on each subset with each seed, (subsets, seeds,
+    targets). What was trained by an earlier call, of fewer subsets or seeds too, is read.
+    """
     key = zlib.crc32(repr(settings_of()).encode())
     for leaf in jax.tree.leaves(setting.params):
         key = zlib.crc32(np.asarray(leaf), key)
-    with (
-        artifacts.Journal(workdir / f"trainings-{key:08x}.jsonl") as journal,
-        progress.Progress("trainings", measured.shape[0] * SEEDS.value) as bar,
-    ):
-        done = {(entry["subset"], entry["seed"]): entry["losses"] for entry in journal.entries}
-        for s, members in enumerate(subsets):
-            for seed in range(SEEDS.value):
-                if (s, seed) not in done:
-                    order = datamodel.order_of(members, EPOCHS.value, BATCH, seed)
-                    point = datamodel.fit(
-                        setting.params, setting.pool, order, RATE.value, setting.cfg
-                    )
-                    found = datamodel.losses(point.chosen, setting.targets, setting.cfg)
-                    done[s, seed] = np.asarray(found).tolist()
-                    journal.append({"subset": s, "seed": seed, "losses": done[s, seed]})
-                measured[s, seed] = done[s, seed]
+    measured = []
+    with progress.Progress("trainings", len(subsets) * SEEDS.value) as bar:
+        for seed in range(SEEDS.value):
+            done = parts.Parts(workdir / f"trainings-{key:08x}" / f"seed-{seed}")
+            for s in done.remaining(len(subsets)):
+                order = datamodel.order_of(subsets[s], EPOCHS.value, BATCH, seed)
+                point = datamodel.fit(setting.params, setting.pool, order, RATE.value, setting.cfg)
+                found = datamodel.losses(point.chosen, setting.targets, setting.cfg)
+                done.add([s], {"losses": np.asarray(found)[None]})
                 bar.update(1, tokens=0)
-    return measured
+            measured.append(done.columns()["losses"][: len(subsets)])
+    return np.stack(measured, axis=1)
 
 
 def score_all(

@@ -84,8 +84,8 @@ def predict(context: stages.Context, request: grid.Request) -> list[tuple[str, f
 def summarise(
     context: stages.Context,
     request: grid.Request,
-    data: runner.Data,
-    cells: Sequence[grid.Cell],
+    data: runner.CellData,
+    cells: Sequence[grid.GridCell],
     keys: Sequence[str],
     found: Mapping[str, Any],
 ) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One training: the examples, as sorted indices into the pool, and the seed, from 0."""
 
     method: str
@@ -197,7 +197,7 @@ def _other_ranks(context, name, workdir, method) -> np.ndarray:
     return np.array([ranks[i] for i in rows[0]], np.int32)
 
 
-def cells(request: Request, ranks: Mapping[str, np.ndarray], removed: np.ndarray) -> list[Cell]:
+def cells(request: Request, ranks: Mapping[str, np.ndarray], removed: np.ndarray) -> list[GridCell]:
     """All trainings, the cheapest budgets first; the whole pool once, as `full`."""
     most = len(removed) - int(removed.sum())
     out = []
@@ -205,10 +205,10 @@ def cells(request: Request, ranks: Mapping[str, np.ndarray], removed: np.ndarray
         keep = min(methods.budget(budget, len(removed)), most)
         if budget == 1:
             everyone = tuple(np.flatnonzero(~removed).tolist())
-            out += [Cell(FULL, budget, seed, everyone) for seed in range(request.seeds)]
+            out += [GridCell(FULL, budget, seed, everyone) for seed in range(request.seeds)]
             continue
         for name in request.names:
             for seed in range(request.seeds):
                 chosen = np.flatnonzero(ranks[name][seed] <= keep)
-                out.append(Cell(name, budget, seed, tuple(chosen.tolist())))
+                out.append(GridCell(name, budget, seed, tuple(chosen.tolist())))
     return out

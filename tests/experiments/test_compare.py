@@ -97,16 +97,22 @@ def test_a_killed_run_continues_to_the_same_results(made, workdir, tmp_path, mon
 def test_a_last_update_that_ruins_the_parameters_is_named_and_kept_nowhere(
     made, workdir, monkeypatch
 ):
-    train = runner._train
+    make_train_step = runner.fit.make_train_step
 
-    def ruined(bench, steps, total, seed, name):
-        (params, adapter), losses = train(bench, steps, total, seed, name)
-        return (params, jax.tree.map(lambda leaf: leaf + np.inf, adapter)), losses
+    def make_ruined(*args):
+        train_step = make_train_step(*args)
 
-    monkeypatch.setattr(runner, "_train", ruined)
+        def ruined(*args):
+            state, metrics = train_step(*args)
+            return state.replace(factors=jax.tree.map(lambda x: x + np.inf, state.factors)), metrics
+
+        return ruined
+
+    monkeypatch.setattr(runner.fit, "make_train_step", make_ruined)
+    monkeypatch.setattr(runner, "warm_up", lambda bench: None)
     once = settings(made, epochs=1, max_steps=1)
     context = stages.Context(once, workdir, devices.make_placement(once.parallel))
-    cell = grid.Cell("random", 0.25, 0, tuple(range(6)))
+    cell = grid.GridCell("random", 0.25, 0, tuple(range(6)))
     with pytest.raises(errors.UserError, match=rf"{cell.name} has parameters .* not finite"):
         runner.run(context, runner.read_data(context), [cell])
     kept = [reading.read_json(file)["made_for"] for file in cell_files(workdir)]
@@ -152,9 +158,9 @@ def test_the_gradient_is_compiled_once_for_all_cells(made, workdir, monkeypatch)
     def counting(*args):
         sums = example_sums(*args)
 
-        def counted(params, factors, frozen, step, rows):
+        def counted(params, factors, frozen, key, rows):
             traced.append(rows.batch.tokens.shape)
-            return sums(params, factors, frozen, step, rows)
+            return sums(params, factors, frozen, key, rows)
 
         return counted
 
