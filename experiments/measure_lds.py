@@ -145,18 +145,18 @@ def train_subsets(setting: Setting, subsets, workdir: pathlib.Path) -> np.ndarra
     key = zlib.crc32(repr(settings_of()).encode())
     for leaf in jax.tree.leaves(setting.params):
         key = zlib.crc32(np.asarray(leaf), key)
-    measured = []
-    with progress.Progress("trainings", len(subsets) * SEEDS.value) as bar:
-        for seed in range(SEEDS.value):
-            done = parts.Parts(workdir / f"trainings-{key:08x}" / f"seed-{seed}")
-            for s in done.remaining(len(subsets)):
-                order = datamodel.order_of(subsets[s], EPOCHS.value, BATCH, seed)
-                point = datamodel.fit(setting.params, setting.pool, order, RATE.value, setting.cfg)
-                found = datamodel.losses(point.chosen, setting.targets, setting.cfg)
-                done.add([s], {"losses": np.asarray(found)[None]})
-                bar.update(1, tokens=0)
-            measured.append(done.columns()["losses"][: len(subsets)])
-    return np.stack(measured, axis=1)
+    folder, count = workdir / f"trainings-{key:08x}", len(subsets)
+    seeds = [parts.Parts(folder / f"seed-{seed}") for seed in range(SEEDS.value)]
+    left = [(seed, s) for seed, done in enumerate(seeds) for s in done.remaining(count)]
+    total = count * SEEDS.value
+    with progress.Progress("trainings", total, resumed=total - len(left)) as bar:
+        for seed, s in left:
+            order = datamodel.order_of(subsets[s], EPOCHS.value, BATCH, seed)
+            point = datamodel.fit(setting.params, setting.pool, order, RATE.value, setting.cfg)
+            found = datamodel.losses(point.chosen, setting.targets, setting.cfg)
+            seeds[seed].add([s], {"losses": np.asarray(found)[None]})
+            bar.update(1, tokens=0)
+    return np.stack([done.columns()["losses"][:count] for done in seeds], axis=1)
 
 
 def score_all(
