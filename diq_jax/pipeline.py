@@ -64,7 +64,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
             f"model.max_tokens must be at most {shape.max_positions}, the model's positions; got "
             f"{cfg.model.max_tokens}."
         )
-    pool = sources.load_pool(data.pool, data.columns, data.pool_limit)
+    pool = sources.load_examples(data.pool, data.columns, data.pool_limit)
     targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
     tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
     evaluate.groups(cfg.evaluate, {test.task for test in tests})

@@ -36,7 +36,7 @@ def _inputs(cfg, names):
     data, source, dpo = cfg.data, cfg.difficulty.source, cfg.finetune.dpo
     if "prepare" in names:
         pipeline.open_layout(cfg)
-        pool = sources.load_pool(data.pool, data.columns, data.pool_limit)
+        pool = sources.load_examples(data.pool, data.columns, data.pool_limit)
         targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
         tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
         yield "data.pool", data.pool, len(pool)

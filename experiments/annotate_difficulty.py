@@ -41,7 +41,7 @@ def read_examples():
     Raises:
         UserError: a row is no pool row, or has no question.
     """
-    found = sources.load_pool(ROWS.value, COLUMNS.value, LIMIT.value, field="--rows")
+    found = sources.load_examples(ROWS.value, COLUMNS.value, LIMIT.value, field="--rows")
     for example in found:
         if not example.question.strip():
             raise errors.UserError(

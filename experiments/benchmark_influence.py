@@ -56,7 +56,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 def make_rows(vocab: int) -> list[example.Encoded]:
     """The first rows of --data, cut to --tokens, or random ones."""
     if DATA.value:
-        found = sources.load_pool(DATA.value, "", BATCH.value, "--data")
+        found = sources.load_examples(DATA.value, "", BATCH.value, "--data")
         if any(row.input_ids is None for row in found):
             raise errors.UserError("--data must hold pre-tokenised rows: id, input_ids, labels.")
         return [

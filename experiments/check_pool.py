@@ -46,7 +46,7 @@ def read_rows() -> tuple[list[hygiene.Row], list[hygiene.Row]]:
 
     pool = [
         row(e, "pool", f"{e.reasoning}\n{e.answer}".strip())
-        for e in sources.load_pool(POOL.value, COLUMNS.value, 0, "--pool")
+        for e in sources.load_examples(POOL.value, COLUMNS.value, 0, "--pool")
     ]
     if not AGAINST.value:
         return pool, []

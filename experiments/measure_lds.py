@@ -75,7 +75,7 @@ def encode(cfg: config.Config) -> tuple[list, list, list]:
     """
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     layout = chat.make_layout(tok, len(tok), cfg.data.date, "model.path")
-    found = sources.load_pool(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
+    found = sources.load_examples(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
     goals = sources.load_targets(cfg.data.targets, 0, cfg.data.seed, cfg.data.columns)
     rows, goals = (
         chat.encode_all(part, layout, cfg.data.template, TOKENS.value, "end")[0]

@@ -39,7 +39,7 @@ def main() -> None:
             examples, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
         )[0]
 
-    pool = encode(sources.load_pool(cfg.data.pool, cfg.data.columns, EXAMPLES.value))
+    pool = encode(sources.load_examples(cfg.data.pool, cfg.data.columns, EXAMPLES.value))
     targets = encode(
         sources.load_targets(cfg.data.targets, 0, cfg.data.seed, cfg.data.columns)[: TARGETS.value]
     )

@@ -1,39 +1,25 @@
 """Rows from files and the hub, checked one by one: every mistake is named with its file and line.
 
-A source is a path, a glob, `hub:NAME[:CONFIG[:SPLIT]]` (split `train` unless given) or `sample`;
-several are separated by commas. Targets and tests may also be `benchmark:NAME[:FILE]`
-(benchmarks.py). The extension gives the format: .jsonl, .jsonl.gz, .json (a list),
-.parquet, .csv; text is UTF-8. Lines are counted from 1, as editors do; rows of .json, .parquet and
-the hub from 0, as `dataset[17]` does.
+A source is a path, a glob, a folder of save_to_disk, `hub:NAME[:CONFIG[:SPLIT]]` (split `train`
+unless given) or `sample`; several are separated by commas. Targets and tests may also be
+`benchmark:NAME[:FILE]` (benchmarks.py). files.py has the formats.
 """
 
-import base64
-import csv
 import dataclasses
 import glob
-import gzip
 import hashlib
 import importlib.resources
-import io
 import itertools
-import json
-import math
 import os
 import pathlib
-import sys
-import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from absl import logging
 
 from diq_jax import errors
-from diq_jax.data import benchmarks
+from diq_jax.data import benchmarks, files
 from diq_jax.data import example as example_lib
 from diq_jax.run import artifacts, reading
-
-Rows = Iterator[tuple[dict, str]]  # a row and where it stands
 
 # Column names of public pools; "a+b" joins two columns by a blank line.
 MAPPINGS = {
@@ -48,9 +34,17 @@ MAPPINGS = {
     "finemed": {"question": "instruction", "answer": "response"},
 }
 CONTRACT = example_lib.CONTRACT
-MOST_JSON_BYTES = 2**32  # of a .json, which is read as a whole
 # A file of such a name says nothing about its task: the folder does.
 SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One entry of a spec: a path or `hub:` name, and the benchmark that publishes such rows."""
+
+    place: str
+    benchmark: str = ""
+    role: str = ""  # of a benchmark's rows: targets or tests
 
 
 def read_rows(spec: str, field: str, sample: str = "") -> list[tuple[dict, str]]:
@@ -73,12 +67,18 @@ def fingerprint(spec: str, field: str, sample: str = "") -> str:
     """
     digest = hashlib.sha256()
     for source in _resolve(spec, field, sample):
-        head, file = _split(source)
-        is_hub = file.startswith("hub:")
-        try:
-            digest.update((head + (file if is_hub else artifacts.sha256(file))).encode())
-        except OSError as e:
-            raise errors.UserError(f"{field}: {file} cannot be read: {e.strerror}.") from None
+        if source.benchmark:
+            digest.update(f"{benchmarks.PREFIX}{source.role}:{source.benchmark}:".encode())
+        if source.place.startswith(files.HUB):
+            digest.update(source.place.encode())
+            continue
+        place = pathlib.Path(source.place)
+        inside = sorted(filter(pathlib.Path.is_file, place.rglob("*")))
+        for file in inside or [place]:
+            try:
+                digest.update(artifacts.sha256(file).encode())
+            except OSError as e:
+                raise errors.UserError(f"{field}: {file} cannot be read: {e.strerror}.") from None
     return digest.hexdigest()
 
 
@@ -87,10 +87,10 @@ def check(spec: str, field: str, sample: str = "") -> None:
     _resolve(spec, field, sample)
 
 
-def load_pool(
-    spec: str, columns: str, limit: int, field: str = "data.pool"
+def load_examples(
+    spec: str, columns: str = "", limit: int = 0, field: str = "data.pool"
 ) -> list[example_lib.Example]:
-    """Loads the examples to choose from: the first `limit`, or all for 0.
+    """Loads the examples of a pool: the first `limit`, or all for 0.
 
     Args:
         columns: "" (id, question, reasoning, answer), a name of `MAPPINGS`, or
@@ -174,10 +174,10 @@ def _draw(ids: list[str], task: str, count: int, seed: int) -> list[str]:
     return [ids[i] for i in order[:count]]
 
 
-def _task_name(source: str) -> str:
-    if source.startswith("hub:"):
-        return source.split(":")[1].rpartition("/")[2]
-    path = pathlib.Path(source).resolve()
+def _task_name(source: Source) -> str:
+    if source.place.startswith(files.HUB):
+        return source.place.split(":")[1].rpartition("/")[2]
+    path = pathlib.Path(source.place).resolve()
     stem = path.name.partition(".")[0]
     return path.parent.name if stem in SPLIT_NAMES else stem
 
@@ -245,34 +245,29 @@ def _from_test(row: dict, where: str, position: int, task: str) -> example_lib.E
     return dataclasses.replace(example, answer=example.options[example.answer_idx])
 
 
-def _resolve(spec: str, field: str, sample: str = "") -> list[str]:
-    """Paths, `hub:` names and benchmarks in order, a glob's sorted.
-
-    A benchmark is "benchmark:ROLE:NAME:" before the path or `hub:` name of its rows, where ROLE is
-    targets or tests.
+def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
+    """Returns the sources of `spec` in order, a glob's sorted.
 
     Args:
-        sample: the shipped file that `sample` stands for.
+        sample: the shipped file that the word `sample` stands for.
     """
-    sources: list[str] = []
+    sources: list[Source] = []
     for part in filter(None, map(str.strip, spec.split(","))):
         path = os.path.expanduser(part)
         if part == "sample" and sample:
             shipped = importlib.resources.files("diq_jax.data") / "sample" / f"{sample}.jsonl"
-            sources.append(str(shipped))
-        elif part.startswith("hub:"):
-            sources.append(part)
+            sources.append(Source(str(shipped)))
         elif part.startswith(benchmarks.PREFIX):
             sources += _benchmark(part, field, sample)
-        elif os.path.isfile(path):
-            sources.append(path)
+        elif part.startswith(files.HUB) or os.path.isfile(path) or files.is_saved(path):
+            sources.append(Source(path))
         elif os.path.isdir(path):
             raise errors.UserError(f"{field}: {part} is a folder; name files: {part}/*.jsonl.")
         elif glob.has_magic(path):
             found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
             if not found:
                 raise errors.UserError(f"{field}: no file matches {part}.")
-            sources += found
+            sources += map(Source, found)
         else:
             folder, name = os.path.split(path)
             names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
@@ -283,151 +278,22 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[str]:
     return sources
 
 
-def _benchmark(spec: str, field: str, sample: str) -> list[str]:
+def _benchmark(spec: str, field: str, sample: str) -> list[Source]:
     role = "targets" if sample == "targets" else "tests"
     found = []
     for name, file in benchmarks.expand(spec, field):
         known = getattr(benchmarks.BENCHMARKS[name], role)
-        inner = _resolve(file, field) if file else [known]
-        found += [f"{benchmarks.PREFIX}{role}:{name}:{source}" for source in inner]
+        inner = [source.place for source in _resolve(file, field)] if file else [known]
+        found += [Source(place, name, role) for place in inner]
     return found
 
 
-def _split(source: str) -> tuple[str, str]:
-    """("benchmark:ROLE:NAME:" or "", the path or `hub:` name) of an entry of `_resolve`."""
-    if not source.startswith(benchmarks.PREFIX):
-        return "", source
-    head = source.split(":", 3)
-    return ":".join([*head[:3], ""]), head[3]
-
-
-def _rows(source: str, field: str) -> Rows:
-    head, file = _split(source)
-    if not head:
-        yield from _plain_rows(source, field)
-        return
-    _, role, name, _ = head.split(":")
-    rows = ((row, f"{field}: {where}") for row, where in _plain_rows(file, field))
-    made = benchmarks.convert_all(name, rows, role == "targets", file.startswith("hub:"))
-    yield from ((row, where.removeprefix(f"{field}: ")) for row, where in made)
-
-
-def _plain_rows(source: str, field: str) -> Rows:
-    is_hub = source.startswith("hub:")
-    read = _read_hub if is_hub else next((READERS[e] for e in READERS if source.endswith(e)), None)
-    if read is None:
-        raise errors.UserError(f"{field}: {source} must end in {', '.join(READERS)}.")
-    said: set[str] = set()
+def _rows(source: Source, field: str) -> files.PlacedRows:
     try:
-        for row, where in read(source):
-            if not isinstance(row, dict):
-                raise errors.UserError(f"{where} must be an object, got {reading.shorten(row)}.")
-            yield _as_json(row, where, said), where
+        rows = files.read(source.place)
+        if source.benchmark:
+            is_target, is_hub = source.role == "targets", source.place.startswith(files.HUB)
+            rows = benchmarks.convert_all(source.benchmark, rows, is_target, is_hub)
+        yield from rows
     except errors.UserError as e:
         raise errors.UserError(f"{field}: {e}") from None
-    except (EOFError, OSError, zlib.error, csv.Error) as e:
-        raise errors.UserError(f"{field}: {source} cannot be read: {e}.") from None
-
-
-def _as_json(row: dict, where: str, said: set[str]) -> dict:
-    """The row with JSON's types only, as it is written again later. NaN and infinities become null,
-    times and numbers of other types text, bytes Base64; each column of which that happens is said
-    once, and added to `said`.
-    """
-    try:
-        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
-        return row
-    except UnicodeEncodeError:
-        raise errors.UserError(f"{where}: a text holds half of a surrogate pair.") from None
-    except (TypeError, ValueError):
-        made = {str(name): _plain_value(value) for name, value in row.items()}
-    for name, value in row.items():
-        if name not in said and made[str(name)] != value:
-            said.add(name)
-            kept = reading.shorten(json.dumps(made[str(name)]))
-            logging.warning(
-                "%s: column %s holds %s, which is no JSON: here, and wherever it is written, it is "
-                "%s.", where, name, reading.shorten(value), kept,
-            )  # fmt: skip
-    return made
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain_value(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_value(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return value if isinstance(value, str | int | None) else str(value)
-
-
-def _read_jsonl(path: str) -> Rows:
-    with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as f:
-        lines = iter(lambda: f.readline(reading.MOST_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            if len(line) > reading.MOST_BYTES:
-                raise errors.UserError(f"{path}:{number} is over {reading.MOST_BYTES:,} bytes.")
-            if text := _decode(line, path, number).strip():
-                yield reading.parse_json(text, path, number), f"{path}:{number}"
-
-
-def _read_json(path: str) -> Rows:
-    if os.path.getsize(path) > MOST_JSON_BYTES:
-        raise errors.UserError(
-            f"{path} is over {MOST_JSON_BYTES:,} bytes: write one object a line, as .jsonl."
-        )
-    rows = reading.parse_json(_decode(pathlib.Path(path).read_bytes(), path), path, 1)
-    if not isinstance(rows, list):
-        raise errors.UserError(f"{path} must hold a list of objects (one a line: name it .jsonl).")
-    return ((row, f"{path} row {i}") for i, row in enumerate(rows))
-
-
-def _read_csv(path: str) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
-    text = _decode(pathlib.Path(path).read_bytes(), path)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    reading.check_distinct(reader.fieldnames or [], f"{path}:1")
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        if None in row or None in row.values():
-            raise errors.UserError(
-                f"{where} must have {len(reader.fieldnames)} cells, as line 1 has."
-            )
-        yield row, where
-
-
-def _read_parquet(path: str) -> Rows:
-    return ((row, f"{path} row {i}") for i, row in enumerate(reading.parquet_rows(path)))
-
-
-def _read_hub(source: str) -> Rows:
-    name, config, split = ([*source.removeprefix("hub:").split(":", 2), "", ""])[:3]
-    if not name:
-        raise errors.UserError(f"{source} must be hub:NAME, or hub:NAME:CONFIG:SPLIT.")
-    import datasets  # a second to import, and only the hub needs it
-
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
-        raise errors.UserError(f"{source} cannot be loaded from the hub: {e}.") from None
-    return ((row, f"{name} row {i}") for i, row in enumerate(rows))
-
-
-def _decode(data: bytes, path: str, first_line: int = 1) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = first_line + data.count(b"\n", 0, e.start)
-        raise errors.UserError(f"{path}:{line} is not UTF-8: {e.reason}.") from None
-
-
-READERS: dict[str, Callable[[str], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}

@@ -40,29 +40,60 @@ def write(path, rows):
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         cells = [[f'"{row[name]}"' for name in ROWS[0]] for row in rows]
-        path.write_text("\n".join(map(",".join, [list(ROWS[0]), *cells])), encoding="utf-8")
+        between = {".csv": ",", ".tsv": "\t"}[path.suffix]
+        path.write_text("\n".join(map(between.join, [list(ROWS[0]), *cells])), encoding="utf-8")
+    elif path.suffix == ".zst":
+        with pa.output_stream(path, compression="zstd") as f:
+            f.write(jsonl(rows).encode())
+    elif path.suffix in (".arrow", ".feather"):
+        table = pa.Table.from_pylist(rows)
+        new = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+        path = path.with_suffix(".arrow")
+        with new(path, table.schema) as f:
+            f.write_table(table)
+    elif path.suffix == ".saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
     else:
         path.write_text(jsonl(rows), encoding="utf-8")
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"])
+FORMATS = (
+    "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.csv", "a.tsv", "a.arrow",
+    "a.feather", "a.saved",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_rows(tmp_path, name):
     path = write(tmp_path / name, ROWS)
     rows, places = zip(*sources.read_rows(path, "data.pool"), strict=True)
     assert list(rows) == ROWS
-    first = {"a.jsonl": ":1", "a.jsonl.gz": ":1", "a.csv": ":2"}.get(name, " row 0")
-    assert places[0] == path + first
+    line = ":1" if ".jsonl" in name else ":2" if name in ("a.csv", "a.tsv") else " row 0"
+    assert places[0] == path + line
+    assert sources.fingerprint(path, "data.pool") == sources.fingerprint(path, "data.pool")
+
+
+def test_a_saved_dataset_of_splits(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "a")
+    assert len(sources.read_rows(str(tmp_path / "a"), "data.pool")) == len(ROWS)
+    assert len(sources.read_rows(str(tmp_path / "a/test"), "data.pool")) == 1
+    before = sources.fingerprint(str(tmp_path / "a"), "data.pool")
+    datasets.DatasetDict({"dev": rows}).save_to_disk(tmp_path / "b")
+    assert sources.fingerprint(str(tmp_path / "b"), "data.pool") != before
+    with pytest.raises(errors.UserError, match=r"^data\.pool.*has the splits dev"):
+        sources.read_rows(str(tmp_path / "b"), "data.pool")
 
 
 def test_lists_and_globs_are_read_in_order(tmp_path):
     for name, rows in (("b", ROWS[:2]), ("a", ROWS[2:4]), ("c", ROWS[4:])):
         write(tmp_path / f"{name}.jsonl", rows)
-    pool = sources.load_pool(f"{tmp_path}/c.jsonl , {tmp_path}/[ab].jsonl", "", 0)
+    pool = sources.load_examples(f"{tmp_path}/c.jsonl , {tmp_path}/[ab].jsonl", "", 0)
     assert [e.example_id for e in pool] == ["r4", "r2", "r3", "r0", "r1"]
-    assert sources.load_pool(f"{tmp_path}/c.jsonl,{tmp_path}/[ab].jsonl", "", 2) == pool[:2]
+    assert sources.load_examples(f"{tmp_path}/c.jsonl,{tmp_path}/[ab].jsonl", "", 2) == pool[:2]
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
@@ -98,7 +129,7 @@ def test_an_unreachable_hub_is_a_user_error(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(errors.UserError, match=r"data\.pool: hub:me/pool cannot be .*offline"):
-        sources.load_pool("hub:me/pool", "", 0)
+        sources.load_examples("hub:me/pool", "", 0)
 
 
 BAD_FILES = {
@@ -119,6 +150,15 @@ BAD_FILES = {
     "NaN": ("a.jsonl", '\n{"id": NaN}', r"a\.jsonl:2 .*NaN or infinite"),
     "a name twice": ("a.jsonl", '{"id": 1, "id": 2}', r"a\.jsonl:1 .*names 'id' twice"),
     "csv with a name twice": ("a.csv", "id,answer,answer\n1,2,3\n", r"a\.csv:1 .*'answer' twice"),
+    "tsv with few cells": ("a.tsv", "id\tanswer\n1\n", r"a\.tsv:2 must have 2 cells"),
+    "no zstd": ("a.jsonl.zst", "{}", r"a\.jsonl\.zst cannot be read"),
+    "truncated zstd": (
+        "a.jsonl.zst",
+        pa.compress(jsonl(ROWS).encode(), "zstd", asbytes=True)[:-20],
+        r"a\.jsonl\.zst cannot be read",
+    ),
+    "no arrow": ("a.arrow", "ARROW1 not", r"a\.arrow cannot be read"),
+    "empty arrow": ("a.arrow", "", r"a\.arrow cannot be read"),
     "no gzip": ("a.jsonl.gz", "{}", r"a\.jsonl\.gz cannot be read"),
     "truncated gzip": (
         "a.jsonl.gz",
@@ -135,7 +175,7 @@ def test_a_bad_file_is_a_user_error(tmp_path, case):
     content = content.encode() if isinstance(content, str) else content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(errors.UserError, match=rf"^data\.pool.*{message}"):
-        sources.load_pool(str(tmp_path / name), "", 0)
+        sources.load_examples(str(tmp_path / name), "", 0)
 
 
 def test_a_bad_spec_is_a_user_error(tmp_path):
@@ -149,12 +189,12 @@ def test_a_bad_spec_is_a_user_error(tmp_path):
         ("hub:", r"must be hub:NAME"),
     ):
         with pytest.raises(errors.UserError, match=rf"^data\.pool.*{message}"):
-            sources.load_pool(spec, "", 0)
+            sources.load_examples(spec, "", 0)
 
 
 def test_the_pool_keeps_its_rows_and_names_those_without_an_id(tmp_path):
     rows = [ROWS[0] | {"extra": [1]}, {"question": "q", "answer": "a"}, ROWS[1] | {"id": 7}]
-    pool = sources.load_pool(write(tmp_path / "a.jsonl", rows), "", 0)
+    pool = sources.load_examples(write(tmp_path / "a.jsonl", rows), "", 0)
     assert [e.example_id for e in pool] == ["r0", "row-000001", "7"]
     assert [e.row for e in pool] == rows
     assert (pool[1].question, pool[1].reasoning, pool[1].answer) == ("q", "", "a")
@@ -162,10 +202,12 @@ def test_the_pool_keeps_its_rows_and_names_those_without_an_id(tmp_path):
 
 def test_mappings(tmp_path):
     huatuo = [{"Question": "q", "Complex_CoT": "r", "Response": "a"}]
-    example = sources.load_pool(write(tmp_path / "a.jsonl", huatuo), "huatuo", 0)[0]
+    example = sources.load_examples(write(tmp_path / "a.jsonl", huatuo), "huatuo", 0)[0]
     assert (example.question, example.reasoning, example.answer) == ("q", "r", "a")
     own = [{"Q": "q", "A": "a", "no": 3}]
-    example = sources.load_pool(write(tmp_path / "b.jsonl", own), "question=Q, answer=A,id=no", 0)
+    example = sources.load_examples(
+        write(tmp_path / "b.jsonl", own), "question=Q, answer=A,id=no", 0
+    )
     assert [(e.example_id, e.question, e.reasoning, e.answer) for e in example] == [
         ("3", "q", "", "a")
     ]
@@ -173,7 +215,7 @@ def test_mappings(tmp_path):
         {"question": "q", "options": "A. x", "reasoning": "r", "answer": "a"},
         {"question": "q", "options": "", "reasoning": "r", "answer": "a"},
     ]
-    pool = sources.load_pool(write(tmp_path / "c.jsonl", two), "medreason", 0)
+    pool = sources.load_examples(write(tmp_path / "c.jsonl", two), "medreason", 0)
     assert [e.question for e in pool] == ["q\n\nA. x", "q"]
 
 
@@ -190,7 +232,7 @@ def test_mappings(tmp_path):
 )
 def test_a_bad_mapping_is_a_user_error(tmp_path, columns, message):
     with pytest.raises(errors.UserError, match=rf"^data\.columns.*{message}"):
-        sources.load_pool(write(tmp_path / "a.jsonl", ROWS), columns, 0)
+        sources.load_examples(write(tmp_path / "a.jsonl", ROWS), columns, 0)
 
 
 TOKENS = {"id": "x", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
@@ -228,14 +270,14 @@ def test_a_bad_pool_row_is_a_user_error(tmp_path, case):
     row, message = BAD_POOL_ROWS[case]
     path = write(tmp_path / "a.jsonl", [ROWS[0], row])
     with pytest.raises(errors.UserError, match=message) as raised:
-        sources.load_pool(path, "", 0)
+        sources.load_examples(path, "", 0)
     assert str(raised.value).startswith("data.pool: ") and f"{path}:2" in str(raised.value)
-    assert len(sources.load_pool(path, "", 1)) == 1
+    assert len(sources.load_examples(path, "", 1)) == 1
 
 
 def test_pre_tokenised_rows_are_used_as_they_are(tmp_path):
     path = write(tmp_path / "a.parquet", [TOKENS])
-    example = sources.load_pool(path, "huatuo", 0)[0]
+    example = sources.load_examples(path, "huatuo", 0)[0]
     assert (example.input_ids, example.labels) == ((1, 2, 3), (-100, 2, 3))
     assert (example.question, example.answer) == ("", "")
     assert sources.load_targets(path, 0, 0, "")[0].labels == (-100, 2, 3)
@@ -248,7 +290,7 @@ def test_padding_is_left_out_on_either_side(tmp_path):
          "attention_mask": [0] * left + [1] * 3 + [0] * right}
         for k, (left, right, last) in enumerate([(2, 0, 0), (0, 2, -100), (0, 1, 9), (1, 1, -100)])
     ]  # fmt: skip
-    for example in sources.load_pool(write(tmp_path / "a.jsonl", rows), "", 0):
+    for example in sources.load_examples(write(tmp_path / "a.jsonl", rows), "", 0):
         assert (example.input_ids, example.labels) == ((1, 2, 3), (-100, 2, 3))
 
 
@@ -265,7 +307,7 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
         {"id": "none", "question": "Why?", "options": None, "answer": "So."},
     ]
     path = write(tmp_path / "a.jsonl", rows)
-    pool, targets = sources.load_pool(path, "", 0), sources.load_targets(path, 0, 0, "")
+    pool, targets = sources.load_examples(path, "", 0), sources.load_targets(path, 0, 0, "")
     assert [chat.completion_text(e, "plain") for e in pool] == [
         "B. y", "so\n\nB. y", "B. y", "B. y", "It is y, of course.", "None is right.", "B. y",
         "So.",
@@ -288,7 +330,7 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
     ):
         write(tmp_path / "a.jsonl", [choices | change])
         with pytest.raises(errors.UserError, match=rf"^data\.pool: .*:1: {message}"):
-            sources.load_pool(path, "", 0)
+            sources.load_examples(path, "", 0)
 
 
 def test_rows_are_json_whatever_parquet_holds(tmp_path, caplog):
@@ -325,7 +367,7 @@ def test_parquet_that_cannot_be_rows_is_a_user_error(tmp_path):
     ):
         pq.write_table(table, path)
         with pytest.raises(errors.UserError, match=r"^data\.pool: .*a\.parquet"):
-            sources.load_pool(str(path), "", 0)
+            sources.load_examples(str(path), "", 0)
 
 
 def test_choices_come_as_an_object_a_list_or_a_parquet_struct(tmp_path):
@@ -405,7 +447,7 @@ def test_the_draw_does_not_depend_on_order_or_on_other_tasks(tmp_path):
 
 
 def test_the_sample_loads():
-    pool = sources.load_pool("sample", "", 0)
+    pool = sources.load_examples("sample", "", 0)
     targets, tests = sources.load_targets("sample", 4, 0, ""), sources.load_tests("sample", 0, 0)
     tasks = collections.Counter(e.task for e in targets)
     assert len(pool) >= 100 and len(tasks) >= 2 and set(tasks.values()) == {4}
@@ -434,6 +476,6 @@ def test_real_tasks(shared_data):
 def test_any_rows_load_or_are_a_user_error(tmp_path_factory, rows):
     path = write(tmp_path_factory.mktemp("rows") / "a.jsonl", rows)
     try:
-        assert len(sources.load_pool(path, "", 0)) == len(rows)
+        assert len(sources.load_examples(path, "", 0)) == len(rows)
     except errors.UserError as e:
         assert "data.pool" in str(e)

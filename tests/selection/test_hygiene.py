@@ -44,7 +44,7 @@ def kinds(pool, against=(), **fields):
 @pytest.fixture(scope="module", name="sample")
 def _sample():
     """The shipped pool, targets and tests."""
-    pool = sources.load_pool("sample", "", 0)
+    pool = sources.load_examples("sample", "", 0)
     against = [
         row(e.example_id, hygiene.ask(e.question, list(e.options.values())), place=place)
         for place, rows in (

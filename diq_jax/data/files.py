@@ -1,0 +1,209 @@
+"""Rows of one file, folder or hub data set, each with its place, and with JSON's types only.
+
+The extension gives the format (`READERS`); text is UTF-8. Lines are counted from 1, as editors do;
+rows of the other formats from 0, as `dataset[17]` does. A folder is what `save_to_disk` of the
+datasets library wrote.
+"""
+
+import base64
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+from absl import logging
+
+from diq_jax import errors
+from diq_jax.run import reading
+
+PlacedRows = Iterator[tuple[dict[str, Any], str]]  # a row and where it stands
+HUB = "hub:"
+SAVED = ("state.json", "dataset_dict.json")  # what a folder of save_to_disk holds one of
+MOST_JSON_BYTES = 2**32  # of a .json, which is read as a whole
+DAMAGED = (EOFError, OSError, ValueError, zlib.error, csv.Error, pa.ArrowException)
+
+
+def read(source: str) -> PlacedRows:
+    """Reads the rows of a path or of `hub:NAME[:CONFIG[:SPLIT]]`.
+
+    Raises:
+        UserError: the source cannot be read, or holds something else than rows.
+    """
+    if source.startswith(HUB):
+        reader: Callable[[str], PlacedRows] = _read_hub
+    elif is_saved(source):
+        reader = _read_saved
+    else:
+        ending = next((ending for ending in READERS if source.endswith(ending)), None)
+        if ending is None:
+            raise errors.UserError(f"{source} must end in {', '.join(READERS)}.")
+        reader = READERS[ending]
+    said: set[str] = set()
+    try:
+        for row, where in reader(source):
+            if not isinstance(row, dict):
+                raise errors.UserError(f"{where} must be an object, got {reading.shorten(row)}.")
+            yield _as_json(row, where, said), where
+    except errors.UserError:
+        raise
+    except DAMAGED as e:
+        problem = " ".join(str(e).split())[:200]
+        raise errors.UserError(f"{source} cannot be read: {problem}.") from None
+
+
+def is_saved(path: str) -> bool:
+    """Returns whether `path` is a folder that save_to_disk of the datasets library wrote."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
+
+
+def _as_json(row: dict, where: str, said: set[str]) -> dict:
+    """Gives a row JSON's types only, as it is written again later.
+
+    NaN and infinities become null, times and numbers of other types text, bytes Base64; each column
+    of which that happens is named once, and added to `said`.
+    """
+    try:
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError:
+        raise errors.UserError(f"{where}: a text holds half of a surrogate pair.") from None
+    except (TypeError, ValueError):
+        made = {str(name): _plain_value(value) for name, value in row.items()}
+    for name, value in row.items():
+        if name not in said and made[str(name)] != value:
+            said.add(name)
+            kept = reading.shorten(json.dumps(made[str(name)]))
+            logging.warning(
+                "%s: column %s holds %s, which is no JSON: here, and wherever it is written, it is "
+                "%s.", where, name, reading.shorten(value), kept,
+            )  # fmt: skip
+    return made
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def _open(path: str) -> Any:
+    if path.endswith(".zst"):
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def _read_jsonl(path: str) -> PlacedRows:
+    with _open(path) as f:
+        lines = iter(lambda: f.readline(reading.MOST_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > reading.MOST_BYTES:
+                raise errors.UserError(f"{path}:{number} is over {reading.MOST_BYTES:,} bytes.")
+            if text := _decode(line, path, number).strip():
+                yield reading.parse_json(text, path, number), f"{path}:{number}"
+
+
+def _read_json(path: str) -> PlacedRows:
+    if os.path.getsize(path) > MOST_JSON_BYTES:
+        raise errors.UserError(
+            f"{path} is over {MOST_JSON_BYTES:,} bytes: write one object a line, as .jsonl."
+        )
+    rows = reading.parse_json(_decode(pathlib.Path(path).read_bytes(), path), path, 1)
+    if not isinstance(rows, list):
+        raise errors.UserError(f"{path} must hold a list of objects (one a line: name it .jsonl).")
+    return _numbered(rows, path)
+
+
+def _read_cells(path: str) -> PlacedRows:
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
+    text = io.StringIO(_decode(pathlib.Path(path).read_bytes(), path), newline="")
+    delimiter = "\t" if path.endswith(".tsv") else ","
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+    reading.check_distinct(reader.fieldnames or [], f"{path}:1")
+    for row in reader:
+        where = f"{path}:{reader.line_num}"
+        if None in row or None in row.values():
+            raise errors.UserError(
+                f"{where} must have {len(reader.fieldnames or [])} cells, as line 1 has."
+            )
+        yield row, where
+
+
+def _read_parquet(path: str) -> PlacedRows:
+    return _numbered(reading.parquet_rows(path), path)
+
+
+def _read_arrow(path: str) -> PlacedRows:
+    """Reads Arrow's stream format, which the datasets library writes, or its file format."""
+    with pa.memory_map(path) as data:
+        is_file = data.read(6) == b"ARROW1"
+        data.seek(0)
+        with pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data) as reader:
+            reading.check_distinct(reader.schema.names, path)
+            table = reader.read_all()
+        table.validate(full=True)
+        batches = (batch.to_pylist() for batch in table.to_batches(max_chunksize=1024))
+        yield from _numbered((row for rows in batches for row in rows), path)
+
+
+def _read_saved(path: str) -> PlacedRows:
+    import datasets  # a second to import
+
+    found = datasets.load_from_disk(path)
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise errors.UserError(
+                f"{path} has the splits {', '.join(found)}; name the folder of one of them."
+            )
+        found = found["train"]
+    return _numbered(found, path)
+
+
+def _read_hub(source: str) -> PlacedRows:
+    name, config, split = ([*source.removeprefix(HUB).split(":", 2), "", ""])[:3]
+    if not name:
+        raise errors.UserError(f"{source} must be hub:NAME, or hub:NAME:CONFIG:SPLIT.")
+    import datasets  # a second to import, and only the hub needs it
+
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        raise errors.UserError(f"{source} cannot be loaded from the hub: {e}.") from None
+    return _numbered(rows, name)
+
+
+def _numbered(rows: Iterable[Any], name: str) -> PlacedRows:
+    return ((row, f"{name} row {i}") for i, row in enumerate(rows))
+
+
+def _decode(data: bytes, path: str, first_line: int = 1) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = first_line + data.count(b"\n", 0, e.start)
+        raise errors.UserError(f"{path}:{line} is not UTF-8: {e.reason}.") from None
+
+
+READERS: dict[str, Callable[[str], PlacedRows]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".jsonl.zst": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_cells,
+    ".tsv": _read_cells,
+    ".arrow": _read_arrow,
+}
