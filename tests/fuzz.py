@@ -2,8 +2,9 @@
 
 Every case takes a whole set of inputs, or a whole run, damages one file of it, and calls the stages
 that read it. Allowed: the damage changes nothing that is read, or one UserError. Not allowed: any
-other exception, over ten seconds, a file of the user's that is gone or changed. Whatever is not
-allowed is kept in --out with its seed and traceback, and the exit code is 1.
+other exception, over ten seconds of a processor or sixty of waiting, a file of the user's that is
+gone or changed. Whatever is not allowed is kept in --out with its seed and traceback, and the exit
+code is 1.
 """
 
 import argparse
@@ -21,12 +22,15 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-LIMIT_S = 10.0
+LIMIT_S = 10.0  # of a processor
+WAIT_S = 60.0  # by the clock, which other processes share
+TICKS = os.sysconf("SC_CLK_TCK")
 DEEP = json.loads("[" * 400 + "]" * 400)
 ODD = [
     None, True, False, -1, 0, 1, 7, 2**31, 2**63, 2**70, 1e308, -0.5, 1e-300, float("nan"),
@@ -43,6 +47,7 @@ SNIPPETS = [
     "{{ ''.__class__.__mro__ }}", "{% break %}", "\x00", "<think>\n", "{{ eos_token }}",
     "{% for m in messages %}{% for m in messages %}{{ m }}{% endfor %}{% endfor %}",
 ]  # fmt: skip
+REPLIES = {c * 64: f"the reply {c}" for c in "0123"}
 SIZES = ["name", "question", "options", "answer_idx", "input_ids", "labels", "messages", "content"]
 
 
@@ -149,6 +154,24 @@ def damage_parquet(data: bytes, rng: random.Random) -> bytes:
     return out.getvalue()
 
 
+def damage_header(data: bytes, rng: random.Random) -> bytes:
+    """The header of a safetensors file, with its length."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = damage_json(data[8:end], rng)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def damage_pickle(data: bytes, rng: random.Random) -> bytes:
+    """The pickle inside of torch's zip file, whose checksums are right."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for info in old.infolist():
+            inner = old.read(info)
+            damaged = damage_bytes(inner, rng) if info.filename.endswith("data.pkl") else inner
+            new.writestr(info.filename, damaged)
+    return out.getvalue()
+
+
 # Kind -> (the file to damage below the base folder, how, stages). A file in run/ belongs to a whole
 # run, a copy of which is damaged; others are inputs of a new one.
 KINDS = {
@@ -165,8 +188,13 @@ KINDS = {
     "tokenizer.json": ("decoder/tokenizer.json", damage_json, "prepare"),
     "config.json": ("decoder/config.json", damage_json, "weights"),
     "safetensors": ("decoder/model.safetensors", damage_bytes, "weights"),
+    "header": ("decoder/model.safetensors", damage_header, "weights"),
+    "index": ("sharded/model.safetensors.index.json", damage_json, "weights"),
     "gguf": ("model.gguf", damage_bytes, "weights"),
     "torch": ("encoder/pytorch_model.bin", damage_bytes, "weights"),
+    "torch_pickle": ("encoder/pytorch_model.bin", damage_pickle, "weights"),
+    "labels": ("labels.jsonl", damage_jsonl, "labels"),
+    "replies": ("replies.jsonl", damage_jsonl, "replies"),
     "stage.json": ("run/*/stage.json", damage_json, "selection,report"),
     "artifact": ("run/*/*.parquet", damage_parquet, "selection,report"),
     "record": ("run/*/*.json*", damage_json, "selection,report"),
@@ -186,7 +214,11 @@ def make(base: pathlib.Path) -> None:
     import torch
     import transformers
 
+    from diq_jax.clients import replies
+
     folders.decoder(base / "decoder")
+    decoder = transformers.LlamaForCausalLM.from_pretrained(base / "decoder")
+    decoder.save_pretrained(base / "sharded", max_shard_size="8KB")
     folders.encoder(base / "encoder")
     model = transformers.BertModel.from_pretrained(base / "encoder")
     torch.save(model.state_dict(), base / "encoder/pytorch_model.bin")
@@ -205,6 +237,10 @@ def make(base: pathlib.Path) -> None:
     folders.write(base / "targets.jsonl", folders.choice_rows(4, "target"))
     folders.write(base / "tests.jsonl", folders.choice_rows(4, "test"))
     folders.write(base / "preferences.jsonl", folders.preference_rows(4))
+    folders.write(base / "labels.jsonl", rows)
+    with replies.Cache(base / "replies.jsonl") as cache:
+        for key, content in REPLIES.items():
+            cache.put(key, replies.Reply(content, "", "stop", 7, 3))
     _gguf(base, gguf)
     act(base, base / "run", "pool.jsonl", "")
 
@@ -252,8 +288,19 @@ def _gguf(base, gguf) -> None:
 def act(base: pathlib.Path, workdir: pathlib.Path, kind: str, stages: str) -> None:
     """What a user's command would do with the inputs in `base`."""
     from diq_jax import config, pipeline
+    from diq_jax.clients import replies
+    from diq_jax.difficulty import labels
     from diq_jax.run import devices
 
+    if stages == "labels":
+        labels.labelled_rows(str(base / "labels.jsonl"))
+        return
+    if stages == "replies":
+        with replies.Cache(base / "replies.jsonl") as cache:
+            found = {key: cache.get(key) for key in REPLIES}
+        wrong = [key for key, reply in found.items() if reply and reply.content != REPLIES[key]]
+        assert not wrong, f"another reply to {wrong}"
+        return
     if stages == "weights":
         _load(base, kind, devices.make_placement(config.Parallel()))
         return
@@ -281,15 +328,16 @@ def _load(base, kind, placement) -> None:
         cfg = config.decoder_config(source.config, "model.path")
         lora.load_peft(base / "run/finetune/adapter", cfg, "influence.lora.path")
         return
-    if kind == "torch":
+    if kind.startswith("torch"):
         source = checkpoint.open_checkpoint(str(base / "encoder"), "difficulty.encoder")
         cfg = config.encoder_config(source.config, "difficulty.encoder")
         hf.load_encoder(source, cfg, np.float32, "difficulty.encoder")
         return
-    path = str(base / ("model.gguf" if kind == "gguf" else "decoder"))
+    path = str(base / {"gguf": "model.gguf", "index": "sharded"}.get(kind, "decoder"))
     load.load.cache_clear() if hasattr(load.load, "cache_clear") else None
     load.load(path, "float32", placement)
-    tokenizer.load_tokenizer(path, "model.path")
+    if kind != "index":
+        tokenizer.load_tokenizer(path, "model.path")
 
 
 def one(base: pathlib.Path, kind: str, seed: int) -> tuple[str, str]:
@@ -306,7 +354,7 @@ def one(base: pathlib.Path, kind: str, seed: int) -> tuple[str, str]:
     file = rng.choice(sorted(p for p in here.glob(pattern) if p.is_file()))
     with contextlib.suppress(json.JSONDecodeError):  # a JSONL file is no JSON
         file.write_bytes(damage(file.read_bytes(), rng))
-    if workdir.exists() and rng.random() < 0.7:  # is done again, from what is damaged
+    if workdir.exists() and rng.random() < 0.3:  # is done again, from what is damaged
         shutil.rmtree(workdir / "selection")
         shutil.rmtree(workdir / "report")
     before = _digests(here, workdir)
@@ -357,21 +405,29 @@ class Runner:
             )
             self.process.start()
             theirs.close()
-            self._ask("pool.jsonl", -1, 120)  # imports
-        return self._ask(kind, seed, LIMIT_S)
+            self._ask("pool.jsonl", -1, 120, 600)  # imports
+        return self._ask(kind, seed, LIMIT_S, WAIT_S)
 
-    def _ask(self, kind, seed, limit):
+    def _ask(self, kind, seed, limit, wait):
         self.pipe.send((kind, seed))
+        used, end = self._seconds(), time.time() + wait
         try:
-            if self.pipe.poll(limit):
-                return self.pipe.recv()
-            outcome = "HANG", f"no answer within {limit} s"
+            while time.time() < end and self._seconds() < used + limit:
+                if self.pipe.poll(0.2):
+                    return self.pipe.recv()
+            outcome = "HANG", f"no answer within {limit} s of a processor, or {wait} s"
         except EOFError:
             outcome = "DIED", f"the process ended with {self.process.exitcode}"
         self.process.kill()
         self.process.join()
         self.process = None
         return outcome
+
+    def _seconds(self):
+        """What the worker used of a processor."""
+        with open(f"/proc/{self.process.pid}/stat") as f:
+            fields = f.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ raise UserError, which begins with `where`, the place that the row came from.
 """
 
 import dataclasses
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from diq_jax.run import reading
 
 IGNORED = -100  # a label that is not scored, as in transformers
 CONTRACT = {name: name for name in ("id", "question", "reasoning", "answer")}
+# An answer such as "2" or "(B)" points at an option; it is no answer in words of its own.
+LABEL = re.compile(r"\W*([A-Za-z]|\d{1,2})\W*")
 FILLERS = ("", "n/a")  # at the end of options, casefolded: MMLU-Pro fills its lists up to ten
 
 
@@ -103,6 +106,11 @@ def from_choices(
         )
     letter = letter or "".join(named)
     in_own_words = isinstance(told, str) and told.strip() and not named
+    if in_own_words and LABEL.fullmatch(told):
+        raise errors.UserError(
+            f"{where}: {columns['answer']} is {reading.shorten(told)}, which is none of "
+            f"the options {', '.join(options)}; give the right one's letter (answer_idx) or its text."
+        )
     return Example(
         example_id,
         question=_text(row, columns["question"], where),
@@ -152,6 +160,10 @@ def lettered(options: Any, where: str) -> dict[str, str]:
             f"{len(options)}."
         )
     for letter, text in options.items():
+        if len(letter) != 1 or not letter.isalnum():
+            raise errors.UserError(
+                f"{where}: an option must be named by one letter, got {reading.shorten(letter)}."
+            )
         if not isinstance(text, str) or not text.strip():
             raise errors.UserError(
                 f"{where}: option {letter} must be a text, got {reading.shorten(text)}."

@@ -69,9 +69,10 @@ def read(folder: str | os.PathLike) -> dict[str, Any] | None:
         errors.check_choice(f"{path}: status", record["status"], STATUSES)
         if record["status"] == DONE:
             reading.check_record(record, str(path), FINISHED)
-        for field in ("inputs", "outputs"):
-            hashes = record.get(field, {})
-            reading.check_record(hashes, f"{path}: {field}", dict.fromkeys(hashes, str))
+        reading.check_record(record, str(path), {}, {"versions": dict})
+        for field in ("inputs", "outputs", "versions"):
+            texts = record.get(field, {})
+            reading.check_record(texts, f"{path}: {field}", dict.fromkeys(texts, str))
     except errors.UserError as e:
         raise errors.UserError(
             f"{e} It is damaged, or not of this version of diq_jax: move {path.parent} away and "

@@ -318,6 +318,11 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
     for change, message in (
         ({"answer_idx": "C"}, "answer_idx must be one of A, B; got 'C'"),
         ({"answer_idx": "B", "answer": "x"}, "answer is 'x', option A; .* got 'B'"),
+        ({"options": {"": "x", "B": "y"}}, "an option must be named by one letter, got ''"),
+        ({"options": {"one": "x", "two": "y"}}, "an option must be named by .* got 'one'"),
+        ({"answer": "2"}, "answer is '2', which is none of the options A, B; give"),
+        ({"answer": "(C)"}, r"answer is '\(C\)', which is none"),
+        ({"answer_idx": "B", "answer": "1"}, "answer is '1', which is none"),
         ({"answer": "x", "options": ["x", "X"]}, "answer is 'x', option A and option B"),
         ({"answer": 1}, "answer must be a text, got 1"),
         ({}, "answer is missing"),

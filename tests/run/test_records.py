@@ -128,6 +128,8 @@ def test_a_stage_at_work_vouches_for_nothing(tmp_path):
         ({"config": [1]}, "config must be an object"),
         ({"inputs": {"a": 1}}, "inputs: a must be a text"),
         ({"outputs": {"a": None}}, "outputs: a must be a text"),
+        ({"versions": {"jax": 0.1}}, "versions: jax must be a text"),
+        ({"versions": ["jax"]}, "versions must be an object"),
         ({"rows": "3"}, "rows must be a whole number"),
         ({"tokens_per_second": "fast"}, "tokens_per_second must be a number"),
         ("\ud800", "is not UTF-8"),
