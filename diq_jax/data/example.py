@@ -109,7 +109,7 @@ def from_choices(
     if in_own_words and LABEL.fullmatch(told):
         raise errors.UserError(
             f"{where}: {columns['answer']} is {reading.shorten(told)}, which is none of "
-            f"the options {', '.join(options)}; give the right one's letter (answer_idx) or its text."
+            f"the options {', '.join(options)}; give the right one's letter (answer_idx) or text."
         )
     return Example(
         example_id,
