@@ -15,12 +15,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from diq_jax import config, trees
 from diq_jax.difficulty import heads as heads_lib
 from diq_jax.models import config as model_config
-from diq_jax.models import encoder
+from diq_jax.models import encoder, training
 from diq_jax.run import devices
 
 WARMUP_RATIO = 0.1  # of all steps; a cosine to zero follows
@@ -31,9 +30,7 @@ SCORING_TOKENS = 1024  # padded tokens of one scoring batch
 HELD_OUT = 0.1  # of the training texts, with difficulty.patience: what early stopping looks at
 
 # Its learning rate is 1: `train_step` multiplies, so that one compiled step serves every schedule.
-OPTIMIZER = optax.chain(
-    optax.clip_by_global_norm(CLIP_NORM), optax.adamw(1.0, weight_decay=WEIGHT_DECAY)
-)
+OPTIMIZER = training.adamw(WEIGHT_DECAY, CLIP_NORM)
 
 Texts = Sequence[Sequence[int]]  # token ids of each text, special tokens included
 
@@ -124,13 +121,9 @@ def collate(texts: Texts, levels, offsets, rows, size: int, max_tokens: int) -> 
 
 
 def learning_rates(settings: config.Difficulty, steps: int) -> np.ndarray:
-    """The schedule (steps,) float32: a linear warm-up, then a cosine that ends near zero."""
+    """Returns the rate of every step (steps,) float32: a linear warm-up, then a cosine."""
     warmup = max(1, round(WARMUP_RATIO * steps))
-    step = np.arange(steps)
-    decay = 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
-    return (settings.learning_rate * np.where(step < warmup, (step + 1) / warmup, decay)).astype(
-        np.float32
-    )
+    return training.learning_rates(settings.learning_rate, steps, warmup - 1, hold=1)
 
 
 def layer_scales(params, decay: float):

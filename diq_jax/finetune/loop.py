@@ -26,7 +26,7 @@ class Upkeep:
 
     Attributes:
         folder: where train states go every `checkpoint_every` steps and after the last one.
-        evaluate: (state, frozen, earlier values of "target_loss") -> the loss now, called every
+        evaluate: (state, frozen, records so far) -> the "target_loss" now, called every
             `eval_every` steps and after the last one; it may keep the state.
         log: (index of the first record, records), called with what each checkpoint adds.
     """
@@ -34,7 +34,7 @@ class Upkeep:
     folder: pathlib.Path | None = None
     checkpoint_every: int = 0
     eval_every: int = 0
-    evaluate: Callable[[training.TrainState, Any, list[float]], float] | None = None
+    evaluate: Callable[[training.TrainState, Any, list[Record]], float] | None = None
     log: Callable[[int, Sequence[Record]], None] | None = None
 
 
@@ -58,16 +58,14 @@ def train(
         The last state, the metrics of every step, and the tokens of this call.
 
     Raises:
-        UserError: a loss is not finite, naming the step and its examples; or trained parameters are
+        UserError: a loss is not finite, naming the step and its examples; trained parameters are
             not; or all train states on disk are damaged.
     """
     # The next step is on its way before a loss is fetched; `waiting` is the step to fetch.
-    waiting: list[tuple[int, Any]] = []
-    records: list[Record] = []
-    total, sizes = len(steps), [len(step.indices) for step in steps]
+    waiting, records, saved = [], [], None
+    sizes = [len(step.indices) for step in steps]
     with contextlib.ExitStack() as stack:
-        saved = None
-        if upkeep.folder is not None:
+        if upkeep.folder:
             saved = stack.enter_context(states.States(upkeep.folder, name))
             state, records = saved.restore(state)
         logged = done = len(records)
@@ -77,15 +75,16 @@ def train(
             for number, metrics in waiting:
                 chosen = [examples[i] for i in steps[number].indices]
                 records.append(_finite(metrics, name, number, chosen))
-                tokens = sum(count for _, count in chosen)
-                bar.update(len(chosen), tokens, loss=f"{records[-1]['loss']:.3f}")
+                bar.update(
+                    len(chosen), sum(n for _, n in chosen), loss=f"{records[-1]['loss']:.3f}"
+                )
             waiting.clear()
 
-        for number in range(done, total):
+        for number in range(done, len(steps)):
             state, metrics = train_step(state, number)
             fetch()
             waiting.append((number, metrics))
-            last = number + 1 == total
+            last = number + 1 == len(steps)
             evaluates = upkeep.evaluate and _is_due(number, upkeep.eval_every, last)
             saves = saved and _is_due(number, upkeep.checkpoint_every, last)
             if not (evaluates or saves or last):
@@ -93,9 +92,8 @@ def train(
             fetch()
             _check_trained(state, name, number)
             if evaluates:
-                before = [r["target_loss"] for r in records if "target_loss" in r]
-                found = upkeep.evaluate(state, frozen, before)
-                records[-1]["target_loss"] = _check_target_loss(found, name, number)
+                records[-1]["target_loss"] = upkeep.evaluate(state, frozen, records)
+                _check_target_loss(records[-1]["target_loss"], name, number)
             if saves:
                 saved.save(state, records)
                 if upkeep.log is not None:
@@ -128,7 +126,6 @@ def _check_trained(state, name, number) -> None:
         )
 
 
-def _check_target_loss(value, name, number) -> float:
+def _check_target_loss(value, name, number) -> None:
     if not np.isfinite(value):
         raise errors.UserError(f"{name} has the target loss {value} after step {number}. {ADVICE}")
-    return value

@@ -113,9 +113,10 @@ def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]])
     records, tokens = {}, 0
     for arm, folder in _folders(context, steps).items():
 
-        def keep_best(state, frozen, before, folder=folder):
-            """Exports a state that beats all `before` beside `folder`."""
+        def keep_best(state, frozen, records, folder=folder):
+            """Exports a state that beats all before it beside `folder`."""
             now = target_loss(state.factors, frozen)
+            before = [record["target_loss"] for record in records if "target_loss" in record]
             if np.isfinite(now) and all(now < loss for loss in before):
                 best = folder.with_name(f"best_{folder.name}")
                 _export(context, model, best, state.factors, frozen)
