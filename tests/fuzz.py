@@ -334,7 +334,6 @@ def _load(base, kind, placement) -> None:
         hf.load_encoder(source, cfg, np.float32, "difficulty.encoder")
         return
     path = str(base / {"gguf": "model.gguf", "index": "sharded"}.get(kind, "decoder"))
-    load.load.cache_clear() if hasattr(load.load, "cache_clear") else None
     load.load(path, "float32", placement)
     if kind != "index":
         tokenizer.load_tokenizer(path, "model.path")

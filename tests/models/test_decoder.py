@@ -1,6 +1,9 @@
 """Every decoder family equals transformers on torch: logits, padding, export and reload."""
 
+import functools
+import gc
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -14,36 +17,52 @@ from torch_models import FAMILIES, load, torch_model
 from diq_jax import errors, trees
 from diq_jax.data import batches, example
 from diq_jax.models import checkpoint, config, decoder, hf, layers, loss
+from diq_jax.models import load as load_lib
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _forward(params, cfg, tokens, positions, mask):
+    return decoder.logits(params, cfg, decoder.apply(params, cfg, tokens, positions, mask))
 
 
 def jax_logits(params, cfg, tokens, mask):
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
-
-    @jax.jit
-    def forward(params, tokens, positions, mask):
-        return decoder.logits(params, cfg, decoder.apply(params, cfg, tokens, positions, mask))
-
-    return np.asarray(forward(params, tokens, positions, mask.astype(np.int32)))
+    return np.asarray(_forward(params, cfg, tokens, positions, mask.astype(np.int32)))
 
 
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_torch(name, padding, tmp_path):
+def test_logits_equal_torch(name, tmp_path):
     model = torch_model(name, tmp_path)
     params, cfg, _ = load(tmp_path)
     rng = np.random.default_rng(0)
-    tokens, mask = rng.integers(0, 100, (2, 24)), np.ones((2, 24), np.int64)
-    if padding != "none":
-        mask[0, (slice(None, 7) if padding == "left" else slice(-7, None))] = 0
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    with torch.no_grad():
-        expected = model(
-            torch.tensor(tokens),
-            attention_mask=torch.tensor(mask),
-            position_ids=torch.tensor(positions),
-        ).logits.numpy()
-    got = jax_logits(params, cfg, tokens, mask)
-    np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
+    tokens = rng.integers(0, 100, (2, 24))
+    for padded in (slice(0), slice(-7, None), slice(None, 7)):
+        mask = np.ones((2, 24), np.int64)
+        mask[0, padded] = 0
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        with torch.no_grad():
+            expected = model(
+                torch.tensor(tokens),
+                attention_mask=torch.tensor(mask),
+                position_ids=torch.tensor(positions),
+            ).logits.numpy()
+        got = jax_logits(params, cfg, tokens, mask)
+        np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_loaded_model_has_logits_and_ends_with_its_placement(tmp_path):
+    torch_model("qwen3", tmp_path)
+    model = load_lib.load_model(str(tmp_path))
+    tokens, mask = np.arange(24).reshape(2, 12), np.ones((2, 12), np.int32)
+    expected = jax_logits(model.params, model.cfg, tokens, mask)
+    np.testing.assert_allclose(model.logits(tokens), expected, atol=1e-5)
+    placement = tiny.placement()
+    first = load_lib.load(str(tmp_path), "float32", placement)
+    assert load_lib.load(str(tmp_path), "float32", placement) is first
+    alive = weakref.ref(load_lib.load(str(tmp_path), "bfloat16", placement))
+    del first, placement
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
