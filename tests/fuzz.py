@@ -137,9 +137,9 @@ def damage_parquet(data: bytes, rng: random.Random) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if rng.random() < 0.5:
-        return damage_bytes(data, rng)
     table = pq.read_table(io.BytesIO(data))
+    if table.num_rows == 0 or rng.random() < 0.5:
+        return damage_bytes(data, rng)
     name = rng.choice(table.column_names)
     values = table[name].to_pylist()
     if rng.random() < 0.2:
@@ -194,7 +194,7 @@ KINDS = {
     "torch": ("encoder/pytorch_model.bin", damage_bytes, "weights"),
     "torch_pickle": ("encoder/pytorch_model.bin", damage_pickle, "weights"),
     "labels": ("labels.jsonl", damage_jsonl, "labels"),
-    "replies": ("replies.jsonl", damage_jsonl, "replies"),
+    "replies": ("replies.jsonl", damage_bytes, "replies"),
     "stage.json": ("run/*/stage.json", damage_json, "selection,report"),
     "artifact": ("run/*/*.parquet", damage_parquet, "selection,report"),
     "record": ("run/*/*.json*", damage_json, "selection,report"),

@@ -32,6 +32,7 @@ import transformers
 from diq_jax import errors
 from diq_jax.data import chat_template
 from diq_jax.data import example as example_lib
+from diq_jax.run import reading
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -328,10 +329,12 @@ def _readable(layout: Layout) -> tuple[Layout, str, str]:
         except errors.UserError as e:
             problem = problem or e
             continue
-        if _USER in prompt and _USER in whole.rpartition(_ASSISTANT)[0]:
+        once = whole.count(_ASSISTANT) == 1
+        if once and _USER in prompt and _USER in whole.partition(_ASSISTANT)[0]:
             return dataclasses.replace(layout, parts=parts), prompt, whole
     raise problem or errors.UserError(
-        f"{layout.field} has a chat template that leaves out what the user or the assistant says."
+        f"{layout.field} has a chat template that leaves out what the user or the assistant says, "
+        "or says it twice."
     )
 
 
@@ -368,7 +371,14 @@ def _end_text(after: str, tokenizer: Tokenizer) -> str:
 def _prompts(questions: Sequence[str], layout: Layout) -> list[str]:
     if layout.render is None:
         return [f"Question: {question}\n\nAnswer:" for question in questions]
-    return [_ask(_messages(question, None), layout) for question in questions]
+    prompts = [_ask(_messages(question, None), layout) for question in questions]
+    for question, prompt in zip(questions, prompts, strict=True):
+        if question.strip() not in prompt:
+            raise errors.UserError(
+                f"{layout.field} has a chat template that changes what the user says, or leaves "
+                f"part of it out: {reading.shorten(question)}."
+            )
+    return prompts
 
 
 def _ask(messages: list[dict], layout: Layout) -> str:

@@ -98,6 +98,11 @@ def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrain
         raise errors.UserError(
             f"{field}: {path} has a slow tokenizer only; expected tokenizer.json."
         )
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise errors.UserError(
+            f"{field}: {path}/{FILE} has model.dropout, which gives a text other tokens each time; "
+            "set it to null."
+        )
     return tokenizer
 
 

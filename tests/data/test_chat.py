@@ -299,6 +299,7 @@ def test_a_completion_that_closes_the_block_itself_is_left_alone():
     [
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out what the user or the assi"),
         ("{{ messages[0].content }}", "leaves out what the user or the assistant says"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "says it twice"),
         (CHATML.replace("assistant\n", "bot\n"), "whose generation prompt is not how it begins"),
         ("{{ messages[0].content + 1 }}", "fails: TypeError: can only concatenate str"),
     ],
@@ -364,3 +365,13 @@ def test_a_token_across_the_border_leaves_the_prompt_of_generation():
 def test_a_chat_template_that_fails_is_a_user_error():
     with pytest.raises(errors.UserError, match=r"model\.path .*no system message"):
         make_layout("{{ raise_exception('no system message') }}")
+
+
+@pytest.mark.parametrize("change", ["content[:30]", "content | replace('W', 'w')"])
+def test_a_template_that_changes_a_question_is_refused(change):
+    layout = make_layout(CHATML.replace("content", change))
+    long = dataclasses.replace(TEXT, question="Which of these is the right one, and Why?")
+    with pytest.raises(errors.UserError, match=r"^model\.path has a chat template that changes"):
+        encode(layout, long)
+    with pytest.raises(errors.UserError, match="leaves part of it out: 'Which of these"):
+        chat.prompt_ids([long], layout)

@@ -414,6 +414,15 @@ def test_the_file_wins_over_the_class(tmp_path, family, name):
     assert loaded.eos_token_id == 256
 
 
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path):
+    folder = _own_pieces(tmp_path / "m")
+    found = reading.read_json(folder / "tokenizer.json")
+    found["model"]["dropout"] = 0.5
+    artifacts.write_json(folder / "tokenizer.json", found)
+    with pytest.raises(errors.UserError, match=r"m/tokenizer\.json has model\.dropout, .* null"):
+        tokenizer.load_tokenizer(folder, FIELD)
+
+
 def test_the_file_wins_over_the_properties_of_added_tokens(tmp_path):
     other = {"content": "<think>", "lstrip": True, "rstrip": True, "normalized": True}
     other |= {"single_word": False, "special": True}
