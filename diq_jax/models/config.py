@@ -10,16 +10,35 @@ from typing import Any
 from diq_jax import errors
 from diq_jax.run import reading
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-ENCODERS = ("bert",)
-# What transformers documents for a config.json without the key, as early conversions are.
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"rope_theta": 1e4, "max_position_embeddings": 2048},
-    "mistral": {"rope_theta": 1e4, "sliding_window": 4096},
-    "qwen2": {"rope_theta": 1e4},
-    "qwen3": {"rope_theta": 1e4},
-    "bert": {},
-}
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the decoders of one model_type have, beside what each config.json says."""
+
+    architecture: str  # the class in transformers
+    # What transformers documents for a config.json without the key, as early conversions are.
+    defaults: dict[str, Any]
+    qkv_bias: bool = False  # always; otherwise where attention_bias is true
+    output_bias: bool = False  # where attention_bias is true
+    mlp_bias: bool = False  # where mlp_bias is true
+    qk_norm: bool = False
+    sliding_window: bool = False
+
+
+# A new family is a row here, what its layer needs in decoder.py, and its tensors' names in hf.py
+# (and gguf_file.py).
+DECODERS = {
+    "llama": Family(
+        "LlamaForCausalLM", {"rope_theta": 1e4, "max_position_embeddings": 2048},
+        output_bias=True, mlp_bias=True,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM", {"rope_theta": 1e4, "sliding_window": 4096}, sliding_window=True
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", {"rope_theta": 1e4}, qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", {"rope_theta": 1e4}, output_bias=True, qk_norm=True),
+}  # fmt: skip
+ENCODERS = {"bert": Family("BertModel", {})}
 # The largest that a size may be; a wrong one is refused before anything of that size is made.
 LARGEST = {
     "num_hidden_layers": 2**12, "hidden_size": 2**20, "intermediate_size": 2**22,
@@ -90,17 +109,17 @@ class EncoderConfig:
 
 
 def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
-    """Reads a Hugging Face config of a Llama, Mistral, Qwen2 or Qwen3 decoder.
+    """Reads a Hugging Face config of a decoder of one of `DECODERS`.
 
     Raises:
         UserError: another family, quantised weights, something that is not built here, or a value
             of a wrong type or range.
     """
     read = _Reader(config, field, DECODERS, "a decoder")
-    name = read.family
+    family = DECODERS[read.name]
     read.expect("hidden_act", ("silu",))
     read.expect("use_sliding_window", (False, None))
-    if name != "mistral" and set(read.get("layer_types", list, [])) - {"full_attention"}:
+    if not family.sliding_window and set(read.get("layer_types", list, [])) - {"full_attention"}:
         raise read.wrong("layer_types", "full_attention for each layer")
     num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
     num_kv_heads = read.size("num_key_value_heads", num_heads)
@@ -111,7 +130,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         raise errors.UserError(f"{field}: config.json gives heads of odd size {head_dim}.")
     attention_bias = read.flag("attention_bias")
     return DecoderConfig(
-        family=name,
+        family=read.name,
         num_layers=read.size("num_hidden_layers"),
         model_dim=model_dim,
         ffn_dim=read.size("intermediate_size"),
@@ -122,15 +141,14 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         norm_eps=read.epsilon("rms_norm_eps"),
         rope=_rope(read, head_dim),
         max_positions=read.size("max_position_embeddings"),
-        # transformers leaves this key out where it equals the library's default, which is False for
-        # all four.
+        # transformers leaves this key out where it equals the library's default, False for all.
         tied_head=read.flag("tie_word_embeddings"),
-        qkv_bias=name == "qwen2" or attention_bias,
-        output_bias=name in ("llama", "qwen3") and attention_bias,
-        mlp_bias=name == "llama" and read.flag("mlp_bias"),
-        qk_norm=name == "qwen3",
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=family.output_bias and attention_bias,
+        mlp_bias=family.mlp_bias and read.flag("mlp_bias"),
+        qk_norm=family.qk_norm,
         # null is no window; without the key there is the family's.
-        sliding_window=read.size("sliding_window", None) if name == "mistral" else None,
+        sliding_window=read.size("sliding_window", None) if family.sliding_window else None,
     )
 
 
@@ -142,7 +160,7 @@ def encoder_config(config: dict[str, Any], field: str) -> EncoderConfig:
     read.expect("is_decoder", (False, None))
     num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
     return EncoderConfig(
-        family=read.family,
+        family=read.name,
         num_layers=read.size("num_hidden_layers"),
         model_dim=model_dim,
         ffn_dim=read.size("intermediate_size"),
@@ -162,12 +180,12 @@ _REQUIRED = object()
 class _Reader:
     """Typed values of a config.json of one of `families`."""
 
-    def __init__(self, config: dict[str, Any], field: str, families: Sequence[str], what: str):
-        self.config, self.field = config, field
-        self.family = config.get("model_type")
-        if self.family not in families:
+    def __init__(self, config: dict[str, Any], field: str, families: dict[str, Family], what: str):
+        self.config, self.field, self.families = config, field, families
+        self.name = config.get("model_type")
+        if self.name not in tuple(families):
             raise errors.UserError(
-                f"{field}: model family {reading.shorten(self.family)} is not supported here:"
+                f"{field}: model family {reading.shorten(self.name)} is not supported here:"
                 f" {what} is needed, one of {', '.join(families)}."
             )
         for key in ("quantization_config", "compression_config"):
@@ -185,7 +203,7 @@ class _Reader:
         if value is None:
             if key in self.config and default is not _REQUIRED:
                 return default
-            default = FAMILY_DEFAULTS[self.family].get(key, default)
+            default = self.families[self.name].defaults.get(key, default)
             if default is _REQUIRED:
                 raise errors.UserError(f"{self.field}: config.json has no {key!r}.")
             return default
@@ -231,14 +249,13 @@ class _Reader:
 def _rope(read: _Reader, head_dim: int) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     merged = {**read.get("rope_scaling", dict, {}), **read.get("rope_parameters", dict, {})}
-    config = {**read.config, **merged}
     kind = merged.get("rope_type", merged.get("type", "default"))
     if kind not in tuple(ROPE_SETTINGS):
         raise errors.UserError(
             f"{read.field}: rope scaling {reading.shorten(kind)} is not supported; expected one of"
             f" {', '.join(ROPE_SETTINGS)}."
         )
-    inner = _Reader(config, read.field, (read.family,), "a decoder")
+    inner = _Reader({**read.config, **merged}, read.field, read.families, "a decoder")
     if inner.get("partial_rotary_factor", float, 1.0) != 1.0:
         raise inner.wrong("partial_rotary_factor", "1: others are not built here")
     known = {*ROPE_COMMON, *ROPE_SETTINGS[kind]}
@@ -247,21 +264,17 @@ def _rope(read: _Reader, head_dim: int) -> Rope:
             f"{read.field}: config.json has the rope setting {unknown[0]!r}, which {kind!r} scaling"
             f" does not read; it reads {', '.join(ROPE_SETTINGS[kind]) or 'none'}."
         )
-    theta = inner.get("rope_theta", float)
     settings = {}
-    for key in ROPE_SETTINGS[kind]:
-        if key == "original_max_position_embeddings":
-            settings[key] = inner.size(key)
-        elif key == "factors":
-            settings[key] = tuple(inner.get(key, list))
-        else:
-            settings[key] = inner.get(key, float)
-    for key, value in (("rope_theta", theta), *settings.items()):
-        values = value if isinstance(value, tuple) else (value,)
+    for key in ("rope_theta", *ROPE_SETTINGS[kind]):
+        whole = key == "original_max_position_embeddings"
+        value = inner.size(key) if whole else inner.get(key, list if key == "factors" else float)
+        values = value if key == "factors" else [value]
         if not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
             raise inner.wrong(key, "positive")
         if key == "factors" and len(values) != head_dim // 2:
             raise inner.wrong(key, f"a list of {head_dim // 2} numbers")
+        settings[key] = tuple(value) if key == "factors" else value
+    theta = float(settings.pop("rope_theta"))
     if kind == "llama3" and not settings["low_freq_factor"] < settings["high_freq_factor"]:
         raise inner.wrong("high_freq_factor", "larger than low_freq_factor")
-    return Rope(theta=float(theta), kind=kind, settings=tuple(sorted(settings.items())))
+    return Rope(theta=theta, kind=kind, settings=tuple(sorted(settings.items())))

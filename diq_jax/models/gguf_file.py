@@ -13,15 +13,12 @@ import gguf
 import numpy as np
 
 from diq_jax import errors
+from diq_jax.models import config as families
 from diq_jax.models import gguf_header, stored
 from diq_jax.run import reading
 
-# general.architecture -> transformers class. Mistral files carry the architecture llama.
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+# Values of general.architecture. Mistral files carry the architecture llama.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -58,7 +55,7 @@ def open_gguf(path: pathlib.Path) -> tuple[dict, dict[str, stored.Tensor]]:
     config = _config(path, header)
     # llama.cpp rotates neighbouring rows of llama models; Hugging Face rotates the two halves.
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    permuted = heads if config["model_type"] == "llama" else {}
+    permuted = heads if header.metadata["general.architecture"] == "llama" else {}
 
     def tensor(name, listed):
         module = name.split(".")[-2]
@@ -85,7 +82,7 @@ def read_metadata(path: pathlib.Path) -> dict[str, Any]:
 def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
     metadata, tensors = header.metadata, header.tensors
     architecture = metadata.get("general.architecture", "")
-    if architecture not in tuple(ARCHITECTURES):
+    if architecture not in ARCHITECTURES:
         raise errors.UserError(
             f"{path} has the architecture {reading.shorten(architecture)}, which is not supported;"
             f" supported are {', '.join(ARCHITECTURES)}."
@@ -113,7 +110,6 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
     epsilon = required("attention.layer_norm_rms_epsilon", float)
     config = {
         "model_type": architecture,
-        "architectures": [ARCHITECTURES[architecture]],
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": required("feed_forward_length", int),
@@ -131,8 +127,15 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
     }
     if (scaling := _rope_scaling(path, optional, header, config)) is not None:
         config["rope_scaling"] = scaling
-    if (window := optional("attention.sliding_window", int)) is not None:
-        config["sliding_window"] = window
+    window = optional("attention.sliding_window", int)
+    if window is not None and window < config["max_position_embeddings"]:
+        if architecture != "llama":
+            raise errors.UserError(
+                f"{path} has a sliding window of {window} positions, which is not built here for"
+                f" {architecture}."
+            )
+        config |= {"model_type": "mistral", "sliding_window": window}
+    config["architectures"] = [families.DECODERS[config["model_type"]].architecture]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         stored_as = f"tokenizer.ggml.{key}_token_id"
         reading.check_record(metadata, str(path), {}, {stored_as: int})

@@ -604,6 +604,20 @@ def test_gguf_rope_scaling(tmp_path):
     assert scaling(None, **linear) == {"rope_type": "linear", "factor": 4.0}
 
 
+def test_a_sliding_window_of_a_gguf_file_is_kept_or_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    _write_gguf(file, keys={"llama.attention.sliding_window": 64})
+    source = checkpoint.open_checkpoint(file, FIELD)
+    assert source.config["architectures"] == ["MistralForCausalLM"]
+    assert model_config.decoder_config(source.config, FIELD).sliding_window == 64
+    _assert_same(source, _weights("llama"))
+    _write_gguf(file, keys={"llama.attention.sliding_window": 512})  # as long as the context
+    source = checkpoint.open_checkpoint(file, FIELD)
+    assert model_config.decoder_config(source.config, FIELD).sliding_window is None
+    _write_gguf(file, "qwen2", keys={"qwen2.attention.sliding_window": 64})
+    _expect("has a sliding window of 64 positions, which is not built here for qwen2", file)
+
+
 @pytest.mark.parametrize("keep", [0, 3, 20, 300, 3000, -40_000, -1])
 def test_truncated_gguf(tmp_path, keep):
     file = tmp_path / "m.gguf"
