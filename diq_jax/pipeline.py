@@ -254,9 +254,9 @@ WRITES = {
         "difficulty.parquet", "metrics.json", "model_scores.parquet", "partial/*",
     ),
     "influence": (
-        "influence.parquet", "scores*.partial.jsonl", "warmup/epoch-*.safetensors",
+        "influence.parquet", "partial/*", "warmup/epoch-*.safetensors",
         "store*/train-*.npy", "store*/targets.npy", "store*/examples.parquet",
-        "store*/manifest.json", "store*/rows.log", "store*/rows.json",
+        "store*/manifest.json",
     ),
     "selection": (
         "selection.parquet", "baselines.parquet", "thresholds.json", "selected.jsonl",

@@ -25,9 +25,9 @@ from ml_collections import config_flags
 from diq_jax import errors, influence_config, pipeline, stats, trees
 from diq_jax.commands import cli
 from diq_jax.data import encoded
-from diq_jax.influence import direction, engines, per_example, projection, scoring
+from diq_jax.influence import direction, engines, per_example, problems, projection
 from diq_jax.models import load
-from diq_jax.run import artifacts, devices, stages
+from diq_jax.run import artifacts, devices, parts, stages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 VERIFY = cli.define_verify()
@@ -70,38 +70,35 @@ def read_variants(parameters: str) -> list[Variant]:
     return [Variant(k, d, s) for k in KINDS.value for d in dims for s in range(SEEDS.value)]
 
 
-def score_variants(task: scoring.Task, space, v, variants, workdir) -> dict[str, np.ndarray]:
-    """{name: (rows,) scores by that projection}, and "squares", each gradient's squared norm."""
+def score_variants(
+    problem: problems.Problem, space, v, variants: list[Variant], workdir: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """Returns {name: (rows,) scores by that projection}, and "squares", each gradient's squared
+    norm.
+    """
     sketched = [x for x in variants if x.kind != "factored"]
     passes = [[x] for x in variants if x.kind == "factored"] + ([sketched] if sketched else [])
-    by_id = {row.example_id: i for i, row in enumerate(task.pool)}
     out = {}
     for members in passes:
         names = [x.name for x in members] + (["squares"] if members is sketched else [])
         make = gradient_step if members is sketched else factored_step
-        step = make(space, v, members, task)
-        table = np.zeros((len(task.pool), len(names)), np.float32)
-        key = zlib.crc32("\n".join(names).encode())
-        with artifacts.Journal(workdir / f"ablation-{key:08x}.partial.jsonl") as journal:
-            done = [by_id[entry["id"]] for entry in journal.entries]
-            table[done] = [entry["scores"] for entry in journal.entries] or 0
-            title = "projections" if members is sketched else names[0]
-            for group, scores in scoring.run_batches(title, task.pool, step, task.context, done):
-                rows = scores[group.slots]
-                table[list(group.indices)] = rows
-                ids = [task.pool[i].example_id for i in group.indices]
-                entries = zip(ids, rows.tolist(), strict=True)
-                journal.extend([{"id": i, "scores": row} for i, row in entries])
-        out |= dict(zip(names, table.T, strict=True))
+        step = make(space, v, members, problem)
+        kept = parts.Parts(workdir / f"ablation-{zlib.crc32(chr(10).join(names).encode()):08x}")
+        title, done = "projections" if members is sketched else names[0], frozenset(kept.done)
+        for group, scores in problems.run_batches(title, problem, problem.pool, step, done):
+            new = [k for k, i in enumerate(group.indices) if i not in done]
+            kept.add([group.indices[k] for k in new], {"scores": scores[group.slots][new]})
+        out |= dict(zip(names, kept.columns()["scores"].T, strict=True))
     return out
 
 
-def gradient_step(space, v, variants, task):
-    """placed batch -> (B, variants + 1): each gradient through all projections; its square."""
-    placement, settings, cfg = task.context.placement, task.settings, task.model.cfg
+def gradient_step(space, v, variants: list[Variant], problem: problems.Problem):
+    """Compiles placed batch -> (B, variants + 1): each gradient through all projections; its
+    square.
+    """
+    placement, settings, cfg = problem.placement, problem.settings, problem.model.cfg
     ends = [projection.project(jax.tree.map(lambda x: x[None], v), x.settings)[0] for x in variants]
     ends = placement.replicate(ends)
-    shards = placement.rows_multiple if placement.strategy == "mesh" else 1
 
     def scores(chosen, rest, ends, batch):
         def apply(found):
@@ -112,18 +109,20 @@ def gradient_step(space, v, variants, task):
             return jnp.stack([*columns, jax.vmap(lambda g: trees.vdot(g, g))(found)], axis=1)
 
         space, reduction = (chosen, rest), settings.loss_reduction
-        return per_example.map_gradients(apply, space, batch, cfg, reduction, settings, shards)[0]
+        return per_example.map_gradients(
+            apply, space, batch, cfg, reduction, settings, placement.shards
+        )[0]
 
     step = placement.compile(scores, rows=True)
     return lambda batch: step(*space, ends, batch)
 
 
-def factored_step(space, v, variants, task):
+def factored_step(space, v, variants: list[Variant], problem: problems.Problem):
     [variant] = variants
-    settings = dataclasses.replace(task.settings, engine="factored", projection=variant.settings)
-    engine = engines.open_rows(space, settings, task.model.cfg, task.context.placement, None)
-    end = engine.project(jax.tree.map(lambda x: x[None], v))[0]
-    return lambda batch: (engine.features(batch)[0] @ end)[:, None]
+    settings = dataclasses.replace(problem.settings, engine="factored", projection=variant.settings)
+    features = engines.open_features(space, settings, problem.model.cfg, problem.placement, None)
+    end = features.project(jax.tree.map(lambda x: x[None], v))[0]
+    return lambda batch: (features.step(batch)[0] @ end)[:, None]
 
 
 def seconds_per_example(v, variant: Variant, rows: int = 16) -> float:
@@ -270,14 +269,15 @@ def main() -> None:
         for name in (pipeline.POOL, pipeline.TARGETS)
     )
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
-    task = scoring.Task(context, model, pool, targets, {"mean": list(range(len(targets)))}, {})
+    groups = {"mean": list(range(len(targets)))}
+    problem = problems.Problem(model, pool, targets, groups, settings, placement)
     space = direction.make_space(model, settings, placement)
     size = sum(math.prod(shape) for shape in direction.shapes(space, placement).values())
     for variant in variants:
         if variant.kind != "factored":
             projection.check(variant.settings, size)
-    [(_, v, _)] = scoring.directions(task, space, None)
-    scores = score_variants(task, space, v, variants, workdir)
+    [(_, v, _)] = direction.make(problem, space, None)
+    scores = score_variants(problem, space, v, variants, workdir)
 
     table = context.table("influence/influence.parquet")
     exact, tokens = (table[name].to_numpy() for name in ("influence", "tokens"))

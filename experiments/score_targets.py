@@ -18,7 +18,7 @@ from absl import flags
 from diq_jax import config, errors
 from diq_jax.commands import cli
 from diq_jax.data import chat, sources
-from diq_jax.influence import direction, engines, scoring, store
+from diq_jax.influence import direction, engines, problems, store
 from diq_jax.influence import stage as influence
 from diq_jax.models import load, tokenizer
 from diq_jax.run import artifacts, devices, records, stages
@@ -64,20 +64,20 @@ def main() -> None:
         found, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
     )
     tasks = {target.example_id: target.task for target in found}
-    groups = influence.group_targets("task", rows, [tasks[row.example_id] for row in rows])
+    groups = problems.group_targets("task", rows, [tasks[row.example_id] for row in rows])
 
     space = direction.make_space(model, cfg.influence, placement)
-    engine = engines.open_rows(space, cfg.influence, model.cfg, placement, None)
+    features = engines.open_features(space, cfg.influence, model.cfg, placement, None)
     if verified:
         for name in (POOL, f"{STORE}/manifest.json"):
             records.verify(workdir / name)
     opened = store.open_store(
-        workdir / STORE, influence.made_from(context) | engine.record, verified
+        workdir / STORE, influence.made_from(context) | features.record, verified
     )
-    task = scoring.Task(context, model, [], rows, groups, {})
-    targets = scoring.project_directions(task, space, None, engine)
+    problem = problems.Problem(model, [], rows, groups, cfg.influence, placement)
+    targets, _ = features.of_directions(problem, space, None)
     started = time.perf_counter()
-    mean = (task.weights @ targets)[None]
+    mean = (problem.weights @ targets)[None]
     scores = opened.scores(np.concatenate([targets, mean]), cfg.influence.normalize)
     seconds = time.perf_counter() - started
     columns = {"example_id": opened.example_ids, "influence": pa.array(scores[:, -1])}

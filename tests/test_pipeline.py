@@ -16,7 +16,7 @@ import pytest
 
 from diq_jax import config, errors, pipeline, preflight
 from diq_jax.evaluate import generation
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts, parts, reading
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -352,20 +352,19 @@ def test_killed_influence_continues_to_identical_bytes(made, tmp_path):
     pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
     flags = (f"--config.data.pool={pool}", "--config.influence.batch_tokens=64")
     killed = command(made, tmp_path / "killed", "prepare,influence", *flags)
-    journal = tmp_path / "killed/influence/scores.partial.jsonl"
+    partial = tmp_path / "killed/influence/partial"
     process = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 2000):
+    while process.poll() is None and len(list(partial.glob("rows/part-*"))) < 4:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    done = len(journal.read_bytes().splitlines())
-    assert 0 < done < 200
+    assert 0 < len(parts.Parts(partial / "rows").done) < 200
     subprocess.run(killed, check=True, stderr=subprocess.DEVNULL)
     whole = command(made, tmp_path / "whole", "prepare,influence", *flags)
     subprocess.run(whole, check=True, stderr=subprocess.DEVNULL)
     name = "influence/influence.parquet"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not journal.exists()
+    assert not partial.exists()
 
 
 @pytest.mark.slow

@@ -87,14 +87,14 @@ def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
     pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
     flags = (*STORE, f"--config.data.pool={pool}")
     running = start(made, tmp_path / "two", *flags, processes=2)
-    log = tmp_path / "two/influence/store/rows.log"
-    while not (log.exists() and log.stat().st_size):
+    partial = tmp_path / "two/influence/partial/rows"
+    while not list(partial.glob("part-*")):
         assert running[0].poll() is None, running[0].communicate()[1][-2000:]
         time.sleep(0.01)
     for process in running:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert log.exists(), "they ended before they could be killed"
+    assert partial.exists(), "they ended before they could be killed"
     finish(start(made, tmp_path / "two", *flags))
     finish(start(made, tmp_path / "one", *flags))
     assert_close(scores(tmp_path / "two"), scores(tmp_path / "one"))
@@ -108,8 +108,8 @@ def test_sigterm_to_any_stops_all_and_the_run_continues(stopped, made, tmp_path)
     pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
     flags = (*STORE, f"--config.data.pool={pool}")
     running = start(made, tmp_path / "two", *flags, processes=2)
-    log = tmp_path / "two/influence/store/rows.log"
-    while not (log.exists() and log.stat().st_size):
+    partial = tmp_path / "two/influence/partial/rows"
+    while not list(partial.glob("part-*")):
         assert running[0].poll() is None, running[0].communicate()[1][-2000:]
         time.sleep(0.01)
     for index in stopped:
@@ -119,7 +119,7 @@ def test_sigterm_to_any_stops_all_and_the_run_continues(stopped, made, tmp_path)
         assert process.returncode == 143, said[-2000:]
         assert said.count("Stopped by SIGTERM: the same command continues from here.") == 1
         assert "error" not in said and "Traceback" not in said
-    assert log.exists(), "they ended before they could be stopped"
+    assert partial.exists(), "they ended before they could be stopped"
     finish(start(made, tmp_path / "two", *flags))
     finish(start(made, tmp_path / "one", *flags))
     assert_close(scores(tmp_path / "two"), scores(tmp_path / "one"))

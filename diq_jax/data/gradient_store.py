@@ -138,8 +138,7 @@ def open_store(
     folder = pathlib.Path(folder)
     path = folder / "manifest.json"
     if not path.is_file():
-        unfinished = "its run has not finished" if (folder / "rows.log").exists() else "no manifest"
-        raise errors.UserError(f"{folder} is not a finished gradient store ({unfinished}).")
+        raise errors.UserError(f"{folder} is not a finished gradient store: it has no {path.name}.")
     manifest = reading.read_record(path, MANIFEST)
     _check_manifest(manifest, path)
     if made_from is not None:
@@ -181,6 +180,20 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def stored(dtype: str) -> np.dtype:
     """The dtype on disk: .npy knows no bfloat16, which is kept as its bits."""
     return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(DTYPES[dtype])
+
+
+@np.errstate(over="ignore")  # the caller asks `fits`
+def to_stored(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Rows (n, dim) float32 -> as they lie on disk."""
+    return np.ascontiguousarray(rows.astype(DTYPES[dtype])).view(stored(dtype))
+
+
+def fits(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns whether each row (n, dim) float32 can be kept in `dtype`, (n,) bool: none of its
+    numbers overflows, and they do not all vanish.
+    """
+    kept = from_stored(to_stored(rows, dtype), dtype)
+    return np.isfinite(kept).all(axis=1) & (kept.any(axis=1) | ~rows.any(axis=1))
 
 
 def from_stored(rows: np.ndarray, dtype: str) -> np.ndarray:

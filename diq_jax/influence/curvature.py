@@ -83,7 +83,7 @@ def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placeme
     def multiply(v):
         total, count = None, 0
         v = jax.tree.map(lambda x: x[0], v)
-        placed = placement.replicate(v) if placement.strategy == "pmap" else v
+        placed = placement.argument(v)
         for examples, batch in batches():
             part = step(chosen, rest, placed, batch)
             total = part if total is None else _add(total, part)

@@ -1,29 +1,34 @@
 """Target examples -> a direction v in parameter space, so that an example's influence is <g(z), v>.
 
-A `space` is the pair (chosen, rest) into which {"params", "adapter"} is split: gradients are taken
-with respect to `chosen`, `rest` is held fixed. `trees.combine` joins them.
+KINDS is the table of influence.direction. A `space` is the pair (chosen, rest) into which
+{"params", "adapter"} is split: gradients are taken with respect to `chosen`, `rest` is held fixed.
+`trees.combine` joins them.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diq_jax import influence_config, trees
+from diq_jax import errors, influence_config, trees
+from diq_jax.data import example
+from diq_jax.influence import curvature, problems, thin
 from diq_jax.models import load, lora, loss
-from diq_jax.run import devices
+from diq_jax.run import devices, progress
 
-# Randomised truncated SVD (Halko et al., arXiv 0909.4061): columns beyond the rank, and passes.
-OVERSAMPLE, PASSES = 16, 4
-MATRICES = ("kernel", "embedding")  # leaves that a factored direction or a probe may stand beside
+B1, B2, EPS = 0.9, 0.999, 1e-8  # Adam's
+
+Space = tuple[Any, Any]
 
 
 @flax.struct.dataclass
 class Direction:
-    """Q directions in a space.
+    """Holds Q directions in a space.
 
     Attributes:
         whole: nested like `chosen`, leaves (Q, ...), None at matrices that are kept in factors.
@@ -37,69 +42,22 @@ class Direction:
 
 
 def stack(trees_of_v: Sequence, weights: Sequence[float], rank: int = 0) -> Direction:
-    """One Direction of Q trees like `chosen`; with a rank, their matrices as thin factors."""
-    made = [truncate(v, rank) if rank else (v, {}) for v in trees_of_v]
+    """Makes one Direction of Q trees like `chosen`; with a rank, their matrices as thin factors."""
+    made = [thin.truncate(v, rank) if rank else (v, {}) for v in trees_of_v]
     whole, factors = jax.tree.map(lambda *x: jnp.stack(x), *made)
     return Direction(whole, factors, jnp.asarray(weights, jnp.float32) / sum(weights))
 
 
-def attach(both, factors, scales):
-    """{"params", "adapter"} with each direction in factors beside its kernel (models/layers.py)."""
-    extra = {
-        f"{name.rsplit('/', 1)[0]}/direction": f | {"scale": scales[name]}
-        for name, f in factors.items()
+def as_probe(factors: dict, scales: dict) -> dict:
+    """Returns the thin directions as a tree nested like the parameters (models/layers.py)."""
+    nodes = {
+        name.removeprefix("params/"): f | {"scale": scales[name]} for name, f in factors.items()
     }
-    return trees.insert(both, extra)
-
-
-def truncate(v, rank: int):
-    """Each matrix of v by a truncated SVD.
-
-    Returns:
-        (v with None at its matrices, {path: {a (..., in, R), b (..., R, out)}}); stacked matrices
-        are truncated one by one, and none gets a rank above its smaller side.
-    """
-    factors = {
-        # One at a time: XLA's CPU client can lock up when several factorisations share two cores.
-        name: jax.block_until_ready(_thin(leaf, rank))
-        for name, leaf in trees.named_leaves(v).items()
-        if name.endswith(MATRICES)
-    }
-    return trees.partition(v, factors.__contains__)[1], factors
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _thin(leaf, rank):
-    """Subspace iteration, a basis made orthonormal by way of its small Gram matrix."""
-    *batch, n_in, n_out = leaf.shape
-    leaf = leaf.astype(jnp.float32)
-    if rank >= min(n_in, n_out):
-        whole = jnp.broadcast_to(jnp.eye(n_out), (*batch, n_out, n_out))
-        return {"a": leaf, "b": whole}
-    size = min(rank + OVERSAMPLE, n_in, n_out)
-    probe = jax.random.normal(jax.random.key(0), (*batch, n_out, size))
-    basis = _orthonormal(leaf @ probe)  # (..., in, size)
-    for _ in range(PASSES):
-        basis = _orthonormal(leaf @ _orthonormal(leaf.swapaxes(-1, -2) @ basis))
-    inside = basis.swapaxes(-1, -2) @ leaf
-    _, vectors = jnp.linalg.eigh(inside @ inside.swapaxes(-1, -2))  # ascending
-    top = vectors[..., -rank:]
-    return {"a": basis @ top, "b": top.swapaxes(-1, -2) @ inside}
-
-
-def _orthonormal(columns):
-    """Cholesky QR, twice, since once squares the condition number."""
-    for _ in range(2):
-        gram = columns.swapaxes(-1, -2) @ columns
-        shift = 1e-7 * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-        eye = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
-        lower = jnp.linalg.cholesky(gram + (shift + jnp.finfo(jnp.float32).tiny) * eye)
-        columns = jax.lax.linalg.triangular_solve(lower, columns, lower=True, transpose_a=True)
-    return columns
+    return trees.insert({}, nodes)
 
 
 def from_peft(folder: str, cfg, chosen) -> Direction:
-    """The update W -> W + A B scale of a LoRA adapter as a direction, pointing back along it.
+    """Reads the update W -> W + A B scale of a LoRA adapter as a direction, pointing back along it.
 
     A training step moves the parameters against a gradient, so the direction that stands for the
     adapter's training is minus its update: a positive influence means that the example's loss falls
@@ -119,7 +77,7 @@ def from_peft(folder: str, cfg, chosen) -> Direction:
 
 def make_space(
     model: load.Model, settings: influence_config.Influence, placement: devices.Placement
-):
+) -> Space:
     """Makes the space that influence.parameters names: `all`, `lora`, or a regex over parameter
     paths.
 
@@ -142,23 +100,42 @@ def make_space(
     return trees.partition({"params": model.params, "adapter": adapter}, names.__contains__)
 
 
-def shapes(space, placement: devices.Placement) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the chosen leaves, without the device axis of pmap; "params/" is cut off."""
-    axis = 1 if placement.strategy == "pmap" else 0
+def shapes(space: Space, placement: devices.Placement) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of the chosen leaves as the function sees them, without "params/"."""
     return {
-        name.removeprefix("params/"): leaf.shape[axis:]
+        name.removeprefix("params/"): placement.shape(leaf)
         for name, leaf in trees.named_leaves(space[0]).items()
     }
 
 
-def losses(chosen, rest, batch, cfg, reduction, remat=False):
-    """Losses (B,) float32 of a batch as a function of the chosen leaves."""
+def losses(chosen, rest, batch, cfg, reduction: str, remat: bool = False) -> jax.Array:
+    """Returns the losses (B,) float32 of a batch as a function of the chosen leaves."""
     both = trees.combine(chosen, rest)
     return loss.example_losses(both["params"], cfg, batch, reduction, both["adapter"], remat)
 
 
-def mean_gradient(space, batches: Iterable, cfg, reduction, placement: devices.Placement):
-    """The mean loss gradient over target examples (DIQ's gbar), accumulated in float32.
+def _adapter(model, settings):
+    """Returns the adapter whose factors are differentiated: a fresh one around the model as it is,
+    or one of the user's, which is then part of the model.
+    """
+    if settings.path:
+        return lora.load_peft(settings.path, model.cfg, "influence.lora.path")
+    fresh = lora.init(
+        jax.random.key(settings.seed),
+        model.cfg,
+        settings.targets,
+        settings.rank,
+        settings.alpha,
+        settings.zero_b,
+        "influence.lora.targets",
+    )
+    return lora.with_origin(fresh)
+
+
+def mean_gradient(
+    space: Space, batches: Iterable, cfg, reduction: str, placement: devices.Placement
+) -> Any:
+    """Returns the mean loss gradient over target examples (DIQ's gbar), accumulated in float32.
 
     Args:
         batches: (number of examples, placed batch) pairs; each batch is differentiated as a whole,
@@ -167,7 +144,6 @@ def mean_gradient(space, batches: Iterable, cfg, reduction, placement: devices.P
     Returns:
         A tree nested like `chosen`, float32, without a device axis.
     """
-
     step = _gradient_step(cfg, reduction, placement)
     total, count = None, 0
     for examples, batch in batches:
@@ -193,19 +169,164 @@ def _gradient_step(cfg, reduction, placement):
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
 
-def _adapter(model, settings):
-    """The adapter whose factors are differentiated: a fresh one around the model as it is, or one
-    of the user's, which is then part of the model.
+@flax.struct.dataclass
+class Checkpoint:
+    """Holds a point at which gradients are taken, in trees like `chosen`, without a device axis.
+
+    Attributes:
+        chosen: the trained leaves, float32.
+        first, second: Adam's running means of g and g^2, not corrected for their start at zero.
+        count: () int32, steps done.
     """
-    if settings.path:
-        return lora.load_peft(settings.path, model.cfg, "influence.lora.path")
-    fresh = lora.init(
-        jax.random.key(settings.seed),
-        model.cfg,
-        settings.targets,
-        settings.rank,
-        settings.alpha,
-        settings.zero_b,
-        "influence.lora.targets",
+
+    chosen: Any
+    first: Any
+    second: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Says how a direction is made.
+
+    Attributes:
+        turn: (problem, space, checkpoint, mean gradient of some targets) -> the direction and what
+            is known of how it was found.
+        features: (examples' gradients, first and second moments) -> what is scored in their place,
+            where that is not the gradients themselves; needs engine=projected.
+        apart: every target has a direction of its own. A group's score is the mean of the cosines
+            with its targets, an example's is that of its best group.
+    """
+
+    turn: Callable
+    features: Callable | None = None
+    apart: bool = False
+
+
+def adam(v: Any, checkpoint: Checkpoint) -> Any:
+    """Divides v by sqrt(second moment) + eps, the moment corrected for its start at zero, as Adam.
+
+    Where the moment is 0 the run has never seen a gradient and the direction is 0 (else a row of
+    the embedding that no warm-up example reads would outweigh everything).
+    """
+    correction = 1 - B2 ** checkpoint.count.astype(jnp.float32)
+
+    def divide(g, second):
+        return jnp.where(second > 0, g / (jnp.sqrt(second / correction) + EPS), 0.0)
+
+    return jax.tree.map(divide, v, checkpoint.second)
+
+
+def less_features(gradients: Any, first: Any, second: Any) -> Any:
+    """Gives LESS's form of examples' gradients: the Adam update that each alone would make.
+
+    The gradient enters both moments; as LESS has it, nothing is corrected for the start at zero and
+    eps stands inside the root.
+
+    Args:
+        gradients: leaves (b, ...); first, second: a checkpoint's, leaves (...).
+    """
+
+    def update(g, m, s):
+        g = g.astype(jnp.float32)
+        return (B1 * m[None] + (1 - B1) * g) / jnp.sqrt(B2 * s[None] + (1 - B2) * g * g + EPS)
+
+    return jax.tree.map(update, gradients, first, second)
+
+
+def _unchanged(problem, space, checkpoint, gbar):
+    return gbar, {}
+
+
+def _adam(problem, space, checkpoint, gbar):
+    return jax.jit(adam)(gbar, checkpoint), {}
+
+
+def _gauss_newton(problem, space, checkpoint, gbar):
+    """Solves against the Gauss-Newton matrix of a sample that is the same for every group."""
+    settings, solver = problem.settings, problem.settings.gauss_newton
+    rows = [problem.pool[i] for i in example.draw(problem.pool, solver.examples, solver.seed)]
+    tokens = problems.microbatch_tokens(settings) * problem.placement.rows_multiple
+    multiply = curvature.make_product(
+        space,
+        lambda: problems.placed(problem, rows, tokens),
+        problem.model.cfg,
+        settings.loss_reduction,
+        problem.placement,
     )
-    return lora.with_origin(fresh)
+    one = jax.tree.map(lambda x: x[None], gbar)
+    limits = solver.damping, solver.iterations, solver.tolerance
+    v, [about] = curvature.solve(multiply, one, *limits)
+    return jax.tree.map(lambda x: x[0], v), about
+
+
+KINDS = {
+    "mean": Kind(_unchanged),
+    "adam": Kind(_adam),
+    "gauss_newton": Kind(_gauss_newton),
+    "less": Kind(_unchanged, less_features, apart=True),
+}
+
+
+def kind(settings: influence_config.Influence) -> Kind:
+    """Returns the kind of direction that influence.direction names."""
+    return KINDS[settings.direction]
+
+
+def make(
+    problem: problems.Problem, space: Space, checkpoint: Checkpoint | None
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yields (name, tree, {norm, ..}) for each group of targets, one at a time.
+
+    Raises:
+        UserError: a direction is not finite; the target that makes it so is named.
+    """
+    chosen_kind, groups = kind(problem.settings), problem.groups
+    if chosen_kind.apart:
+        groups = {problem.targets[i].example_id: [i] for group in groups.values() for i in group}
+    total = sum(len(group) for group in groups.values())
+    with progress.Progress("target gradient", total) as bar:
+        for name, group in groups.items():
+            gbar = _mean_of(problem, space, group, bar)
+            tree, about = chosen_kind.turn(problem, space, checkpoint, gbar)
+            norm = float(np.sqrt(trees.vdot(tree, tree)))
+            if not np.isfinite(norm):
+                _name_bad_target(problem, space, group, name)
+            yield name, tree, {"norm": norm, **about}
+
+
+def make_direction(
+    problem: problems.Problem, space: Space, checkpoint: Checkpoint | None
+) -> tuple[Direction, dict[str, Any]]:
+    """Returns the Direction of all groups for the exact engine, and how it was made."""
+    settings = problem.settings
+    if settings.direction.startswith(influence_config.PEFT_DIRECTION):
+        folder = settings.direction.removeprefix(influence_config.PEFT_DIRECTION)
+        return from_peft(folder, problem.model.cfg, space[0]), {}
+    found = list(make(problem, space, checkpoint))
+    v = stack([tree for _, tree, _ in found], problem.weights, settings.direction_rank)
+    return v, {"directions": {name: about for name, _, about in found}}
+
+
+def _mean_of(problem, space, group, bar=None):
+    rows = [problem.targets[i] for i in group]
+    settings = problem.settings
+    placed = problems.placed(problem, rows, settings.batch_tokens, bar)
+    return mean_gradient(
+        space, placed, problem.model.cfg, settings.loss_reduction, problem.placement
+    )
+
+
+def _name_bad_target(problem, space, group, name):
+    """Raises UserError naming the target whose gradient is not finite."""
+    for i in group:
+        tree = _mean_of(problem, space, [i])
+        if not np.isfinite(float(trees.vdot(tree, tree))):
+            raise errors.UserError(
+                f"The gradient of target {problem.targets[i].example_id!r} is not finite though "
+                f"its loss is; model.dtype is {problem.dtype}: try float32, or drop the target."
+            )
+    raise errors.UserError(
+        f"The direction of {name!r} is not finite though each target's gradient is; "
+        f"influence.direction is {problem.settings.direction}."
+    )

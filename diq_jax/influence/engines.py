@@ -1,70 +1,185 @@
-"""The three engines behind one interface: open one on a space, set its directions, score batches.
+"""The three engines behind one interface: open one on a space, score batches, join what they gave.
 
-    exact       scores along the directions; nothing is kept
+    exact       scores along the directions; nothing is kept of a gradient
     projected   each example's gradient, projected; scores are inner products with what is kept
     factored    the same from two-sided projections
 
-`Rows` engines (projected, factored) give features, and `project` gives the same features of a
-direction; the gradient store is made of them.
+ENGINES is the table of influence.engine.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from diq_jax import influence_config, trees
-from diq_jax.influence import direction, exact, factored, per_example, projection, warmup
+from diq_jax import errors, influence_config, trees
+from diq_jax.data import example, gradient_store
+from diq_jax.influence import direction, exact, factored, per_example, problems, projection
 from diq_jax.run import devices
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """An engine that keeps a row of numbers for each example.
+class Joined:
+    """Holds the scores of a whole pool at one checkpoint, float32.
+
+    Attributes:
+        influence, loss: (rows,).
+        by_target: (rows, Q).
+        token_influence: one array (answer tokens,) a row, or None.
+        record: how they were made.
+        ends: (directions, dim), the directions in the numbers that a gradient store keeps, or None.
+        made_by: which engine and projection made those numbers.
+    """
+
+    influence: np.ndarray
+    loss: np.ndarray
+    by_target: np.ndarray
+    token_influence: list[np.ndarray] | None
+    record: dict[str, Any]
+    ends: np.ndarray | None = None
+    made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Scores a pool batch by batch.
+
+    Attributes:
+        step: placed batch -> outputs on the devices.
+        columns: (group, outputs) -> what is kept of the group's examples, in the order of its
+            indices; raises UserError naming the example where a number is not finite or cannot be
+            kept.
+        join: the columns of the whole pool -> Joined.
+    """
+
+    step: Callable[[Any], Any]
+    columns: Callable[[Any, Any], dict[str, Any]]
+    join: Callable[[dict[str, Any]], Joined]
+
+
+def _exact(
+    problem: problems.Problem, space: direction.Space, point: direction.Checkpoint | None
+) -> Engine:
+    v, record = direction.make_direction(problem, space, point)
+
+    def columns(group, out: exact.BatchScores):
+        influence = out.influence.reshape(-1, out.influence.shape[-1])[group.slots]
+        loss = out.loss.reshape(-1)[group.slots]
+        problems.check_finite(problem, "influence", group.indices, influence, loss)
+        found = {"influence": influence, "loss": loss}
+        if out.tokens is not None:
+            spans = _answer_spans(group, problem.pool)
+            found["tokens"] = [out.tokens[row, start:stop] for row, start, stop in spans]
+        return found
+
+    def join(columns):
+        by_target, tokens = columns["influence"], columns.get("tokens")
+        influence = by_target[:, 0] if by_target.shape[1] == 1 else by_target @ problem.weights
+        if tokens is not None:
+            tokens = [np.asarray(shares, np.float32) for shares in tokens]
+        return Joined(influence, columns["loss"], by_target, tokens, record)
+
+    step = exact_step(space, v, problem.settings, problem.model.cfg, problem.placement)
+    return Engine(step, columns, join)
+
+
+def _by_features(
+    problem: problems.Problem, space: direction.Space, point: direction.Checkpoint | None
+) -> Engine:
+    settings, dtype = problem.settings, problem.settings.store.dtype
+    cosine, apart = settings.normalize == "cosine", direction.kind(settings).apart
+    features = open_features(space, settings, problem.model.cfg, problem.placement, point)
+    ends, about = features.of_directions(problem, space, point)
+    size = features.dim * gradient_store.stored(dtype).itemsize
+    record = {"directions": about, "bytes_per_example": size, **features.record}
+
+    def columns(group, outputs):
+        rows, loss = (x[: len(group.indices)] for x in outputs)
+        problems.check_finite(problem, "gradient", group.indices, rows, loss)
+        _check_fits(problem, group.indices, rows)
+        return {"gradient": gradient_store.to_stored(rows, dtype), "loss": loss}
+
+    def join(columns):
+        def blocks():
+            for start in range(0, len(problem.pool), gradient_store.READ_ROWS):
+                part = columns["gradient"][start : start + gradient_store.READ_ROWS]
+                yield start, gradient_store.from_stored(part, dtype)
+
+        scores = gradient_store.products(
+            blocks(), len(problem.pool), _combined(problem, ends, cosine, apart), cosine
+        )
+        by_target, influence = scores[:, :-1], scores[:, -1]
+        if apart:
+            influence = by_target.max(axis=1)
+        loss = columns["loss"]
+        return Joined(influence, loss, by_target, None, record, ends, features.record)
+
+    return Engine(features.step, columns, join)
+
+
+ENGINES = {"exact": _exact, "projected": _by_features, "factored": _by_features}
+
+
+def exact_step(
+    space: direction.Space,
+    v: direction.Direction,
+    settings: influence_config.Influence,
+    cfg,
+    placement: devices.Placement,
+) -> Callable:
+    """Compiles placed batch -> exact.BatchScores along v."""
+    score = functools.partial(
+        exact.scores, cfg=cfg, reduction=settings.loss_reduction, per_token=settings.per_token
+    )
+    step, v = placement.compile(score, rows=True), placement.argument(v)
+    chosen, rest = space
+    return lambda batch: step(chosen, v, rest, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Maps gradients to rows of numbers whose inner products stand for theirs.
 
     Attributes:
         dim: of a row.
-        features: placed batch -> rows (B, dim) and losses (B,), float32.
+        step: placed batch -> rows (B, dim) and losses (B,), float32.
         project: a tree of leaves (Q, ...) like the space's chosen part -> (Q, dim).
         record: what made the rows, for manifest and stage.json.
     """
 
     dim: int
-    features: Callable
+    step: Callable
     project: Callable
     record: dict[str, Any]
 
-
-def exact_step(space, v: direction.Direction, settings, cfg, placement) -> Callable:
-    """placed batch -> exact.Scores along v."""
-    step = placement.compile(
-        functools.partial(
-            exact.scores,
-            cfg=cfg,
-            reduction=settings.loss_reduction,
-            per_token=settings.per_token,
-        ),
-        rows=True,
-    )
-    v = placement.replicate(v) if placement.strategy == "pmap" else v
-    chosen, rest = space
-    return lambda batch: step(chosen, v, rest, batch)
+    def of_directions(
+        self,
+        problem: problems.Problem,
+        space: direction.Space,
+        checkpoint: direction.Checkpoint | None,
+    ) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+        """Returns the directions as rows (Q, dim), and {name: what is known of it}."""
+        rows, about = [], {}
+        for name, tree, known in direction.make(problem, space, checkpoint):
+            rows.append(np.asarray(self.project(jax.tree.map(lambda x: x[None], tree)))[0])
+            about[name] = known
+        return np.stack(rows), about
 
 
-def open_rows(
-    space,
+def open_features(
+    space: direction.Space,
     settings: influence_config.Influence,
     cfg,
     placement: devices.Placement,
-    checkpoint: warmup.Checkpoint | None,
-) -> Rows:
-    """The projected or the factored engine.
+    checkpoint: direction.Checkpoint | None,
+) -> Features:
+    """Opens the features of the projected or the factored engine.
 
     Args:
-        checkpoint: whose moments LESS's features take; others need none.
+        checkpoint: whose moments a kind of direction with its own features takes.
 
     Raises:
         UserError: the projection does not fit the space.
@@ -80,28 +195,26 @@ def open_rows(
 def _projected(space, shapes, settings, cfg, placement, checkpoint, record):
     sketch = settings.projection
     projection.check(sketch, sum(int(np.prod(shape)) for shape in shapes.values()))
-    less = settings.direction == "less"
-    moments = placement.replicate((checkpoint.first, checkpoint.second)) if less else ()
-    shards = _shards(placement)
+    form = direction.kind(settings).features
+    moments = placement.replicate((checkpoint.first, checkpoint.second)) if form else ()
 
     def features(chosen, rest, moments, batch):
         def apply(gradients):
-            if less:
-                gradients = warmup.less_features(gradients, *moments)
-            return projection.project(gradients, sketch)
+            return projection.project(form(gradients, *moments) if form else gradients, sketch)
 
         space, reduction = (chosen, rest), settings.loss_reduction
-        return per_example.map_gradients(apply, space, batch, cfg, reduction, settings, shards)
+        return per_example.map_gradients(
+            apply, space, batch, cfg, reduction, settings, placement.shards
+        )
 
     step = placement.compile(features, rows=True)
     project = jax.jit(lambda v: projection.project(v, sketch))
-    return Rows(sketch.dim, lambda batch: step(*space, moments, batch), project, record)
+    return Features(sketch.dim, lambda batch: step(*space, moments, batch), project, record)
 
 
 def _factored(space, shapes, settings, cfg, placement, record):
     layout = factored.make_layout(shapes, settings.projection)
     maps = factored.make_maps(layout)
-    shards = _shards(placement)
 
     def features(params, maps, batch):
         def some(part):
@@ -109,7 +222,7 @@ def _factored(space, shapes, settings, cfg, placement, record):
                 params, maps, part, cfg, settings.loss_reduction, layout, settings.remat
             )
 
-        return per_example.in_microbatches(some, batch, settings, shards)
+        return per_example.in_microbatches(some, batch, settings, placement.shards)
 
     step = placement.compile(features, rows=True)
     params = trees.combine(*space)["params"]
@@ -122,9 +235,45 @@ def _factored(space, shapes, settings, cfg, placement, record):
         "sketch_dim": layout.dim - layout.matrix_dim,
     }
     project = jax.jit(lambda v: factored.project_tree(v, maps, layout))
-    return Rows(layout.dim, lambda batch: step(params, placed, batch), project, record)
+    return Features(layout.dim, lambda batch: step(params, placed, batch), project, record)
 
 
-def _shards(placement):
-    """Devices that share a batch's rows inside the compiled step; pmap has split them before."""
-    return placement.rows_multiple if placement.strategy == "mesh" else 1
+def _combined(problem, ends, cosine, apart):
+    """Returns each group's direction and their mean, (Q + 1, dim), of unit length where asked.
+
+    Where targets stand apart, a group's mean cosine is the product with the mean of their unit
+    rows.
+    """
+    if apart:
+        edges = np.cumsum([len(group) for group in problem.groups.values()])[:-1]
+        parts = np.split(gradient_store.unit(ends), edges)
+        groups = np.stack([part.mean(axis=0) for part in parts])
+        return np.concatenate([groups, (problem.weights @ groups)[None]])
+    both = np.concatenate([ends, (problem.weights @ ends)[None]])
+    return gradient_store.unit(both) if cosine else both
+
+
+def _check_fits(problem, indices, rows):
+    """Raises UserError naming the first example whose row the store's dtype cannot hold."""
+    dtype = problem.settings.store.dtype
+    fits = gradient_store.fits(rows, dtype)
+    if not fits.all():
+        k = int(np.argmin(fits))
+        able = [
+            name for name in gradient_store.DTYPES if gradient_store.fits(rows[[k]], name).all()
+        ]
+        raise errors.UserError(
+            f"The gradient of example {problem.pool[indices[k]].example_id!r} does not fit "
+            f"influence.store.dtype={dtype}: its largest number is {np.abs(rows[k]).max():.3g}. "
+            f"Set influence.store.dtype={' or '.join(able)}."
+        )
+
+
+def _answer_spans(group, rows: Sequence[example.Encoded]):
+    """Yields (row, start, stop) of each example's answers in outputs (B, A)."""
+    for r, members in enumerate(group.members):
+        start = 0
+        for i in members:
+            stop = start + rows[i].answer_tokens
+            yield r, start, stop
+            start = stop

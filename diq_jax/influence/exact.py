@@ -15,8 +15,8 @@ from diq_jax.models import loss
 
 
 @flax.struct.dataclass
-class Scores:
-    """What the engine gives for a batch, float32; exactly 0 on padding.
+class BatchScores:
+    """Holds what the engine gives for a batch, float32; exactly 0 on padding.
 
     Attributes:
         influence: (B, Q), or (B, S, Q) of a packed batch.
@@ -29,8 +29,10 @@ class Scores:
     tokens: jax.Array | None = None
 
 
-def scores(chosen, v: direction.Direction, rest, batch, cfg, reduction, per_token=False) -> Scores:
-    """Influence and loss of each example of a batch.
+def scores(
+    chosen, v: direction.Direction, rest, batch, cfg, reduction, per_token=False
+) -> BatchScores:
+    """Computes influence and loss of each example of a batch.
 
     Args:
         chosen, rest: a space (influence/direction.py).
@@ -45,8 +47,8 @@ def scores(chosen, v: direction.Direction, rest, batch, cfg, reduction, per_toke
     def along(v):
         def token_losses(moved, scales):
             both = trees.combine(trees.combine(moved, still), rest)
-            both = direction.attach(both, v.factors, scales)
-            return loss.token_losses(both["params"], cfg, batch, both["adapter"])
+            probe = direction.as_probe(v.factors, scales)
+            return loss.token_losses(both["params"], cfg, batch, both["adapter"], probe=probe)
 
         # A tangent must have its primal's dtype: in bfloat16 the direction is rounded here and
         # only here.
@@ -63,7 +65,7 @@ def scores(chosen, v: direction.Direction, rest, batch, cfg, reduction, per_toke
         values, tangents = jax.vmap(along, (axes,), (None, 0))(v)
     weights = loss.token_weights(batch, reduction)
     tangents = tangents.astype(jnp.float32) * weights[None]
-    return Scores(
+    return BatchScores(
         jnp.moveaxis(jax.vmap(lambda t: loss.by_example(t, batch))(tangents), 0, -1),
         loss.by_example(values * weights, batch),
         jnp.einsum("q,qba->ba", v.weights, tangents) if per_token else None,

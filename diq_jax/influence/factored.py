@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from diq_jax import errors, influence_config, trees
-from diq_jax.influence import direction, projection
+from diq_jax.influence import projection, thin
 from diq_jax.models import layers, loss
 
 
@@ -66,7 +66,7 @@ def make_layout(
     matrices = {
         name: (0, *shape) if len(shape) == 2 else shape
         for name, shape in shapes.items()
-        if name.endswith(direction.MATRICES)
+        if name.endswith(thin.MATRICES)
     }
     vectors = tuple(name for name in shapes if name not in matrices)
     size = sum(math.prod(shapes[name]) for name in vectors)
@@ -128,8 +128,9 @@ def features(params, maps, batch, cfg, reduction, layout: Layout, remat=False):
         cores[name] = jnp.zeros((*stack, B, size), jnp.float32)
 
     def total(cores):
-        probed = _attach(params, maps, cores)
-        losses = loss.example_losses(probed, cfg, batch, reduction, None, remat)
+        nodes = {name: {**maps.get(name, {}), "core": core} for name, core in cores.items()}
+        probe = trees.insert({}, nodes)
+        losses = loss.example_losses(params, cfg, batch, reduction, None, remat, probe)
         return jnp.sum(losses), losses
 
     found, losses = jax.grad(total, has_aux=True)(cores)
@@ -174,16 +175,4 @@ def _join(cores, layout):
 
 
 def _stacked(leaf, name):
-    return leaf.ndim == (3 if name.endswith(direction.MATRICES) else 2)
-
-
-def _attach(params, maps, cores):
-    """The parameters with their probes beside them (models/layers.py)."""
-    extra = {}
-    for name, core in cores.items():
-        parent, leaf = name.rsplit("/", 1)
-        if name in maps:
-            extra[f"{parent}/probe"] = {**maps[name], "core": core}
-        else:
-            extra[f"{parent}/{leaf}_probe"] = {"core": core}
-    return trees.insert(params, extra)
+    return leaf.ndim == (3 if name.endswith(thin.MATRICES) else 2)

@@ -1,16 +1,17 @@
 """One gradient for each example: vmap(grad), in microbatches, handed on to a projection."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diq_jax import influence_config, trees
-from diq_jax.influence import direction
+from diq_jax.influence import direction, problems
 
 
-def gradients(chosen, rest, batch, cfg, reduction, remat=False):
-    """Each example's gradient and loss.
+def gradients(chosen, rest, batch, cfg, reduction: str, remat: bool = False) -> tuple:
+    """Gives each example's gradient and loss.
 
     Args:
         chosen, rest: a space (influence/direction.py).
@@ -32,11 +33,17 @@ def gradients(chosen, rest, batch, cfg, reduction, remat=False):
 
 
 def map_gradients(
-    apply: Callable, space, batch, cfg, reduction, settings: influence_config.Influence, shards: int
-):
-    """apply(gradients of some rows) for all rows: those gradients in microbatches, then `apply` on
-    as many as gradient_bytes hold. (A dense projection costs the same for one gradient as for a
-    hundred.)
+    apply: Callable,
+    space: direction.Space,
+    batch,
+    cfg,
+    reduction: str,
+    settings: influence_config.Influence,
+    shards: int,
+) -> tuple:
+    """Computes apply(gradients of some rows) for all rows: those gradients in microbatches, then
+    `apply` on as many as gradient_bytes hold. (A dense projection costs the same for one gradient
+    as for a hundred.)
 
     Args:
         apply: maps a tree of leaves (b, ...) to an array (b, ...).
@@ -58,17 +65,14 @@ def map_gradients(
     return _in_parts(step, batch, held, shards)
 
 
-def in_microbatches(fn: Callable, batch, settings: influence_config.Influence, shards: int):
-    """fn(batch), of outputs (B, ...), on as many rows at a time as `microbatch_tokens` hold."""
-    rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
-    return _in_parts(fn, batch, _divisor(rows, microbatch_tokens(settings) // tokens), shards)
-
-
-def microbatch_tokens(settings: influence_config.Influence) -> int:
-    """Tokens whose activations a device holds at once for a backward pass: the setting's, or by
-    backend. A CPU gains nothing from more, a GPU or TPU is fastest while its products are large.
+def in_microbatches(fn: Callable, batch, settings: influence_config.Influence, shards: int) -> Any:
+    """Computes fn(batch), of outputs (B, ...), on as many rows at a time as `microbatch_tokens`
+    hold.
     """
-    return settings.microbatch_tokens or (1024 if jax.default_backend() == "cpu" else 16_384)
+    rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
+    return _in_parts(
+        fn, batch, _divisor(rows, problems.microbatch_tokens(settings) // tokens), shards
+    )
 
 
 def _divisor(rows: int, most: int) -> int:

@@ -1,21 +1,22 @@
 """The influence stage: directions from the targets, then a score for each pool example."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
+import safetensors.numpy
 
-from diq_jax import errors, influence_config, stats, trees
+from diq_jax import influence_config, stats, trees
 from diq_jax.data import encoded
-from diq_jax.influence import direction, scoring, warmup
+from diq_jax.influence import direction, score, store
 from diq_jax.models import checkpoint, decoder, load, lora
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, processes, records, stages
+from diq_jax.run import artifacts, parts, processes, records, stages
+
+PARTIAL = "influence/partial"  # finished batches of a run that goes on
 
 
 def fingerprints(context: stages.Context) -> Mapping[str, str]:
@@ -68,116 +69,111 @@ def run(context: stages.Context) -> dict[str, Any]:
     or example also influence_by_target, with `per_token` token_influence (lists). The engines that
     keep gradients write influence/store/.
 
-    After a warm-up the scores are summed over its epochs, by mean learning rate.
-
     A killed run continues after the last finished batch and gives identical bytes: which examples
     share a batch depends on the pool alone, and the directions are computed again.
 
     Raises:
         UserError: a loss, a direction or a score is not finite; the example is named.
     """
-    cfg, placement = context.config, context.placement
-    pool_table = context.table("prepare/pool.parquet", *encoded.COLUMNS)
+    cfg, settings = context.config, context.config.influence
+    pool = encoded.from_table(context.table("prepare/pool.parquet", *encoded.COLUMNS))
     targets_table = context.table("prepare/targets.parquet", "task", *encoded.COLUMNS)
     targets, tasks = encoded.from_table(targets_table), targets_table["task"].to_pylist()
-    task = scoring.Task(
-        context,
-        load.load(cfg.model.path, cfg.model.dtype, placement),
-        encoded.from_table(pool_table),
-        targets,
-        group_targets(cfg.influence.targets, targets, tasks),
-        made_from(context),
-    )
-    space = direction.make_space(task.model, cfg.influence, placement)
-    target_losses = _target_losses(task, space)
-    scored = _at_checkpoints(task, space)
+    writers: dict[str, store.Writer] = {}
+    resumed: list[set[int]] = []
 
-    tokens = np.array([row.answer_tokens for row in task.pool], np.int32)
-    influence, loss = scored.influence, scored.loss
+    def keep(name: str) -> score.Kept:
+        found = parts.Parts(context.path(f"{PARTIAL}/rows{name}"))
+        resumed.append(set(found.done))
+        if settings.engine == "exact":
+            return found
+        folder, stored = context.path(f"influence/store{name}"), settings.store
+        writers[name] = store.Writer(folder, found, len(pool), stored.dtype, stored.shard_rows)
+        return writers[name]
+
+    scores = score.score(
+        load.load(cfg.model.path, cfg.model.dtype, context.placement),
+        pool,
+        targets,
+        settings,
+        context.placement,
+        tasks,
+        keep,
+        EpochFiles(context.path("influence/warmup")),
+    )
+    made = made_from(context) if writers else {}
+    for (name, writer), (joined, _) in zip(writers.items(), scores.checkpoints, strict=False):
+        of_rows = made | joined.made_by | ({"checkpoint": name[1:]} if name else {})
+        writer.finish(scores.example_ids, joined.ends, list(joined.record["directions"]), of_rows)
+    _write_table(context.path("influence/influence.parquet"), scores, settings)
+    processes.wait("scores")  # all have read what is dropped now
+    artifacts.remove(context.path(PARTIAL))
+    return {
+        "rows": len(pool),
+        "tokens": sum(len(row.input_ids) for row in [*pool, *targets]),
+        "resumed_tokens": sum(len(pool[i].input_ids) for i in resumed[0]),
+        "differentiated_parameters": scores.parameters,
+        "gradients_at": gradients_at(settings),
+        "target_groups": scores.groups,
+        "target_loss": _by_task(tasks, scores.target_losses),
+        "correlations": {
+            "spearman_influence_tokens": stats.finite(
+                stats.spearman(scores.influence, scores.tokens)
+            ),
+            "spearman_influence_loss": stats.finite(stats.spearman(scores.influence, scores.loss)),
+        },
+        **_record(scores, settings),
+    }
+
+
+def _write_table(path: pathlib.Path, scores: score.Scores, settings) -> None:
     columns = {
-        "example_id": pool_table["example_id"],
-        "influence": pa.array(influence),
-        "loss": pa.array(loss),
-        "tokens": pa.array(tokens),
+        "example_id": pa.array(scores.example_ids),
+        "influence": pa.array(scores.influence),
+        "loss": pa.array(scores.loss),
+        "tokens": pa.array(scores.tokens),
     }
     lists = pa.list_(pa.float32())
-    if cfg.influence.targets != "mean":
-        columns["influence_by_target"] = pa.array(list(scored.by_target), lists)
-    if cfg.influence.per_token:
-        columns["token_influence"] = pa.array(scored.tokens, lists)
-    artifacts.write_table(context.path("influence/influence.parquet"), columns)
-    processes.wait("scores")  # all have read what is dropped now
-    scored.finish()
-    return {
-        "rows": len(task.pool),
-        "tokens": sum(len(row.input_ids) for row in [*task.pool, *targets]),
-        "resumed_tokens": sum(len(task.pool[i].input_ids) for i in scored.resumed),
-        "differentiated_parameters": sum(
-            int(np.prod(shape)) for shape in direction.shapes(space, placement).values()
-        ),
-        "gradients_at": gradients_at(cfg.influence),
-        "target_groups": list(task.groups),
-        "target_loss": _by_task(tasks, target_losses),
-        "correlations": {
-            "spearman_influence_tokens": stats.finite(stats.spearman(influence, tokens)),
-            "spearman_influence_loss": stats.finite(stats.spearman(influence, loss)),
-        },
-        **scored.record,
-    }
-
-
-def _at_checkpoints(task: scoring.Task, space) -> scoring.Scored:
-    """Scores at the base model, or summed over the warm-up's epochs."""
-    settings, context = task.settings, task.context
-    score = scoring.exact_scores if settings.engine == "exact" else scoring.kept_scores
-    if settings.warmup.epochs == 0:
-        return score(task, space, None, "")
-    folder = context.path("influence/warmup")
-    points = warmup.run(space, task.pool, settings, task.model.cfg, context.placement, folder)
-    scored = []
-    for k, (point, _) in enumerate(points):
-        chosen = jax.tree.map(lambda p, x: x.astype(p.dtype), space[0], point.chosen)
-        at = context.placement.like(space[0], chosen), space[1]
-        scored.append(score(task, at, point, f"-epoch-{k + 1}"))
-    shares = [share for _, share in points]
-
-    def total(field):
-        return sum(w * getattr(s, field) for w, s in zip(shares, scored, strict=True))
-
-    def finish():
-        for s in scored:
-            s.finish()
-
-    tokens = None
+    if settings.targets != "mean":
+        columns["influence_by_target"] = pa.array(list(scores.by_target), lists)
     if settings.per_token:
-        rows = zip(*(s.tokens for s in scored), strict=True)
-        tokens = [sum(w * t for w, t in zip(shares, row, strict=True)) for row in rows]
-    return scoring.Scored(
-        total("influence").astype(np.float32),
-        scored[-1].loss,
-        total("by_target").astype(np.float32),
-        tokens,
-        scored[0].resumed,
-        {"checkpoints": [s.record | {"share": w} for w, s in zip(shares, scored, strict=True)]},
-        finish,
-    )
+        columns["token_influence"] = pa.array(scores.token_influence, lists)
+    artifacts.write_table(path, columns)
 
 
-def group_targets(kind, targets, tasks):
-    """{name: indices} of the targets that share a direction."""
-    if kind == "example":
-        return {row.example_id: [i] for i, row in enumerate(targets)}
-    if kind == "task":
-        return {t: [i for i, u in enumerate(tasks) if t == u] for t in sorted(set(tasks))}
-    return {"mean": list(range(len(targets)))}
+def _record(scores: score.Scores, settings) -> dict[str, Any]:
+    """Returns how the scores were made, for stage.json."""
+    if settings.warmup.epochs:
+        return {"checkpoints": [joined.record | {"share": w} for joined, w in scores.checkpoints]}
+    return scores.checkpoints[0][0].record
+
+
+class EpochFiles:
+    """Keeps the epochs of a warm-up in a folder, one file each (warmup.Epochs)."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def _file(self, epoch: int) -> pathlib.Path:
+        return self._folder / f"epoch-{epoch}.safetensors"
+
+    def __contains__(self, epoch: int) -> bool:
+        return self._file(epoch).exists()
+
+    def __getitem__(self, epoch: int) -> dict[str, np.ndarray]:
+        return safetensors.numpy.load_file(self._file(epoch))
+
+    def __setitem__(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
+        with artifacts.atomic(self._file(epoch)) as temporary:
+            safetensors.numpy.save_file(arrays, temporary)
 
 
 def _weights(context):
     return checkpoint.open_checkpoint(context.config.model.path, "model.path").fingerprint
 
 
-def made_from(context):
-    """What a store's rows depend on, beside the projection."""
+def made_from(context: stages.Context) -> dict[str, Any]:
+    """Returns what a store's rows depend on, beside the projection."""
     cfg = context.config
     settings = cfg.influence
     record = {
@@ -193,30 +189,9 @@ def made_from(context):
         record["lora"] = dataclasses.asdict(settings.lora)
     if settings.warmup.epochs:
         record["warmup"] = dataclasses.asdict(settings.warmup)
-    if settings.direction == "less":
-        record["form"] = "less"
+    if direction.kind(settings).features:
+        record["form"] = settings.direction
     return record
-
-
-def _target_losses(task, space):
-    """(targets,) float32, checked."""
-    settings, placement = task.settings, task.context.placement
-    step = placement.compile(
-        functools.partial(direction.losses, cfg=task.model.cfg, reduction=settings.loss_reduction),
-        rows=True,
-    )
-    losses = np.zeros(len(task.targets), np.float32)
-    for group, found in scoring.run_batches(
-        "target losses", task.targets, lambda batch: step(*space, batch), task.context
-    ):
-        losses[list(group.indices)] = found.reshape(-1)[group.slots]
-    for row, value in zip(task.targets, losses, strict=True):
-        if not np.isfinite(value):
-            raise errors.UserError(
-                f"The loss of target {row.example_id!r} is not finite; check the example and the "
-                f"weights; model.dtype is {task.context.config.model.dtype}."
-            )
-    return losses
 
 
 def _by_task(tasks, losses):

@@ -81,8 +81,11 @@ def init(key, cfg: config.DecoderConfig, dtype) -> dict:
     )
 
 
-def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False, parent_ids=None):
-    """Hidden states after the final norm.
+def apply(
+    params, cfg, tokens, positions, segment_ids,
+    adapter=None, remat=False, parent_ids=None, probe=None,
+) -> jax.Array:  # fmt: skip
+    """Computes the hidden states after the final norm.
 
     Args:
         tokens, positions, segment_ids: (B, T) int32; a token sees earlier tokens of its own
@@ -91,6 +94,7 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         remat: recompute each layer in the backward pass. Otherwise that keeps what matrix products
             and attention gave, a third of the activations, and recomputes the cheap rest.
         parent_ids: (B, T) int32 or None, a second segment that a token sees (layers.attention).
+        probe: nested like the parameters (models/layers.py), or None.
 
     Returns:
         (B, T, D) in the parameters' dtype. The residual stream between layers is float32: sums over
@@ -101,11 +105,14 @@ def apply(params, cfg, tokens, positions, segment_ids, adapter=None, remat=False
         window = cfg.sliding_window
         return layers.attention(q, k, v, segment_ids, True, window, positions, parent_ids), None
 
-    return through(params, cfg, tokens, positions, attend, adapter, remat)[0]
+    return through(params, cfg, tokens, positions, attend, adapter, remat, probe=probe)[0]
 
 
-def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, past=None):
-    """The decoder around any way to attend: `apply`, and generation with a cache (models/cache.py).
+def through(
+    params, cfg, tokens, positions, attend, adapter=None, remat=False, past=None, probe=None
+) -> tuple:
+    """Runs the decoder around any way to attend: `apply`, and generation with a cache
+    (models/cache.py).
 
     Args:
         attend: (q (B, T, H, C), k and v (B, T, K, C), the layer's part of `past`) -> what the
@@ -117,51 +124,63 @@ def through(params, cfg, tokens, positions, attend, adapter=None, remat=False, p
     """
     frequencies = layers.rope_frequencies(cfg.rope, cfg.head_dim)
     B, T = tokens.shape
+    probe = probe or {}
 
     def layer(x, stacked):
-        p, a, before = stacked
-        attn, mlp = a.get("attn", {}), a.get("mlp", {})
+        p, adapted, probes, before = stacked
 
-        h = layers.rms_norm(p["attn_norm"], x, cfg.norm_eps)
+        def linear(group, name, x):
+            beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))
+            return layers.linear(p[group][name], x, *beside)
+
+        def head_norm(name, x):
+            return layers.rms_norm(
+                p["attn"][name], x, cfg.norm_eps, probes.get("attn", {}).get(name)
+            )
+
+        h = layers.rms_norm(p["attn_norm"], x, cfg.norm_eps, probes.get("attn_norm"))
         q, k, v = (
-            layers.linear(p["attn"][name], h, attn.get(name)).reshape(B, T, -1, cfg.head_dim)
+            linear("attn", name, h).reshape(B, T, -1, cfg.head_dim)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         if cfg.qk_norm:
-            q = layers.rms_norm(p["attn"]["q_norm"], q, cfg.norm_eps)
-            k = layers.rms_norm(p["attn"]["k_norm"], k, cfg.norm_eps)
+            q, k = head_norm("q_norm", q), head_norm("k_norm", k)
         q = layers.rotate(q, positions, frequencies)
         k = layers.rotate(k, positions, frequencies)
         h, kept = attend(q, k, v, before)
-        x = x + layers.linear(p["attn"]["o_proj"], layers.kept(h), attn.get("o_proj"))
+        x = x + linear("attn", "o_proj", layers.kept(h))
 
-        h = layers.rms_norm(p["mlp_norm"], x, cfg.norm_eps)
-        gate = layers.linear(p["mlp"]["gate_proj"], h, mlp.get("gate_proj"))
-        up = layers.linear(p["mlp"]["up_proj"], h, mlp.get("up_proj"))
-        h = jax.nn.silu(gate) * up
-        x = x + layers.linear(p["mlp"]["down_proj"], h, mlp.get("down_proj"))
+        h = layers.rms_norm(p["mlp_norm"], x, cfg.norm_eps, probes.get("mlp_norm"))
+        gate, up = linear("mlp", "gate_proj", h), linear("mlp", "up_proj", h)
+        x = x + linear("mlp", "down_proj", jax.nn.silu(gate) * up)
         return x, kept
 
-    x = embed(params["embed"], tokens)
+    x = embed(params["embed"], tokens, probe.get("embed"))
     adapter_layers = {} if adapter is None else adapter["layers"]
-    stacked = (params["layers"], adapter_layers, past)
+    stacked = (params["layers"], adapter_layers, probe.get("layers", {}), past)
     x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
-    return layers.rms_norm(params["final_norm"], x, cfg.norm_eps), kept
+    return layers.rms_norm(params["final_norm"], x, cfg.norm_eps, probe.get("final_norm")), kept
 
 
-def embed(params, tokens):
-    """Rows of the embedding as the residual stream, (B, T, D) float32."""
+def embed(params, tokens, probe=None) -> jax.Array:
+    """Returns rows of the embedding as the residual stream, (B, T, D) float32."""
     x = params["embedding"][tokens].astype(jnp.float32)
-    x = layers.with_direction(params, x, lambda a: a[tokens].astype(x.dtype))
+
+    def enter(a):
+        return a[tokens].astype(x.dtype)
 
     def folded(signs, size):  # of a one-hot row
         return signs[tokens][..., None] * jax.nn.one_hot(tokens % size, size)
 
-    return layers.with_probe(params, x, folded)
+    return layers.probed((probe or {}).get("embedding"), x, enter, folded)
 
 
-def logits(params, cfg, hidden):
-    """(B, A, D) -> (B, A, V) float32."""
+def logits(params, cfg, hidden, probe=None) -> jax.Array:
+    """Maps (B, A, D) to (B, A, V) float32.
+
+    Args:
+        params, probe: of the whole decoder.
+    """
     fixed = jax.lax.stop_gradient(hidden)
 
     def through(a):
@@ -170,11 +189,8 @@ def logits(params, cfg, hidden):
     def folded(signs, size):
         return layers.fold(fixed, signs, size)
 
-    if cfg.tied_head:
-        p = params["embed"]
-        y = jnp.einsum("bad,vd->bav", hidden, p["embedding"], preferred_element_type=jnp.float32)
-    else:
-        p = params["head"]
-        y = jnp.matmul(hidden, p["kernel"], preferred_element_type=jnp.float32)
-    y = layers.with_direction(p, y, through, transposed=cfg.tied_head)
-    return layers.with_probe(p, y, folded, transposed=cfg.tied_head)
+    group, leaf = ("embed", "embedding") if cfg.tied_head else ("head", "kernel")
+    equation = "bad,vd->bav" if cfg.tied_head else "bad,dv->bav"
+    y = jnp.einsum(equation, hidden, params[group][leaf], preferred_element_type=jnp.float32)
+    node = (probe or {}).get(group, {}).get(leaf)
+    return layers.probed(node, y, through, folded, transposed=cfg.tied_head)

@@ -1,17 +1,19 @@
 """The layers, as functions of their parameters. Every matrix product of a layer goes through
 `linear`.
 
-Beside its own leaves, a layer's dict may carry what influence is taken with (influence/exact.py,
-influence/factored.py), so that neither needs surgery:
+What influence is taken with (influence/exact.py, influence/factored.py) travels beside the
+parameters, as the argument `probe`, nested like them; at a parameter it is one of
 
-    direction   {a (in, R), b (R, out), scale ()}: a low-rank direction of the kernel; the output's
-                derivative in `scale`, which is 0, is (x a) b.
-    probe       {left (in,), core (B, P, P), right (out,)}, signs on both sides: the gradient of the
-                core, which is 0, is each example's own gradient of the kernel, folded by `fold`.
-    scale_probe, bias_probe   {core (B, out)}: the same for a norm's gain and a bias.
+    {a (in, R), b (R, out), scale ()}: a low-rank direction of a matrix; the output's derivative in
+        `scale`, which is 0, is (x a) b.
+    {left (in,), core (B, P, P), right (out,)}, signs on both sides of a matrix: the gradient of the
+        core, which is 0, is each example's own gradient of the matrix, folded by `fold`.
+    {core (B, out)}: the same for a norm's gain and a bias.
 
 Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head, R rank.
 """
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +44,8 @@ def kept(x):
     return ad_checkpoint.checkpoint_name(x, "kept")
 
 
-def linear(params, x, adapter=None):
-    """y = x W + b, plus a LoRA adapter's (x A) B * scale.
+def linear(params, x, adapter=None, probe=None):
+    """Computes y = x W + b, plus a LoRA adapter's (x A) B * scale.
 
     Args:
         params: kernel (in, out), and bias (out,) where the family has one.
@@ -52,15 +54,21 @@ def linear(params, x, adapter=None):
             is added is x (A B - A0 B0) * scale; with dropout_keys (B,) and dropout_rate, inverted
             dropout on the adapter's input as PEFT applies it, drawn for each row by its own key:
             the same on any number of devices and in any microbatch.
+        probe: of kernel and bias, or None.
     """
+    probe = probe or {}
     # Cut off from x: what passes on to x goes through the kernel alone.
     fixed = jax.lax.stop_gradient(x)
     # One product of B T rows: a kernel's gradient is then one too, without a copy of dy.
     y = (x.reshape(-1, x.shape[-1]) @ params["kernel"]).reshape(*x.shape[:-1], -1)
-    y = with_direction(params, y, lambda a: fixed @ a.astype(x.dtype))
-    y = with_probe(params, y, lambda signs, size: fold(fixed, signs, size))
+    y = probed(
+        probe.get("kernel"),
+        y,
+        lambda a: fixed @ a.astype(x.dtype),
+        lambda signs, size: fold(fixed, signs, size),
+    )
     if "bias" in params:
-        y = y + _vector(params, "bias", y)
+        y = y + _vector(params["bias"], probe.get("bias"), y)
     if adapter is not None:
         z = x
         if "dropout_keys" in adapter:
@@ -86,33 +94,29 @@ def _factors(adapter):
     return jnp.concatenate([a - a0, a0], -1), jnp.concatenate([b, b - b0], -2)
 
 
-def with_direction(params, y, enter, transposed=False):
-    """y = x W, and along the kernel's direction, where `params` has one, (x a) b for its tangent.
+def probed(
+    probe: Mapping[str, jax.Array] | None,
+    y: jax.Array,
+    enter: Callable[[jax.Array], jax.Array],
+    enter_folded: Callable[[jax.Array, int], jax.Array],
+    transposed: bool = False,
+) -> jax.Array:
+    """Returns y = x W, with what the matrix's probe, if it has one, adds to derivatives alone.
 
     Args:
         enter: a -> x a, for a factor a (in, R) on x's side.
-        transposed: the product is with the transposed kernel, as a tied head's.
+        enter_folded: (signs, P) -> x folded, (B, T, P).
+        transposed: the product is with the transposed matrix, as a tied head's.
     """
-    if "direction" not in params:
+    if probe is None:
         return y
-    d = params["direction"]
-    a, b = (d["b"].T, d["a"].T) if transposed else (d["a"], d["b"])
-    return _along(y, enter(a), b, d["scale"])
-
-
-def with_probe(params, y, enter, transposed=False):
-    """y = x W, which the kernel's probe, where `params` has one, reads the cotangent of.
-
-    Args:
-        enter: (signs, P) -> x folded, (B, T, P).
-    """
-    if "probe" not in params:
-        return y
-    p = params["probe"]
-    left, core, right = p["left"], p["core"], p["right"]
+    if "core" not in probe:
+        a, b = (probe["b"].T, probe["a"].T) if transposed else (probe["a"], probe["b"])
+        return _along(y, enter(a), b, probe["scale"])
+    left, core, right = probe["left"], probe["core"], probe["right"]
     if transposed:
         left, core, right = right, core.swapaxes(-1, -2), left
-    return _probed(y, enter(left, core.shape[-1]), core, right)
+    return _probed(y, enter_folded(left, core.shape[-1]), core, right)
 
 
 def fold(x, signs, size):
@@ -158,13 +162,13 @@ def _probed_backward(residuals, dy):
 _probed.defvjp(_probed_forward, _probed_backward)
 
 
-def rms_norm(params, x, eps):
-    """Root-mean-square norm over the last axis, in float32 because squares of bfloat16 lose the
-    mean; the result has the gain's dtype.
+def rms_norm(params, x, eps, probe=None):
+    """Divides by the root of the mean square over the last axis, in float32 because squares of
+    bfloat16 lose the mean; the result has the gain's dtype.
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = _vector(params, "scale", x)
+    scale = _vector(params["scale"], (probe or {}).get("scale"), x)
     return x32.astype(scale.dtype) * scale
 
 
@@ -177,12 +181,14 @@ def layer_norm(params, x, eps):
     return x32.astype(x.dtype) * scale + bias
 
 
-def _vector(params, name, x):
-    """A gain or bias as it broadcasts along the last axis of x, its probe's core (B, out) added."""
-    vector = _along_last(params[name], x)
-    if f"{name}_probe" not in params:
+def _vector(vector, probe, x):
+    """Returns a gain or bias as it broadcasts along the last axis of x, its probe's core (B, out)
+    added.
+    """
+    vector = _along_last(vector, x)
+    if probe is None:
         return vector
-    core = params[f"{name}_probe"]["core"]
+    core = probe["core"]
     core = core.reshape(core.shape[0], *(1,) * (x.ndim - 2), core.shape[1])
     return vector + core.astype(vector.dtype)
 

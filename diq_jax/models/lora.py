@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def linear_shapes(cfg: config.DecoderConfig) -> dict[str, tuple[int, int, int]]:
-    """{path of a linear layer: (N, in, out)}, such as layers/attn/q_proj."""
+    """Returns {path of a linear layer: (N, in, out)}, such as layers/attn/q_proj."""
     leaves = trees.named_leaves(decoder.shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
     return {
         f"layers/{name.removesuffix('/kernel')}": shape
@@ -50,8 +51,16 @@ def linear_shapes(cfg: config.DecoderConfig) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def init(key, cfg, targets: str, rank: int, alpha: float, zero_b: bool, field: str) -> dict:
-    """A fresh adapter in float32.
+def init(
+    key: jax.Array,
+    cfg: config.DecoderConfig,
+    targets: str,
+    rank: int,
+    alpha: float,
+    zero_b: bool,
+    field: str,
+) -> dict:
+    """Draws a fresh adapter in float32.
 
     A is uniform in +-sqrt(1 / in), as PEFT's; B is zero, or drawn alike when `zero_b` is false:
     with B = 0 the gradient of A vanishes, so that an influence taken there sees half of the
@@ -71,21 +80,23 @@ def init(key, cfg, targets: str, rank: int, alpha: float, zero_b: bool, field: s
         a = jax.random.uniform(key_a, (n, n_in, rank), jnp.float32, -bound_a, bound_a)
         b = jax.random.uniform(key_b, (n, rank, n_out), jnp.float32, -bound_b, bound_b)
         scale = jnp.full((n,), alpha / rank, jnp.float32)
-        _insert(tree, name, {"a": a, "b": jnp.zeros_like(b) if zero_b else b, "scale": scale})
+        leaves = {"a": a, "b": jnp.zeros_like(b) if zero_b else b, "scale": scale}
+        tree = trees.insert(tree, {name: leaves})
     return tree
 
 
-def with_origin(adapter) -> dict:
+def with_origin(adapter: dict) -> dict:
     """Returns the adapter as a space around the model that it is added to: where it stands now, the
     model is unchanged to the last digit, and the gradients of A and B are those of (x A) B.
     """
+    return _map_linears(lambda _, node: node | {"a0": node["a"], "b0": node["b"]}, adapter)
 
-    def visit(node):
-        if "scale" in node:
-            return node | {"a0": node["a"], "b0": node["b"]}
-        return {name: visit(child) for name, child in node.items()}
 
-    return visit(adapter)
+def _map_linears(fn: Callable[[str, dict], dict], node: dict, path: tuple[str, ...] = ()) -> dict:
+    """Maps fn(path of a linear, its leaves) over an adapter."""
+    if "scale" in node:
+        return fn("/".join(path), node)
+    return {name: _map_linears(fn, child, (*path, name)) for name, child in node.items()}
 
 
 def is_factor(name: str) -> bool:
@@ -93,26 +104,21 @@ def is_factor(name: str) -> bool:
     return name.endswith(("/a", "/b"))
 
 
-def with_dropout(adapter, keys, rate):
-    """The adapter with dropout on its input: a key for each linear, layer and row.
+def with_dropout(adapter: dict, keys: jax.Array, rate: jax.Array | float) -> dict:
+    """Returns the adapter with dropout on its input: a key for each linear, layer and row.
 
     Args:
         keys: (B,), one for each row of the batch: what a row drops depends on nothing but its key.
         rate: the share dropped, in [0, 1).
     """
 
-    def visit(node, path):
-        if "scale" in node:
-            n = node["scale"].shape[0]
-            linear = zlib.crc32("/".join(path).encode())
-            split = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, linear), n), 0, 1)
-            return node | {
-                "dropout_keys": split(keys),  # (N, B)
-                "dropout_rate": jnp.full((n,), rate, jnp.float32),
-            }
-        return {name: visit(child, (*path, name)) for name, child in node.items()}
+    def dropped(path, node):
+        n, linear = node["scale"].shape[0], zlib.crc32(path.encode())
+        split = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, linear), n), 0, 1)
+        rates = jnp.full((n,), rate, jnp.float32)
+        return node | {"dropout_keys": split(keys), "dropout_rate": rates}  # (N, B) and (N,)
 
-    return visit(adapter, ())
+    return _map_linears(dropped, adapter)
 
 
 def save_peft(folder: str | os.PathLike, adapter, alpha: float, dropout: float, base: str) -> None:
@@ -193,7 +199,7 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
                     )
             factors.append(np.stack([tensors.pop(key).astype(np.float32).T for key in names]))
         leaves = {"a": factors[0], "b": factors[1], "scale": np.full((n,), scale, np.float32)}
-        _insert(tree, name, jax.tree.map(jnp.asarray, leaves))
+        tree = trees.insert(tree, {name: jax.tree.map(jnp.asarray, leaves)})
     if tensors or not tree:
         extra = ", ".join(sorted(tensors)[:3]) or "no LoRA matrices"
         raise errors.UserError(f"{field}: {folder} does not fit this model: {extra}.")
@@ -201,7 +207,7 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
 
 
 def _peft_tensors(file: pathlib.Path, field: str) -> dict[str, np.ndarray]:
-    """All tensors of an adapter's file in float32, each of them finite."""
+    """Reads all tensors of an adapter's file in float32, each of them finite."""
     tensors = {}
     for name, tensor in safetensors_file.open_safetensors(file).items():
         shown = reading.shorten(name)
@@ -241,10 +247,3 @@ def _check_plain(settings, folder, field):
         raise errors.UserError(
             f"{field}: {folder} is not a plain LoRA adapter: adapter_config.json has {shown}."
         )
-
-
-def _insert(tree, name, value):
-    *parents, last = name.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = value

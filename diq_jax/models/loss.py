@@ -10,38 +10,40 @@ from diq_jax.models import decoder
 HEAD_BLOCK = 512  # answer tokens of one block: logits are (HEAD_BLOCK, V) float32
 
 
-def token_losses(params, cfg, batch, adapter=None, remat=False):
-    """Negative log-likelihood of each answer token, in nats.
+def token_losses(params, cfg, batch, adapter=None, remat=False, probe=None) -> jax.Array:
+    """Computes the negative log-likelihood of each answer token, in nats.
 
     Args:
         batch: data.batches.Batch of B rows with A answer positions each.
+        adapter, probe: nested like the parameters (models/lora.py, models/layers.py), or None.
 
     Returns:
         (B, A) float32, 0 where loss_mask is 0.
     """
-    return answer_losses(params, cfg, hidden_states(params, cfg, batch, adapter, remat), batch)
+    hidden = hidden_states(params, cfg, batch, adapter, remat, probe)
+    return answer_losses(params, cfg, hidden, batch, probe)
 
 
-def hidden_states(params, cfg, batch, adapter=None, remat=False):
-    """A batch through the decoder: (B, T, D) after the final norm."""
+def hidden_states(params, cfg, batch, adapter=None, remat=False, probe=None) -> jax.Array:
+    """Runs a batch through the decoder: (B, T, D) after the final norm."""
     places = batch.tokens, batch.positions, batch.segment_ids
-    return decoder.apply(params, cfg, *places, adapter, remat, batch.parent_ids)
+    return decoder.apply(params, cfg, *places, adapter, remat, batch.parent_ids, probe)
 
 
-def at_answers(hidden, batch):
-    """The hidden states of the answer positions, (B, T, D) -> (B, A, D): only they meet the head.
-    Gathered for each row, so that a batch split over devices stays local.
+def at_answers(hidden, batch) -> jax.Array:
+    """Picks the hidden states of the answer positions, (B, T, D) -> (B, A, D), which alone meet the
+    head. Gathered for each row, so that a batch split over devices stays local.
     """
     return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
 
 
-def answer_losses(params, cfg, hidden, batch):
-    """As `token_losses`, from hidden states (B, T, D) after the final norm."""
+def answer_losses(params, cfg, hidden, batch, probe=None) -> jax.Array:
+    """Computes `token_losses` from hidden states (B, T, D) after the final norm."""
 
     @jax.checkpoint
     def block(hidden_and_labels):
         hidden, labels = hidden_and_labels
-        logits = decoder.logits(params, cfg, hidden)
+        logits = decoder.logits(params, cfg, hidden, probe)
         chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -51,8 +53,8 @@ def answer_losses(params, cfg, hidden, batch):
     return jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :A] * batch.loss_mask
 
 
-def head_blocks(x):
-    """(B, A, ...) in blocks that the head takes at a time, padded: (blocks, B, size, ...)."""
+def head_blocks(x) -> jax.Array:
+    """Splits (B, A, ...) into what the head takes at a time, padded: (blocks, B, size, ...)."""
     B, A = x.shape[:2]
     size = min(A, max(1, HEAD_BLOCK // B))
     blocks = -(-A // size)
@@ -60,9 +62,9 @@ def head_blocks(x):
     return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
 
 
-def token_weights(batch, reduction):
-    """What each answer token's loss counts in its example's, (B, A) float32: 1, or with `mean` 1
-    over the example's answer tokens; 0 at padding.
+def token_weights(batch, reduction: str) -> jax.Array:
+    """Returns what each answer token's loss counts in its example's, (B, A) float32: 1, or with
+    `mean` 1 over the example's answer tokens; 0 at padding.
     """
     if reduction == "sum":
         return batch.loss_mask
@@ -74,7 +76,7 @@ def token_weights(batch, reduction):
     return batch.loss_mask / jnp.maximum(count, 1.0)
 
 
-def by_example(values, batch):
+def by_example(values, batch) -> jax.Array:
     """Sums (B, A) over each example's answer tokens: (B,), or (B, S) of a packed batch."""
     if batch.loss_examples is None:
         return jnp.sum(values, axis=1)
@@ -82,13 +84,15 @@ def by_example(values, batch):
     return jnp.einsum("ba,bas->bs", values, member.astype(values.dtype))
 
 
-def example_losses(params, cfg, batch, reduction, adapter=None, remat=False):
-    """Loss of each example's answer tokens, in nats: their `mean` (DIQ, and every trainer that
-    averages) or `sum`.
+def example_losses(
+    params, cfg, batch, reduction: str, adapter=None, remat=False, probe=None
+) -> jax.Array:
+    """Computes the loss of each example's answer tokens, in nats: their `mean` (DIQ, and every
+    trainer that averages) or `sum`.
 
     Returns:
         (B,) float32, or (B, S) of a packed batch. An example without answer tokens has loss 0 and
         gradient 0.
     """
-    values = token_losses(params, cfg, batch, adapter, remat)
+    values = token_losses(params, cfg, batch, adapter, remat, probe)
     return by_example(values * token_weights(batch, reduction), batch)

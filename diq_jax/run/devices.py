@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,57 +20,56 @@ from diq_jax.run import processes
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Devices on a ("data", "model") mesh and the strategy that spreads work over them.
-
-    `mesh` compiles with jit and lets sharding place the work; `pmap` replicates everything and
-    splits the batch over local devices. Both take the same functions and give the same numbers.
+    """Spreads work over the devices of a ("data", "model") mesh: compiles with jit and lets
+    sharding place the work. PmapPlacement has the same methods and gives the same numbers.
     """
 
-    strategy: str
     mesh: Mesh
+    strategy: ClassVar[str] = "mesh"
 
     @property
     def rows_multiple(self) -> int:
         """A batch's rows must be a multiple of this."""
         return self.mesh.shape["data"]
 
+    @property
+    def shards(self) -> int:
+        """How many devices share the rows of the batch that a compiled function sees."""
+        return self.rows_multiple
+
     def _put(self, array, spec):
         return put(array, NamedSharding(self.mesh, spec))
 
-    def replicate(self, tree):
-        """Puts a tree on every device; under pmap with a leading device axis."""
-        if self.strategy == "mesh":
-            return jax.tree.map(lambda x: self._put(x, PartitionSpec()), tree)
-        n, sharding = self.rows_multiple, NamedSharding(self.mesh, PartitionSpec("data"))
-        return jax.tree.map(
-            lambda x: jax.make_array_from_callback(
-                (n, *np.shape(x)), sharding, lambda _, x=x: np.asarray(x)[None]
-            ),
-            tree,
-        )
+    def replicate(self, tree: Any) -> Any:
+        """Puts a tree on every device, for `compile`."""
+        return jax.tree.map(lambda x: self._put(x, PartitionSpec()), tree)
 
-    def single(self, placed):
-        """A placed tree without the device axis that pmap adds."""
-        return jax.tree.map(lambda x: x[0], placed) if self.strategy == "pmap" else placed
+    def single(self, placed: Any) -> Any:
+        """Returns a placed tree as a compiled function sees it."""
+        return placed
 
-    def like(self, placed, tree):
+    def shape(self, placed: jax.Array) -> tuple[int, ...]:
+        """Returns the shape of a placed array as a compiled function sees it."""
+        return placed.shape
+
+    def argument(self, output: Any) -> Any:
+        """Places what a compiled function gave, as an argument of another."""
+        return output
+
+    def like(self, placed: Any, tree: Any) -> Any:
         """Puts a tree where `placed`, a tree of the same shapes made by this placement, lies."""
-        if self.strategy == "mesh":
-            return jax.tree.map(lambda p, x: put(x, p.sharding), placed, tree)
-        return self.replicate(tree)
+        return jax.tree.map(lambda p, x: put(x, p.sharding), placed, tree)
 
     def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
-        """A function (path, array) that puts a parameter where the first rule that matches its path
-        says.
+        """Returns a function (path, array) that puts a parameter where the first rule that matches
+        its path says.
 
         Raises:
             UserError: the model axis does not divide the parameter.
             ValueError: no rule matches.
         """
 
-        def put(path, array):
-            if self.strategy == "pmap":
-                return self.replicate(array)
+        def put_by_rule(path, array):
             spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), None)
             if spec is None:
                 raise ValueError(f"No partition rule matches the parameter {path}.")
@@ -81,14 +81,11 @@ class Placement:
                     )
             return self._put(array, spec)
 
-        return put
+        return put_by_rule
 
-    def batch(self, tree):
+    def batch(self, tree: Any) -> Any:
         """Splits a batch of numpy arrays (B, ...) over the data axis."""
-        if self.strategy == "mesh":
-            return jax.tree.map(lambda x: self._put(x, PartitionSpec("data")), tree)
-        n = self.rows_multiple
-        return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
+        return jax.tree.map(lambda x: self._put(x, PartitionSpec("data")), tree)
 
     def compile(self, fn: Callable, rows: bool) -> Callable:
         """Compiles fn(*replicated, batch), whose last argument is a batch made by `batch`.
@@ -101,36 +98,20 @@ class Placement:
             A function of placed arguments; its outputs are arrays without a device axis, and where
             rows are spread over processes every process gets all of them.
         """
-        if self.strategy == "mesh":
-            spec = PartitionSpec("data") if rows else None
-            step = jax.jit(fn, out_shardings=NamedSharding(self.mesh, spec) if rows else None)
-            if not (rows and self.mesh.is_multi_process):
-                return step
-            # A program of its own: the one above needs no word from another device.
-            gather = _to(NamedSharding(self.mesh, PartitionSpec()))
-            return lambda *args: gather(step(*args))
-        if rows:
-            mapped = jax.pmap(fn, "data", devices=self.mesh.devices.flat)
-            return lambda *args: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(*args))
-        summed = jax.pmap(
-            lambda *args: jax.lax.psum(fn(*args), "data"), "data", devices=self.mesh.devices.flat
-        )
-        return lambda *args: jax.tree.map(lambda x: x[0], summed(*args))
+        by_row = NamedSharding(self.mesh, PartitionSpec("data"))
+        step = jax.jit(fn, out_shardings=by_row if rows else None)
+        if not (rows and self.mesh.is_multi_process):
+            return step
+        # A program of its own: the one above runs without collectives.
+        gather = _to(NamedSharding(self.mesh, PartitionSpec()))
+        return lambda *args: gather(step(*args))
 
-    def state(self, shapes, specs):
-        """Zeros for `compile_state`.
+    def state(self, shapes: Any, specs: Any) -> Any:
+        """Makes zeros for `compile_state`.
 
         Args:
             shapes: a tree of jax.ShapeDtypeStruct, with rows where `specs` has "data".
         """
-        n = self.rows_multiple
-        if self.strategy == "pmap":
-
-            def own(shape, spec):
-                split = itertools.zip_longest(shape.shape, spec)
-                return np.zeros([x // n if axis == "data" else x for x, axis in split], shape.dtype)
-
-            return self.replicate(jax.tree.map(own, shapes, specs))
 
         def zeros():
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -138,7 +119,7 @@ class Placement:
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         return jax.jit(zeros, out_shardings=shardings)()
 
-    def compile_state(self, fn: Callable, specs) -> Callable:
+    def compile_state(self, fn: Callable, specs: Any) -> Callable:
         """Compiles fn(params, adapter, state, batch) -> (state, an output a row (B, ...)).
 
         The state stays on the devices: each call takes over its memory and gives the next one.
@@ -146,24 +127,93 @@ class Placement:
         Args:
             specs: a tree like the state, with the PartitionSpec of each leaf.
         """
-        if self.strategy == "mesh":
-            out = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-            rows = NamedSharding(self.mesh, PartitionSpec("data"))
-            return jax.jit(fn, donate_argnums=2, out_shardings=(out, rows))
-        mapped = jax.pmap(fn, "data", devices=self.mesh.devices.flat, donate_argnums=2)
+        out = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+        rows = NamedSharding(self.mesh, PartitionSpec("data"))
+        return jax.jit(fn, donate_argnums=2, out_shardings=(out, rows))
+
+    def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
+        """Returns what a compiled function knows each of a state's `count` rows by, (R,) int32.
+        None becomes an index beyond the last.
+        """
+        return np.array([count if row is None else row for row in rows], np.int32)
+
+
+class PmapPlacement(Placement):
+    """Replicates everything, with a leading device axis, and splits batches over local devices."""
+
+    strategy: ClassVar[str] = "pmap"
+
+    @property
+    def shards(self) -> int:
+        return 1  # pmap has split the rows before
+
+    def _map(self, fn, **settings):
+        return jax.pmap(fn, "data", devices=self.mesh.devices.flat, **settings)
+
+    def replicate(self, tree: Any) -> Any:
+        n, sharding = self.rows_multiple, NamedSharding(self.mesh, PartitionSpec("data"))
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                (n, *np.shape(x)), sharding, lambda _, x=x: np.asarray(x)[None]
+            ),
+            tree,
+        )
+
+    def single(self, placed: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], placed)
+
+    def shape(self, placed: jax.Array) -> tuple[int, ...]:
+        return placed.shape[1:]
+
+    def argument(self, output: Any) -> Any:
+        return self.replicate(output)
+
+    def like(self, placed: Any, tree: Any) -> Any:
+        return self.replicate(tree)
+
+    def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
+        return lambda path, array: self.replicate(array)
+
+    def batch(self, tree: Any) -> Any:
+        n = self.rows_multiple
+        return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
+
+    def compile(self, fn: Callable, rows: bool) -> Callable:
+        if rows:
+            mapped = self._map(fn)
+            return lambda *args: jax.tree.map(_joined, mapped(*args))
+        summed = self._map(lambda *args: jax.lax.psum(fn(*args), "data"))
+        return lambda *args: self.single(summed(*args))
+
+    def state(self, shapes: Any, specs: Any) -> Any:
+        n = self.rows_multiple
+
+        def own(shape, spec):
+            split = itertools.zip_longest(shape.shape, spec)
+            return np.zeros([x // n if axis == "data" else x for x, axis in split], shape.dtype)
+
+        return self.replicate(jax.tree.map(own, shapes, specs))
+
+    def compile_state(self, fn: Callable, specs: Any) -> Callable:
+        mapped = self._map(fn, donate_argnums=2)
 
         def call(*args):
             state, output = mapped(*args)
-            return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+            return state, jax.tree.map(_joined, output)
 
         return call
 
     def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
-        """What a compiled function knows each of a state's `count` rows by, (R,) int32: under pmap
-        a device counts its own from 0. None becomes an index beyond the last.
-        """
-        own = count if self.strategy == "mesh" else count // self.rows_multiple
+        own = count // self.rows_multiple  # a device counts its own from 0
         return np.array([own if row is None else row % own for row in rows], np.int32)
+
+
+STRATEGIES = {"mesh": Placement, "pmap": PmapPlacement}
+
+
+def _joined(x):
+    """Joins the device axis and the rows of each device."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def put(array, sharding):
@@ -245,7 +295,7 @@ def make_placement(settings: config.Parallel, everywhere: bool = False) -> Place
         axis_types=(AxisType.Auto, AxisType.Auto),
         devices=found[:needed],
     )
-    return Placement(settings.strategy, mesh)
+    return STRATEGIES[settings.strategy](mesh)
 
 
 @functools.cache

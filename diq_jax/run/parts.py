@@ -82,25 +82,45 @@ class Parts:
         """All columns, in the order of the rows: (R, ..) arrays, or lists where values are not
         numbers. Empty without parts.
         """
-        found = list(self.batches())
-        if not found:
-            return {}
-        rows = np.concatenate([rows for rows, _ in found])
-        order = np.argsort(rows, kind="stable")
-        joined = {}
-        for name in found[0][1]:
-            pieces = [columns[name] for _, columns in found]
-            if isinstance(pieces[0], np.ndarray):
-                joined[name] = np.concatenate(pieces)[order]
-            else:
-                values = [value for piece in pieces for value in piece]
-                joined[name] = [values[i] for i in order]
-        return joined
+        return joined(list(self.batches()))
 
     def remove(self) -> None:
         """Deletes the folder, once its rows stand in an artifact."""
         processes.wait(f"parts of {self.folder}")
         artifacts.remove(self.folder)
+
+
+class Memory:
+    """Keeps the finished rows of a piece of work that no later call continues, as `Parts` does."""
+
+    def __init__(self) -> None:
+        self.done: set[int] = set()
+        self._batches: list[tuple[np.ndarray, Mapping[str, Any]]] = []
+
+    def add(self, rows: Sequence[int], columns: Mapping[str, Any]) -> None:
+        """Keeps a finished batch; see `Parts.add`."""
+        self.done.update(rows)
+        self._batches.append((np.asarray(rows, np.int64), columns))
+
+    def columns(self) -> dict[str, Any]:
+        """Returns all columns, in the order of the rows; see `Parts.columns`."""
+        return joined(self._batches)
+
+
+def joined(batches: Sequence[tuple[np.ndarray, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns the columns of (rows, columns) batches in the order of the rows."""
+    if not batches:
+        return {}
+    order = np.argsort(np.concatenate([rows for rows, _ in batches]), kind="stable")
+    columns = {}
+    for name in batches[0][1]:
+        pieces = [found[name] for _, found in batches]
+        if isinstance(pieces[0], np.ndarray):
+            columns[name] = np.concatenate(pieces)[order]
+        else:
+            values = [value for piece in pieces for value in piece]
+            columns[name] = [values[i] for i in order]
+    return columns
 
 
 def _checksum(data: bytes) -> str:

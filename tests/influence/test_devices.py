@@ -50,9 +50,9 @@ def score(settings, rows=rows, **parallel):
             space, direction.stack([v], [1.0], settings.direction_rank), settings, m.cfg, place)
         take = lambda out: out.influence
     else:
-        engine = engines.open_rows(space, settings, m.cfg, place, None)
+        engine = engines.open_features(space, settings, m.cfg, place, None)
         end = np.asarray(engine.project(jax.tree.map(lambda x: x[None], v)))
-        step, take = engine.features, lambda out: out[0] @ end.T
+        step, take = engine.step, lambda out: out[0] @ end.T
     if settings.packing:
         groups = packing.plan(rows, 96, place.rows_multiple)
     else:
@@ -143,7 +143,7 @@ def test_every_engine_lowers_for_tpu_and_cuda(name):
         v = direction.stack([space[0]], [1.0], settings.direction_rank)
         step = engines.exact_step(space, v, settings, model.cfg, placement)
     else:
-        step = engines.open_rows(space, settings, model.cfg, placement, None).features
+        step = engines.open_features(space, settings, model.cfg, placement, None).step
     for platform in ("tpu", "cuda"):
         text = jax.jit(step).trace(batch).lower(lowering_platforms=(platform,)).as_text()
         assert "stablehlo.dot_general" in text and len(text) > 1000

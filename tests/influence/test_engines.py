@@ -12,7 +12,7 @@ import tiny
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, packing
-from diq_jax.influence import direction, engines, exact, factored, per_example
+from diq_jax.influence import direction, engines, exact, factored, per_example, thin
 from diq_jax.models import lora
 
 BIASES = {"tied_head": False, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -147,12 +147,12 @@ def test_a_thin_direction_scores_as_its_own_product(family):
     space = make_space(model)
     found = oracle.gradients(*space, BATCH, model.cfg)
     v = oracle.random_like(space[0], 5)
-    _, factors = direction.truncate(v, 3)
-    assert set(factors) == {n for n in trees.named_leaves(v) if n.endswith(direction.MATRICES)}
+    _, factors = thin.truncate(v, 3)
+    assert set(factors) == {n for n in trees.named_leaves(v) if n.endswith(thin.MATRICES)}
     named = {n: f["a"] @ f["b"] for n, f in factors.items()}
-    thin = trees.map_named(lambda n, x: named.get(n, x), v)
+    product = trees.map_named(lambda n, x: named.get(n, x), v)
     got = score(space, direction.stack([v], [1.0], 3), BATCH, model.cfg)
-    close(got.influence[:, 0], oracle.dots(found, thin))
+    close(got.influence[:, 0], oracle.dots(found, product))
     np.testing.assert_array_equal(got.influence[6:], 0)
     got = score(space, direction.stack([v], [1.0], 99), BATCH, model.cfg)
     close(got.influence[:, 0], oracle.dots(found, v))
@@ -166,7 +166,7 @@ def test_truncation_is_the_truncated_svd():
     s = 0.7 ** np.arange(40)
     kernel = (u * s) @ w.swapaxes(-1, -2)
     v = {"layers": {"kernel": jnp.asarray(kernel, jnp.float32), "scale": jnp.ones((2, 3))}}
-    whole, factors = direction.truncate(v, 5)
+    whole, factors = thin.truncate(v, 5)
     f = factors["layers/kernel"]
     assert f["a"].shape == (2, 60, 5) and f["b"].shape == (2, 5, 40)
     best = (u[..., :5] * s[:5]) @ w[..., :5].swapaxes(-1, -2)
@@ -239,9 +239,9 @@ def test_lora_and_regex_engines_agree_with_exact():
         parameters="lora",
     )
     space = direction.make_space(model, settings, tiny.placement())
-    engine = engines.open_rows(space, settings, model.cfg, tiny.placement(), None)
+    engine = engines.open_features(space, settings, model.cfg, tiny.placement(), None)
     v = oracle.random_like(space[0], 5)
-    rows, _ = engine.features(BATCH)
+    rows, _ = engine.step(BATCH)
     end = engine.project(jax.tree.map(lambda x: x[None], v))[0]
     found = oracle.gradients(*space, BATCH, model.cfg)
     expected = np.asarray(oracle.dots(found, v))

@@ -86,8 +86,8 @@ def test_the_loss_is_the_base_models_to_the_last_digit(engine, dtype):
             step = engines.exact_step(space, v, settings, model.cfg, placement)
             found[parameters] = step(placement.batch(BATCH)).loss
         elif engine == "projected":
-            rows = engines.open_rows(space, settings, model.cfg, placement, None)
-            found[parameters] = rows.features(placement.batch(BATCH))[1]
+            rows = engines.open_features(space, settings, model.cfg, placement, None)
+            found[parameters] = rows.step(placement.batch(BATCH))[1]
         else:
             losses = functools.partial(direction.losses, cfg=model.cfg, reduction="mean")
             found[parameters] = jax.jit(losses)(*space, BATCH)
@@ -101,7 +101,7 @@ def test_the_warm_up_starts_at_the_base_model():
     space = direction.make_space(model, settings, placement)
     step = warmup.make_step(space, settings, model.cfg, placement, 1)
     zeros = jax.tree.map(jnp.zeros_like, space[0])
-    state = warmup.Checkpoint(space[0], zeros, zeros, jnp.zeros((), jnp.int32))
+    state = direction.Checkpoint(space[0], zeros, zeros, jnp.zeros((), jnp.int32))
     _, mean = step(state, [dataclasses.make_dataclass("Rows", ["batch"])(BATCH)])
     base = loss.example_losses(model.params, model.cfg, BATCH, "mean")
     np.testing.assert_allclose(float(mean), float(jnp.sum(base)) / 6, rtol=1e-6)

@@ -10,7 +10,7 @@ import tiny
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, steps
-from diq_jax.influence import direction, engines, warmup
+from diq_jax.influence import direction, engines, problems, stage, warmup
 
 POOL = tiny.rows(12, 24, seed=2)
 
@@ -28,18 +28,22 @@ def settings(**changes):
     return influence_config.Influence(**(values | changes))
 
 
+def problem(model, settings):
+    return problems.Problem(model, POOL, [], {}, settings, tiny.placement())
+
+
 @pytest.fixture(scope="module", name="warm")
 def _warm(tmp_path_factory):
-    model, folder = tiny.model(), tmp_path_factory.mktemp("warm")
+    model, epochs = tiny.model(), stage.EpochFiles(tmp_path_factory.mktemp("warm"))
     space = direction.make_space(model, settings(), tiny.placement())
-    points = warmup.run(space, POOL, settings(), model.cfg, tiny.placement(), folder)
-    return model, space, points, folder
+    points = warmup.run(problem(model, settings()), space, epochs)
+    return model, space, points, epochs
 
 
 def test_steps_are_adams(warm):
     """Six examples, two epochs of two steps: parameters and moments equal optax.adam's."""
     model, (chosen, rest), points, _ = warm
-    planned = warmup._plan(POOL, settings(), 1)
+    planned = warmup.plan(POOL, settings(), 1)
     assert [len(step.indices) for step in planned] == [3, 3, 3, 3]
     rate = warmup.schedule(settings().warmup, 4)
     optimizer = optax.adam(rate)
@@ -74,9 +78,9 @@ def test_steps_are_adams(warm):
 
 
 def test_a_finished_epoch_is_read_back(warm):
-    model, space, points, folder = warm
-    (folder / "epoch-2.safetensors").unlink()
-    again = warmup.run(space, POOL, settings(), model.cfg, tiny.placement(), folder)
+    model, space, points, epochs = warm
+    assert 1 in epochs and 2 in epochs and 3 not in epochs
+    again = warmup.run(problem(model, settings()), space, {1: epochs[1]})
     for (before, _), (after, _) in zip(points, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -86,14 +90,15 @@ def test_an_epoch_that_ruins_the_parameters_is_named_and_kept_nowhere(warm, tmp_
     model, space, _, _ = warm
     once = influence_config.Warmup(epochs=1, fraction=0.5, batch_size=3, learning_rate=2e38)
     with pytest.raises(errors.UserError, match=r"not finite after epoch 1 .*learning_rate"):
-        warmup.run(space, POOL, settings(warmup=once), model.cfg, tiny.placement(), tmp_path)
+        epochs = stage.EpochFiles(tmp_path)
+        warmup.run(problem(model, settings(warmup=once)), space, epochs)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_adam_direction_by_hand():
     """g / (sqrt(v / (1 - 0.999^2)) + 1e-8) after two steps; 0 where Adam has seen nothing."""
-    point = warmup.Checkpoint({}, {}, {"w": jnp.array([0.001999 * 4.0, 0.0])}, jnp.array(2))
-    got = warmup.adam_direction({"w": jnp.array([6.0, 6.0])}, point)
+    point = direction.Checkpoint({}, {}, {"w": jnp.array([0.001999 * 4.0, 0.0])}, jnp.array(2))
+    got = direction.adam({"w": jnp.array([6.0, 6.0])}, point)
     np.testing.assert_allclose(got["w"], [3.0, 0.0], rtol=1e-5)  # 6 / sqrt(4)
 
 
@@ -101,9 +106,7 @@ def test_adam_is_linear_in_the_gradient(warm):
     _, space, points, _ = warm
     v = oracle.random_like(space[0], 1)
     point = points[1][0]
-    once, twice = (
-        warmup.adam_direction(jax.tree.map(lambda x, c=c: c * x, v), point) for c in (1, 2)
-    )
+    once, twice = (direction.adam(jax.tree.map(lambda x, c=c: c * x, v), point) for c in (1, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-6), once, twice)
 
 
@@ -115,8 +118,8 @@ def test_less_equals_float64(warm):
     space = (point.chosen, space[1])
     batch = batches.make_batch(POOL[:5], 5, 24, 24)
     found = oracle.gradients(*space, batch, model.cfg)
-    engine = engines.open_rows(space, settings(), model.cfg, tiny.placement(), point)
-    rows, _ = engine.features(batch)
+    engine = engines.open_features(space, settings(), model.cfg, tiny.placement(), point)
+    rows, _ = engine.step(batch)
 
     P = []  # the projection as a matrix, leaf by leaf, from the identity
     for name, leaf in trees.named_leaves(space[0]).items():

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import power
 import pytest
+import stores
 import tiny
 
 from diq_jax import config
@@ -81,11 +82,10 @@ def test_a_store_is_whole_or_continued(tmp_path):
     numbers = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
 
     def run(folder):
-        writer = store.Writer(folder, 4, "float16", {"weights": "w"})
+        writer = stores.open_writer(folder, 7, "float16", shard_rows=3)
         for part in ([0, 3], [1, 2, 6], [4, 5]):
-            writer.append(part, numbers[part], numbers[part, 0])
-        writer.finish(ids, numbers[:1], 3, ["mean"])
-        writer.discard()
+            stores.add(writer, part, numbers[part], numbers[part, 0])
+        stores.finish(writer, ids, numbers[:1], ["mean"], {"weights": "w"})
 
     folder = tmp_path / "disk/influence/store"
     folder.parent.mkdir(parents=True)

@@ -5,10 +5,10 @@ import types
 
 import numpy as np
 import pytest
+import stores
 import tiny
 
 from diq_jax import config, errors
-from diq_jax.influence import store
 from diq_jax.run import artifacts, reading, stages
 from diq_jax.selection import diversity, methods, reasons, stage
 
@@ -49,11 +49,10 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
         columns = {k: v[order] for k, v in columns.items()}
         artifacts.write_table(workdir / name, columns, unknown=("ifd", *config.PERSPECTIVES))
     if stored:
-        writer = store.Writer(workdir / "influence/store", 8, "float32", {})
+        writer = stores.open_writer(workdir / "influence/store", N, shard_rows=10)
         rows = np.random.default_rng(1).normal(size=(N, 8)).astype(np.float32)
-        writer.append(list(range(N)), rows[order], np.zeros(N, np.float32))
-        writer.finish(list(ids[order]), np.zeros((1, 8)), 10, ["mean"])
-        writer.discard()
+        stores.add(writer, list(range(N)), rows[order], np.zeros(N, np.float32))
+        stores.finish(writer, list(ids[order]), np.zeros((1, 8)), ["mean"])
     return workdir
 
 
