@@ -83,7 +83,8 @@ def score_variants(
         names = [x.name for x in members] + (["squares"] if members is sketched else [])
         make = gradient_step if members is sketched else factored_step
         step = make(space, v, members, problem)
-        kept = parts.Parts(workdir / f"ablation-{zlib.crc32(chr(10).join(names).encode()):08x}")
+        key = zlib.crc32("\n".join(names).encode())
+        kept = parts.Parts(workdir / f"ablation-{key:08x}.partial")
         title, done = "projections" if members is sketched else names[0], frozenset(kept.done)
         for group, scores in problems.run_batches(title, problem, problem.pool, step, done):
             new = [k for k, i in enumerate(group.indices) if i not in done]

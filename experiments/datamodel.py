@@ -39,7 +39,7 @@ def order_of(members, epochs: int, batch_size: int, seed: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def fit(params, batch, order, peak, cfg) -> direction.Checkpoint:
+def fit(params, batch, order, peak, cfg) -> direction.Point:
     """Trains all parameters on the mean loss with AdamW (no weight decay), linear to 0 from `peak`.
 
     Args:
@@ -61,7 +61,7 @@ def fit(params, batch, order, peak, cfg) -> direction.Checkpoint:
     start = training.TrainState(params, optimizer.init(params))
     state, _ = jax.lax.scan(step, start, (order, rates))
     moments = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu", "count"))
-    return direction.Checkpoint(state.factors, *moments)
+    return direction.Point(state.factors, *moments)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -25,7 +25,7 @@ COLUMNS = {"example_id": "text", "loss": "finite"}
 FILES = ("examples.parquet", "targets.npy")  # beside the shards
 
 
-class Store:
+class GradientStore:
     """A finished store, read by memory map.
 
     A file is held against its checksum in the manifest before it is first used, unless `verified`
@@ -125,7 +125,7 @@ class Store:
 
 def open_store(
     folder: str | os.PathLike, made_from: Mapping[str, Any] | None = None, verified: bool = True
-) -> Store:
+) -> GradientStore:
     """Opens a finished store.
 
     Args:
@@ -143,7 +143,7 @@ def open_store(
     _check_manifest(manifest, path)
     if made_from is not None:
         refuse_other({"made_from": manifest["made_from"]}, {"made_from": dict(made_from)}, folder)
-    return Store(folder, manifest, verified)
+    return GradientStore(folder, manifest, verified)
 
 
 def _check_manifest(manifest, path) -> None:

@@ -18,10 +18,8 @@ import numpy as np
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import example
 from diq_jax.influence import curvature, problems, thin
-from diq_jax.models import load, lora, loss
+from diq_jax.models import load, lora, loss, training
 from diq_jax.run import devices, progress
-
-B1, B2, EPS = 0.9, 0.999, 1e-8  # Adam's
 
 Space = tuple[Any, Any]
 
@@ -170,7 +168,7 @@ _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 
 
 @flax.struct.dataclass
-class Checkpoint:
+class Point:
     """Holds a point at which gradients are taken, in trees like `chosen`, without a device axis.
 
     Attributes:
@@ -203,16 +201,16 @@ class Kind:
     apart: bool = False
 
 
-def adam(v: Any, checkpoint: Checkpoint) -> Any:
+def adam(v: Any, checkpoint: Point) -> Any:
     """Divides v by sqrt(second moment) + eps, the moment corrected for its start at zero, as Adam.
 
     Where the moment is 0 the run has never seen a gradient and the direction is 0 (else a row of
     the embedding that no warm-up example reads would outweigh everything).
     """
-    correction = 1 - B2 ** checkpoint.count.astype(jnp.float32)
+    correction = 1 - training.B2 ** checkpoint.count.astype(jnp.float32)
 
     def divide(g, second):
-        return jnp.where(second > 0, g / (jnp.sqrt(second / correction) + EPS), 0.0)
+        return jnp.where(second > 0, g / (jnp.sqrt(second / correction) + training.EPS), 0.0)
 
     return jax.tree.map(divide, v, checkpoint.second)
 
@@ -226,6 +224,8 @@ def less_features(gradients: Any, first: Any, second: Any) -> Any:
     Args:
         gradients: leaves (b, ...); first, second: a checkpoint's, leaves (...).
     """
+
+    B1, B2, EPS = training.B1, training.B2, training.EPS
 
     def update(g, m, s):
         g = g.astype(jnp.float32)
@@ -274,7 +274,7 @@ def kind(settings: influence_config.Influence) -> Kind:
 
 
 def make(
-    problem: problems.Problem, space: Space, checkpoint: Checkpoint | None
+    problem: problems.Problem, space: Space, checkpoint: Point | None
 ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yields (name, tree, {norm, ..}) for each group of targets, one at a time.
 
@@ -296,7 +296,7 @@ def make(
 
 
 def make_direction(
-    problem: problems.Problem, space: Space, checkpoint: Checkpoint | None
+    problem: problems.Problem, space: Space, checkpoint: Point | None
 ) -> tuple[Direction, dict[str, Any]]:
     """Returns the Direction of all groups for the exact engine, and how it was made."""
     settings = problem.settings

@@ -61,7 +61,7 @@ class Engine:
 
 
 def _exact(
-    problem: problems.Problem, space: direction.Space, point: direction.Checkpoint | None
+    problem: problems.Problem, space: direction.Space, point: direction.Point | None
 ) -> Engine:
     v, record = direction.make_direction(problem, space, point)
 
@@ -87,7 +87,7 @@ def _exact(
 
 
 def _by_features(
-    problem: problems.Problem, space: direction.Space, point: direction.Checkpoint | None
+    problem: problems.Problem, space: direction.Space, point: direction.Point | None
 ) -> Engine:
     settings, dtype = problem.settings, problem.settings.store.dtype
     cosine, apart = settings.normalize == "cosine", direction.kind(settings).apart
@@ -159,7 +159,7 @@ class Features:
         self,
         problem: problems.Problem,
         space: direction.Space,
-        checkpoint: direction.Checkpoint | None,
+        checkpoint: direction.Point | None,
     ) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
         """Returns the directions as rows (Q, dim), and {name: what is known of it}."""
         rows, about = [], {}
@@ -174,7 +174,7 @@ def open_features(
     settings: influence_config.Influence,
     cfg,
     placement: devices.Placement,
-    checkpoint: direction.Checkpoint | None,
+    checkpoint: direction.Point | None,
 ) -> Features:
     """Opens the features of the projected or the factored engine.
 

@@ -27,7 +27,7 @@ from diq_jax.models import layers, loss
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ProbeLayout:
     """How an example's `dim` numbers are made up.
 
     Attributes:
@@ -54,7 +54,7 @@ class Layout:
 
 def make_layout(
     shapes: dict[str, tuple[int, ...]], settings: influence_config.Projection
-) -> Layout:
+) -> ProbeLayout:
     """Spreads projection.dim over the chosen parameters, {path: shape}.
 
     With rank 0, P is the largest that leaves the vectors a sixteenth of dim, or their number if
@@ -91,10 +91,10 @@ def make_layout(
     sketch = None
     if vectors:
         sketch = dataclasses.replace(settings, kind="sparse", dim=min(left, size) // 2 * 2)
-    return Layout(matrices, vectors, rank, sketch, settings.seed)
+    return ProbeLayout(matrices, vectors, rank, sketch, settings.seed)
 
 
-def make_maps(layout: Layout) -> dict:
+def make_maps(layout: ProbeLayout) -> dict:
     """{matrix path: {left (in,), right (out,)}}, signs, stacked over layers where the matrix is."""
     maps = {}
     for name, (n, n_in, n_out) in layout.matrices.items():
@@ -108,7 +108,7 @@ def make_maps(layout: Layout) -> dict:
     return maps
 
 
-def features(params, maps, batch, cfg, reduction, layout: Layout, remat=False):
+def features(params, maps, batch, cfg, reduction, layout: ProbeLayout, remat=False):
     """Each example's projected gradient.
 
     Args:
@@ -141,7 +141,7 @@ def features(params, maps, batch, cfg, reduction, layout: Layout, remat=False):
     return _join(by_row, layout), losses
 
 
-def project_tree(v, maps, layout: Layout):
+def project_tree(v, maps, layout: ProbeLayout):
     """The same projection of directions.
 
     Args:

@@ -24,7 +24,7 @@ from diq_jax.run import artifacts, parts, processes
 
 OPEN_SHARDS = 256  # are written in one pass over the parts
 # The reading half, under the names that users find here.
-Store, open_store = gradient_store.Store, gradient_store.open_store
+open_store = gradient_store.open_store
 products, unit, DTYPES = gradient_store.products, gradient_store.unit, gradient_store.DTYPES
 
 

@@ -16,6 +16,7 @@ import optax
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import example, steps
 from diq_jax.influence import direction, problems
+from diq_jax.models import training
 from diq_jax.run import devices, progress
 
 WARMUP_RATIO = 0.03  # of the steps
@@ -34,7 +35,7 @@ class Epochs(Protocol):
 
 def run(
     problem: problems.Problem, space: direction.Space, epochs: Epochs
-) -> list[tuple[direction.Checkpoint, float]]:
+) -> list[tuple[direction.Point, float]]:
     """Trains and gives each epoch's end with its mean learning rate as a share of all.
 
     Args:
@@ -45,69 +46,48 @@ def run(
         UserError: an epoch leaves parameters that are not finite.
     """
     settings, pool, placement = problem.settings, problem.pool, problem.placement
-    chosen = placement.single(space[0])
-    state = direction.Checkpoint(
-        jax.tree.map(lambda x: x.astype(jnp.float32), chosen),
-        *(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), chosen) for _ in range(2)),
-        jnp.zeros((), jnp.int32),
-    )
     planned = plan(pool, settings, placement.rows_multiple)
-    rates = [schedule(settings.warmup, len(planned))(k) for k in range(len(planned))]
-    train_step = make_step(space, settings, problem.model.cfg, placement, len(planned))
+    warm = settings.warmup
+    rising = math.ceil(WARMUP_RATIO * len(planned))
+    rates = training.learning_rates(warm.learning_rate, len(planned), rising, "linear")
+    train_step, state = make_step(problem, space)
     made, shares = [], []
     total = sum(len(step.indices) for step in planned)
     with progress.Progress("warm-up", total) as bar:
-        for epoch in range(1, settings.warmup.epochs + 1):
+        for epoch in range(1, warm.epochs + 1):
             of_epoch = [k for k, step in enumerate(planned) if step.epoch == epoch - 1]
-            if epoch in epochs:
-                state = _from_arrays(epochs[epoch], state)
-            else:
+            if epoch not in epochs:
                 for k in of_epoch:
-                    state, loss = train_step(state, steps.microbatches(pool, planned[k]))
+                    rows = [part.batch for part in steps.microbatches(pool, planned[k])]
+                    state, metrics = train_step(space[1], None, state, rows, rates[k], None)
                     tokens = sum(len(pool[i].input_ids) for i in planned[k].indices)
-                    bar.update(len(planned[k].indices), tokens, loss=f"{float(loss):.3f}")
-                if bad := trees.not_finite(state.chosen):
+                    loss = f"{float(metrics['loss']):.3f}"
+                    bar.update(len(planned[k].indices), tokens, loss=loss)
+                if bad := trees.not_finite(state.factors):
                     raise errors.UserError(
                         f"The warm-up has parameters that are not finite after epoch {epoch} "
                         f"({bad[0]}): try a lower influence.warmup.learning_rate, or "
                         "model.dtype=float32."
                     )
                 epochs[epoch] = _to_arrays(state)
-            made.append(state)
+            point = _checkpoint(epochs[epoch], state.factors)
+            state = _state(point)
+            made.append(point)
             shares.append(float(np.mean([rates[k] for k in of_epoch])))
-    return [(state, share / sum(shares)) for state, share in zip(made, shares, strict=True)]
-
-
-def schedule(settings: influence_config.Warmup, total_steps: int) -> optax.Schedule:
-    """Rises linearly from the peak / (warm-up steps + 1), then falls to 0 after the last step."""
-    rising = math.ceil(WARMUP_RATIO * total_steps)
-    peak = settings.learning_rate
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / (rising + 1), peak, rising),
-            optax.linear_schedule(peak, 0.0, total_steps - rising),
-        ],
-        [rising],
-    )
+    return [(point, share / sum(shares)) for point, share in zip(made, shares, strict=True)]
 
 
 def make_step(
-    space: direction.Space,
-    settings: influence_config.Influence,
-    cfg,
-    placement: devices.Placement,
-    total_steps: int,
-) -> Callable:
-    """Compiles a function (state, microbatches) -> (state, mean loss)."""
-    rest = space[1]
+    problem: problems.Problem, space: direction.Space
+) -> tuple[Callable, training.TrainState]:
+    """Compiles the step of training (training.make_train_step), and gives the state before it."""
+    settings, placement = problem.settings, problem.placement
     dtypes = jax.tree.map(lambda x: x.dtype, space[0])
-    adam = optax.scale_by_adam(direction.B1, direction.B2, direction.EPS)
-    rate = schedule(settings.warmup, total_steps)
 
-    def sums(chosen, rest, batch):
+    def sums(rest, chosen, frozen, key, batch):
         def total(chosen):
             losses = direction.losses(
-                chosen, rest, batch, cfg, settings.loss_reduction, settings.remat
+                chosen, rest, batch, problem.model.cfg, settings.loss_reduction, settings.remat
             )
             return jnp.sum(losses)
 
@@ -115,32 +95,13 @@ def make_step(
         examples = jnp.sum(~batch.is_padding, dtype=jnp.float32)
         return {"loss": value, "gradient": gradient, "examples": examples}
 
-    gradients = placement.compile(sums, rows=False)
-    add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right))
+    def place(rest, chosen, frozen):
+        return placement.like(space[0], jax.tree.map(jnp.astype, chosen, dtypes))
 
-    @jax.jit
-    def update(state, sums):
-        gradient = jax.tree.map(
-            lambda g: g.astype(jnp.float32) / sums["examples"], sums["gradient"]
-        )
-        before = optax.ScaleByAdamState(state.count, state.first, state.second)
-        change, after = adam.update(gradient, before)
-        eta = rate(state.count)
-        chosen = jax.tree.map(lambda p, c: p - eta * c, state.chosen, change)
-        return direction.Checkpoint(chosen, after.mu, after.nu, after.count), sums["loss"] / sums[
-            "examples"
-        ]
-
-    def train_step(state, microbatches):
-        chosen = placement.like(space[0], jax.tree.map(jnp.astype, state.chosen, dtypes))
-        total = None
-        for rows in microbatches:
-            part = gradients(chosen, rest, placement.batch(rows.batch))
-            total = part if total is None else add(total, part)
-        everywhere = total["examples"].sharding
-        return update(jax.tree.map(lambda x: devices.put(x, everywhere), state), total)
-
-    return train_step
+    optimizer = training.adamw()
+    step = training.make_train_step(sums, optimizer, placement, place)
+    start = jax.tree.map(lambda x: x.astype(jnp.float32), placement.single(space[0]))
+    return step, training.TrainState(start, optimizer.init(start))
 
 
 def plan(
@@ -157,11 +118,21 @@ def plan(
     return planned["warmup"]
 
 
-def _to_arrays(state: direction.Checkpoint) -> dict[str, np.ndarray]:
-    fields = {name: getattr(state, name) for name in FIELDS}
+def _to_arrays(state):
+    moments = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu", "count")]
+    fields = dict(zip(FIELDS, [state.factors, *moments], strict=True))
     return {name: devices.whole(x) for name, x in trees.named_leaves(fields).items()}
 
 
-def _from_arrays(arrays, like: direction.Checkpoint) -> direction.Checkpoint:
-    fields = {name: getattr(like, name) for name in FIELDS}
-    return direction.Checkpoint(**trees.map_named(lambda k, _: jnp.asarray(arrays[k]), fields))
+def _checkpoint(arrays, like):
+    fields = {"chosen": like, "first": like, "second": like, "count": 0}
+    return direction.Point(**trees.map_named(lambda k, _: jnp.asarray(arrays[k]), fields))
+
+
+def _state(point):
+    """Returns the state of training at a checkpoint, which the next step may use up."""
+    first, second, count = jax.tree.map(jnp.copy, (point.first, point.second, point.count))
+    fresh = training.adamw().init(point.chosen)
+    return training.TrainState(
+        point.chosen, optax.tree.set(fresh, mu=first, nu=second, count=count)
+    )

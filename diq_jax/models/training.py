@@ -132,8 +132,8 @@ def _beside(sums, factors, state, optimizer, placement):
     else:
         where = jax.tree.map(lambda x: x.sharding, factors)
     opt_state = optax.tree_map_params(
-        optimizer, jax.device_put, state.opt_state, where,
-        transform_non_params=lambda x: jax.device_put(x, everywhere),
+        optimizer, devices.put, state.opt_state, where,
+        transform_non_params=lambda x: devices.put(x, everywhere),
     )  # fmt: skip
-    sums = sums | {"gradient": jax.device_put(sums["gradient"], where)}
-    return jax.device_put(state.factors, where), opt_state, sums
+    sums = sums | {"gradient": jax.tree.map(devices.put, sums["gradient"], where)}
+    return jax.tree.map(devices.put, state.factors, where), opt_state, sums

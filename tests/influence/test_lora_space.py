@@ -12,7 +12,7 @@ import tiny
 
 from diq_jax import influence_config, trees
 from diq_jax.data import batches
-from diq_jax.influence import direction, engines, exact, warmup
+from diq_jax.influence import direction, engines, exact, problems, warmup
 from diq_jax.models import lora, loss
 
 ROWS = tiny.rows(6, 24, seed=1)
@@ -99,10 +99,10 @@ def test_the_warm_up_starts_at_the_base_model():
     warm = influence_config.Warmup(epochs=1, fraction=1.0, batch_size=6, learning_rate=1e-2)
     settings = dataclasses.replace(SETTINGS, warmup=warm)
     space = direction.make_space(model, settings, placement)
-    step = warmup.make_step(space, settings, model.cfg, placement, 1)
-    zeros = jax.tree.map(jnp.zeros_like, space[0])
-    state = direction.Checkpoint(space[0], zeros, zeros, jnp.zeros((), jnp.int32))
-    _, mean = step(state, [dataclasses.make_dataclass("Rows", ["batch"])(BATCH)])
+    problem = problems.Problem(model, ROWS, [], {}, settings, placement)
+    step, state = warmup.make_step(problem, space)
+    _, metrics = step(space[1], None, state, [BATCH], 1e-2, None)
+    mean = metrics["loss"]
     base = loss.example_losses(model.params, model.cfg, BATCH, "mean")
     np.testing.assert_allclose(float(mean), float(jnp.sum(base)) / 6, rtol=1e-6)
 

@@ -11,6 +11,7 @@ import tiny
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, steps
 from diq_jax.influence import direction, engines, problems, stage, warmup
+from diq_jax.models import training
 
 POOL = tiny.rows(12, 24, seed=2)
 
@@ -45,7 +46,8 @@ def test_steps_are_adams(warm):
     model, (chosen, rest), points, _ = warm
     planned = warmup.plan(POOL, settings(), 1)
     assert [len(step.indices) for step in planned] == [3, 3, 3, 3]
-    rate = warmup.schedule(settings().warmup, 4)
+    rates = training.learning_rates(1e-2, 4, 1, "linear")  # one of four steps rises
+    rate = lambda k: jnp.asarray(rates)[k]  # noqa: E731
     optimizer = optax.adam(rate)
     state = optimizer.init(chosen)
 
@@ -97,7 +99,7 @@ def test_an_epoch_that_ruins_the_parameters_is_named_and_kept_nowhere(warm, tmp_
 
 def test_adam_direction_by_hand():
     """g / (sqrt(v / (1 - 0.999^2)) + 1e-8) after two steps; 0 where Adam has seen nothing."""
-    point = direction.Checkpoint({}, {}, {"w": jnp.array([0.001999 * 4.0, 0.0])}, jnp.array(2))
+    point = direction.Point({}, {}, {"w": jnp.array([0.001999 * 4.0, 0.0])}, jnp.array(2))
     got = direction.adam({"w": jnp.array([6.0, 6.0])}, point)
     np.testing.assert_allclose(got["w"], [3.0, 0.0], rtol=1e-5)  # 6 / sqrt(4)
 
