@@ -82,7 +82,7 @@ def test_a_store_is_whole_or_continued(tmp_path):
     numbers = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
 
     def run(folder):
-        writer = stores.open_writer(folder, 7, "float16", shard_rows=3)
+        writer = stores.open_writer(folder, 7, "float16", shard_rows=2)
         for part in ([0, 3], [1, 2, 6], [4, 5]):
             stores.add(writer, part, numbers[part], numbers[part, 0])
         stores.finish(writer, ids, numbers[:1], ["mean"], {"weights": "w"})
