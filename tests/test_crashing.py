@@ -18,7 +18,7 @@ def _campaign():
     with subprocess.Popen(
         [sys.executable, str(ROOT / "tests/crashing.py")], text=True, cwd=ROOT,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'experiments'}"},
     ) as process:  # fmt: skip
 
         def ask(job, kills):
