@@ -3,167 +3,179 @@
 import dataclasses
 from collections.abc import Iterator
 
-from diq_jax import errors, limits
+from diq_jax import errors, fields
+from diq_jax.fields import field
 
 ENGINES = ("exact", "projected", "factored")
 DIRECTIONS = ("mean", "adam", "gauss_newton", "less")
 PEFT_DIRECTION = "peft:"  # influence.direction=peft:FOLDER
 PROJECTIONS = ("rademacher", "gaussian", "sparse")
+DECIDES = ("influence",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    # a PEFT adapter folder, which is then part of the model; "" = a fresh adapter by the fields
-    # below, around the model as it is: no output changes, and the gradient is of A and B
-    path: str = ""
-    rank: int = 8  # of the fresh adapter
-    alpha: float = 16.0  # its scale is alpha / rank
-    targets: str = "(q|k|v)_proj"  # regex over the model's linear layers
-    # True: B = 0, where the gradient of A vanishes and half the adapter is blind
-    zero_b: bool = False
-    seed: int = 0  # of A and B
-
-    def __post_init__(self):
-        ranges = {"rank": limits.RANK, "alpha": limits.POSITIVE, "seed": limits.SEED}
-        errors.check_ranges("influence.lora", self, **ranges)
-        errors.check_regex("influence.lora.targets", self.targets)
+class Lora(fields.Section, section="influence.lora", decides=DECIDES):
+    path: str = field(
+        "",
+        "A PEFT adapter folder, which is then part of the model; empty = a fresh adapter by the "
+        "fields below, around the model as it is: no output changes, and the gradient is of A and "
+        "B.",
+    )
+    rank: int = field(8, "Of the fresh adapter.", fields.RANK)
+    alpha: float = field(16.0, "Its scale is alpha / rank.", fields.POSITIVE)
+    targets: str = field("(q|k|v)_proj", "Over the model's linear layers.", regex=True)
+    zero_b: bool = field(
+        False, "B = 0, where the gradient of A vanishes and half the adapter is blind."
+    )
+    seed: int = field(0, "Of A and B.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
-    # rademacher, gaussian: dense, TRAK-style; sparse: two signed buckets for each coordinate
-    kind: str = "rademacher"
-    dim: int = 4096  # numbers kept for an example
-    seed: int = 0  # with the parameter's path, all that the matrix depends on
-    rank: int = 0  # of each side of engine=factored; 0 = the largest that `dim` has room for
-    block_bytes: int = 2**28  # the matrix exists in blocks of at most so many bytes
+class Projection(fields.Section, section="influence.projection", decides=DECIDES):
+    kind: str = field(
+        "rademacher",
+        "rademacher, gaussian: dense, TRAK-style; sparse: two signed buckets for each coordinate.",
+        choices=PROJECTIONS,
+    )
+    dim: int = field(4096, "Numbers kept for an example.", fields.Span(1, 2**24))
+    seed: int = field(0, "With the parameter's path, all that the matrix depends on.", fields.SEED)
+    rank: int = field(
+        0,
+        "Of each side of engine=factored; 0 = the largest that `dim` has room for.",
+        fields.or_none(fields.RANK),
+    )
+    block_bytes: int = field(
+        2**28,
+        "The matrix exists in blocks of at most so many bytes.",
+        fields.BYTES,
+        harmless=True,
+    )
 
-    def __post_init__(self):
-        errors.check_choice("influence.projection.kind", self.kind, PROJECTIONS)
-        errors.check_ranges(
-            "influence.projection",
-            self,
-            dim=(1, 2**24),
-            seed=limits.SEED,
-            rank=limits.or_none(limits.RANK),
-            block_bytes=limits.BYTES,
+    def conflicts(self) -> Iterator[tuple[bool, str]]:
+        yield (
+            self.kind == "sparse" and self.dim % 2 == 1,
+            "influence.projection.dim must be even with kind=sparse (two buckets); got "
+            f"{self.dim!r}.",
         )
-        ok = self.kind != "sparse" or self.dim % 2 == 0
-        errors.check(
-            "influence.projection.dim", ok, "even with kind=sparse (two buckets)", self.dim
-        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
-    dtype: str = "float32"  # of the stored rows: float32, bfloat16 or float16
-    shard_rows: int = 1024  # examples of one file
-
-    def __post_init__(self):
-        choices = ("float32", "bfloat16", "float16")
-        errors.check_choice("influence.store.dtype", self.dtype, choices)
-        errors.check_ranges("influence.store", self, shard_rows=(1, 2**24))
+class Store(fields.Section, section="influence.store", decides=DECIDES):
+    dtype: str = field("float32", "Of the stored rows.", choices=("float32", "bfloat16", "float16"))
+    shard_rows: int = field(1024, "Examples of one file.", fields.Span(1, 2**24))
 
 
 @dataclasses.dataclass(frozen=True)
-class Warmup:
+class Warmup(fields.Section, section="influence.warmup", decides=DECIDES):
     """AdamW on influence.parameters over a part of the pool before gradients are taken."""
 
-    epochs: int = 0  # scores are taken after each and summed by learning rate; 0 = the base model
-    fraction: float = 0.05  # of the pool, drawn with the seed
-    learning_rate: float = 1e-4  # the peak: linear warm-up over 3 % of the steps, then linear to 0
-    batch_size: int = 16  # examples an optimiser step
-    seed: int = 0  # of the draw and the order
-
-    def __post_init__(self):
-        ok = 0 < self.fraction <= 1
-        errors.check("influence.warmup.fraction", ok, "in (0, 1]", self.fraction)
-        errors.check_ranges(
-            "influence.warmup",
-            self,
-            epochs=limits.or_none(limits.EPOCHS),
-            learning_rate=limits.POSITIVE,
-            batch_size=limits.BATCH,
-            seed=limits.SEED,
-        )
+    epochs: int = field(
+        0,
+        "Scores are taken after each and summed by learning rate; 0 = the base model.",
+        fields.or_none(fields.EPOCHS),
+    )
+    fraction: float = field(0.05, "Of the pool, drawn with the seed.", fields.SHARE)
+    learning_rate: float = field(
+        1e-4,
+        "The peak: linear warm-up over 3 % of the steps, then linear to 0.",
+        fields.POSITIVE,
+    )
+    batch_size: int = field(16, "Examples an optimizer step.", fields.BATCH)
+    seed: int = field(0, "Of the draw and the order.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(fields.Section, section="influence.gauss_newton", decides=DECIDES):
     """direction=gauss_newton: (G + lambda)^-1 of the target gradient, by conjugate gradients."""
 
-    examples: int = 64  # of the pool, drawn with the seed, over which G is the mean
-    damping: float = 0.1  # lambda, as a share of G's curvature along the target gradient
-    iterations: int = 10  # at most; each costs five forward passes over the examples
-    tolerance: float = 0.01  # of the residual, as a share of the target gradient
-    seed: int = 0
-
-    def __post_init__(self):
-        errors.check_ranges(
-            "influence.gauss_newton",
-            self,
-            examples=(1, limits.COUNT[1]),
-            damping=limits.POSITIVE,
-            iterations=(1, 10_000),
-            tolerance=(0, 1),
-            seed=limits.SEED,
-        )
+    examples: int = field(
+        64, "Of the pool, drawn with the seed, over which G is the mean.", fields.AT_LEAST_ONE
+    )
+    damping: float = field(
+        0.1, "lambda, as a share of G's curvature along the target gradient.", fields.POSITIVE
+    )
+    iterations: int = field(
+        10,
+        "At most so many; each costs five forward passes over the examples.",
+        fields.Span(1, 10_000),
+    )
+    tolerance: float = field(
+        0.01, "Of the residual, as a share of the target gradient.", fields.UNIT
+    )
+    seed: int = field(0, "Of the draw.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
-class Influence:
-    # exact: forward mode, nothing projected; projected: per-example gradients, projected and kept;
-    # factored: two-sided projections from one backward pass, kept
-    engine: str = "exact"
-    # the space of the gradients: all, lora, or a regex over parameter paths
-    parameters: str = "all"
-    # mean: the mean target gradient (DIQ); adam: that, divided by the root of Adam's second moment
-    # after the warm-up; gauss_newton: that, solved against the Gauss-Newton matrix (influence
-    # functions); less: LESS's own form (engine=projected); peft:FOLDER: an adapter's update
-    direction: str = "mean"
-    # exact: matrices of the direction as two thin factors of this rank; 0 = whole
-    direction_rank: int = 0
-    # one direction for the mean of the targets, for each task, or for each example; the score is
-    # the mean's, the others stand beside it
-    targets: str = "mean"
-    loss_reduction: str = "mean"  # over an example's answer tokens: mean or sum
-    normalize: str = "dot"  # dot; cosine needs the gradient's norm, which forward mode never sees
-    per_token: bool = False  # exact: also each answer token's share of the score
-    packing: bool = False  # exact: several examples in a row, told apart by segment ids
-    batch_tokens: int = 4096  # tokens of one scoring batch on all devices
-    # projected, factored: tokens whose activations a device holds at once; 0 = 1,024 on a CPU,
-    # 16,384 elsewhere
-    microbatch_tokens: int = 0
-    gradient_bytes: int = 2**30  # projected: per-example gradients held at once on a device
-    remat: bool = False  # projected, factored: recompute each layer in the backward pass
+class Influence(fields.Section, section="influence", decides=DECIDES):
+    engine: str = field(
+        "exact",
+        "exact: forward mode, nothing projected; projected: per-example gradients, projected and "
+        "kept; factored: two-sided projections from one backward pass, kept.",
+        choices=ENGINES,
+    )
+    parameters: str = field(
+        "all",
+        "The space of the gradients: all, lora, or a regex over parameter paths.",
+        regex=True,
+    )
+    direction: str = field(
+        "mean",
+        "mean: the mean target gradient (DIQ); adam: that, divided by the root of Adam's second "
+        "moment after the warm-up; gauss_newton: that, solved against the Gauss-Newton matrix "
+        "(influence functions); less: LESS's own form (engine=projected); peft:FOLDER: an "
+        "adapter's update.",
+    )
+    direction_rank: int = field(
+        0,
+        "exact: matrices of the direction as two thin factors of this rank; 0 = whole.",
+        fields.or_none(fields.RANK),
+    )
+    targets: str = field(
+        "mean",
+        "One direction for the mean of the targets, for each task, or for each example; the score "
+        "is the mean's, the others stand beside it.",
+        choices=("mean", "task", "example"),
+    )
+    loss_reduction: str = field("mean", "Over an example's answer tokens.", choices=("mean", "sum"))
+    normalize: str = field(
+        "dot",
+        "cosine needs the gradient's norm, which forward mode never sees.",
+        choices=("dot", "cosine"),
+    )
+    per_token: bool = field(False, "exact: also each answer token's share of the score.")
+    packing: bool = field(
+        False, "exact: several examples in a row, told apart by segment ids.", harmless=True
+    )
+    batch_tokens: int = field(
+        4096, "Tokens of one scoring batch on all devices.", fields.TOKENS, harmless=True
+    )
+    microbatch_tokens: int = field(
+        0,
+        "projected, factored: tokens whose activations a device holds at once; 0 = 1,024 on a CPU, "
+        "16,384 elsewhere.",
+        fields.or_none(fields.TOKENS),
+        harmless=True,
+    )
+    gradient_bytes: int = field(
+        2**30,
+        "projected: per-example gradients held at once on a device.",
+        fields.BYTES,
+        harmless=True,
+    )
+    remat: bool = field(
+        False,
+        "projected, factored: recomputes each layer in the backward pass.",
+        harmless=True,
+    )
     lora: Lora = dataclasses.field(default_factory=Lora)
     projection: Projection = dataclasses.field(default_factory=Projection)
     store: Store = dataclasses.field(default_factory=Store)
     warmup: Warmup = dataclasses.field(default_factory=Warmup)
     gauss_newton: GaussNewton = dataclasses.field(default_factory=GaussNewton)
 
-    def __post_init__(self):
-        errors.check_choice("influence.engine", self.engine, ENGINES)
+    def conflicts(self) -> Iterator[tuple[bool, str]]:
         if not self.direction.startswith(PEFT_DIRECTION):
             errors.check_choice("influence.direction", self.direction, DIRECTIONS)
-        errors.check_choice("influence.targets", self.targets, ("mean", "task", "example"))
-        errors.check_choice("influence.loss_reduction", self.loss_reduction, ("mean", "sum"))
-        errors.check_choice("influence.normalize", self.normalize, ("dot", "cosine"))
-        errors.check("influence.parameters", bool(self.parameters), "all, lora or a regex", "")
-        errors.check_regex("influence.parameters", self.parameters)
-        errors.check_ranges(
-            "influence",
-            self,
-            direction_rank=limits.or_none(limits.RANK),
-            batch_tokens=limits.TOKENS,
-            microbatch_tokens=limits.or_none(limits.TOKENS),
-            gradient_bytes=limits.BYTES,
-        )
-        for wrong, sentence in self._conflicts():
-            if wrong:
-                raise errors.UserError(sentence)
-
-    def _conflicts(self) -> Iterator[tuple[bool, str]]:
         exact, lora = self.engine == "exact", self.parameters == "lora"
         peft, less = self.direction.startswith(PEFT_DIRECTION), self.direction == "less"
         yield (

@@ -199,43 +199,6 @@ SELECTION = ("selection/selection.parquet", "selection/baselines.parquet")
 SCORES = ("difficulty/difficulty.parquet", "influence/influence.parquet")
 # What some selection methods read too. The manifest holds a checksum of every file of the store.
 MORE_SCORES = ("difficulty/model_scores.parquet", "influence/store/manifest.json")
-TRAINING = tuple(
-    f"finetune.{field}"
-    for field in (
-        "baselines", "parameters", "rank", "alpha", "dropout", "targets", "learning_rate",
-        "warmup_ratio", "weight_decay", "clip_norm", "epochs", "max_steps", "batch_size",
-        "accumulation_steps", "packing", "eval_every_steps", "seed",
-    )
-)  # fmt: skip
-PREFERRING = tuple(
-    f"finetune.{field}"
-    for field in ("dpo", "rank", "alpha", "targets", "weight_decay", "clip_norm")
-)
-LABELLING = tuple(
-    f"difficulty.{field}"
-    for field in (
-        "source", "encoder", "words", "head", "class_weights", "folds", "layers", "epochs",
-        "learning_rate", "layer_decay", "patience", "batch_size", "max_tokens", "seed",
-        "model_scores",
-    )
-)  # fmt: skip
-SCORING = tuple(
-    f"influence.{field}"
-    for field in (
-        "engine", "parameters", "direction", "direction_rank", "targets", "loss_reduction",
-        "normalize", "per_token", "lora", "projection.kind", "projection.dim", "projection.seed",
-        "projection.rank", "store", "warmup", "gauss_newton",
-    )
-)  # fmt: skip
-
-EVALUATION = tuple(
-    f"evaluate.{field}"
-    for field in (
-        "bootstrap_samples", "seed", "protocol", "max_new_tokens", "temperature", "top_p",
-        "samples", "stop", "groups",
-    )
-)  # fmt: skip
-
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "*.model", "*.tiktoken", "*.jinja",
@@ -271,47 +234,41 @@ WRITES = {
     "report": ("report.html", *(f"{name}.png" for name in report.PICTURES)),
 }  # fmt: skip
 
-# Fields that only change speed or memory (batch_tokens, remat, parallel) are in no settings.
 STAGES = {
     stage.name: stage
     for stage in (
         stages.Stage(
-            "prepare", ("model.max_tokens", "model.truncation", "data"),
-            lambda context: (), WRITES["prepare"], prepare_fingerprints, prepare,
+            "prepare", lambda context: (), WRITES["prepare"], prepare_fingerprints, prepare,
             check=check_inputs,
         ),
         stages.Stage(
-            "difficulty", LABELLING,
+            "difficulty",
             lambda context: (POOL, TARGETS) if context.config.difficulty.model_scores else (POOL,),
             WRITES["difficulty"], difficulty.fingerprints, difficulty.run, check=difficulty.check,
         ),
         stages.Stage(
-            "influence", ("model.dtype", *SCORING),
-            lambda context: (POOL, TARGETS), WRITES["influence"],
+            "influence", lambda context: (POOL, TARGETS), WRITES["influence"],
             influence.fingerprints, influence.run, everywhere=True, check=influence.check,
         ),
         stages.Stage(
-            "selection", ("selection", "difficulty.perspective", "difficulty.percentile"),
+            "selection",
             lambda context: (POOL, TARGETS, TESTS, *SCORES, *_existing(*MORE_SCORES)(context)),
             WRITES["selection"], hygiene_stage.fingerprints, selection.run, check=selection.check,
         ),
         stages.Stage(
-            "finetune", ("model.dtype", *TRAINING),
+            "finetune",
             lambda context: (
                 POOL, *SELECTION, *((TARGETS,) if context.config.finetune.eval_every_steps else ()),
             ), WRITES["finetune"], finetune.fingerprints, finetune.run, check=finetune.check,
         ),
         stages.Stage(
-            "dpo", ("model.dtype", "model.max_tokens", "model.truncation", "data.template",
-                    "data.date", *PREFERRING),
-            dpo.reads, WRITES["dpo"], dpo.fingerprints, dpo.run,
+            "dpo", dpo.reads, WRITES["dpo"], dpo.fingerprints, dpo.run,
         ),
         stages.Stage(
-            "evaluate", ("model.dtype", "data.date", *EVALUATION),
-            evaluate.reads, WRITES["evaluate"], evaluate.fingerprints, evaluate.run,
+            "evaluate", evaluate.reads, WRITES["evaluate"], evaluate.fingerprints, evaluate.run,
         ),
         stages.Stage(
-            "report", ("model.path",),
+            "report",
             lambda context: (
                 POOL, *SCORES, SELECTION[0], "selection/thresholds.json",
                 *_existing("difficulty/metrics.json", "finetune/losses.jsonl",
@@ -329,9 +286,7 @@ def parse_stages(text: str) -> list[str]:
     Raises:
         UserError: a name that is no stage.
     """
-    named = [
-        {"select": "selection"}.get(n.strip(), n.strip()) for n in text.split(",") if n.strip()
-    ]
+    named = [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
         errors.check_choice("--stages", name, STAGES)
     return [name for name in STAGES if not named or name in named]

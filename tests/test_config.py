@@ -8,7 +8,8 @@ import ml_collections
 import pytest
 import scripts
 
-from diq_jax import config, config_files, errors
+from diq_jax import config, config_files, errors, fields, pipeline
+from diq_jax.run import stages
 
 # Fields that another must go along with.
 BESIDE = {
@@ -155,3 +156,61 @@ def test_the_command_line_ends_a_wrong_config_file_with_code_2(tmp_path):
     ended = scripts.script("run_diq", f"--config={path}", f"--workdir={tmp_path / 'run'}")
     said = f"error: {path}:1: the config file raised ZeroDivisionError: division by zero.\n"
     assert (ended.returncode, ended.stderr) == (2, said)
+
+
+# What another field must be for a value to be let in, and values where the usual change is none.
+CHANGED_TO = {
+    "model.path": "another", "data.pool": "mine.jsonl", "data.date": "2025-01-01",
+    "influence.direction": "gauss_newton", "influence.projection.dim": 4098,
+    "selection.quadrant_order": "2,1,3,4", "selection.retention_ratio": 0.2,
+    "selection.source_cap": 0.5, "evaluate.groups": "G=medqa", "evaluate.top_p": 0.5,
+    "evaluate.temperature": 0.5, "finetune.accumulation_steps": 2,
+    "finetune.dpo.accumulation_steps": 2, "finetune.baselines": "influence",
+}  # fmt: skip
+ALONG = {
+    "evaluate.samples": {"evaluate.temperature": 1.0},
+    "influence.normalize": {"influence.engine": "projected"},
+    "selection.paraphrase_similarity": {"difficulty.encoder": "e"},
+}
+
+
+def changed(field):
+    """A config and the same with another value of one field."""
+    default = functools.reduce(getattr, field.split("."), config.default())
+    declared = {name: found.metadata["declared"] for name, _, found in fields.walk(config.Config)}
+    if field in CHANGED_TO:
+        value = CHANGED_TO[field]
+    elif choices := declared[field].choices:
+        value = next(choice for choice in choices if choice != default)
+    elif isinstance(default, bool):
+        value = not default
+    elif isinstance(default, str):
+        value = default + "x"
+    else:
+        value = default + 1 if isinstance(default, int) else default * 0.8 + 0.003
+    beside = {"data.targets": "sample", "data.tests": "sample", "difficulty.source": "sample"}
+    beside |= ALONG.get(field, {})
+    return resolved(beside), resolved(beside | {field: value})
+
+
+@pytest.mark.parametrize("field", config.field_names())
+def test_a_changed_field_makes_its_stages_run_again_and_no_other(field):
+    """Unless its declaration says that it is harmless, some stage refuses to go on."""
+    before, after = ({"config": dataclasses.asdict(c), "inputs": {}} for c in changed(field))
+    again = {s.name for s in pipeline.STAGES.values() if stages._differences(s, before, after)}
+    _, owner, found = next(row for row in fields.walk(config.Config) if row[0] == field)
+    decides = found.metadata["declared"].decides
+    assert again == set(owner.decides if decides is None else decides)
+    harmless = decides == () or owner is config.Parallel
+    assert bool(again) != harmless
+
+
+def test_every_field_has_a_sentence_in_the_help():
+    text = config.describe()
+    for name, _, found in fields.walk(config.Config):
+        assert f"--config.{name}=" in text
+        assert re.search(r"[.]$", found.metadata["declared"].says), name
+    only = config.describe("influence.lora")
+    assert "--config.influence.lora.rank=8" in only and "finetune" not in only
+    with pytest.raises(errors.UserError, match="Did you mean 'influence'"):
+        config.describe("influense")

@@ -57,7 +57,6 @@ class Stage:
     """One stage of the pipeline.
 
     Attributes:
-        settings: the config fields that decide its result, as dotted names or prefixes of names.
         reads: artifacts of earlier stages, relative to the workdir.
         writes: its files, partial ones too, relative to its folder; * matches any characters.
         fingerprints: further inputs (weights, data files) as {name: hash}.
@@ -69,7 +68,6 @@ class Stage:
     """
 
     name: str
-    settings: tuple[str, ...]
     reads: Callable[[Context], tuple[str, ...]]
     writes: tuple[str, ...]
     fingerprints: Callable[[Context], Mapping[str, str]]
@@ -290,12 +288,13 @@ def _refuse_difference(stage, folder, before, now):
 
 def _decisive(stage, record):
     """The inputs and those config fields that decide the result, flat."""
+    decisive = config.decided_by(stage.name)
 
     def flatten(tree, prefix):
         for name, value in tree.items():
             if isinstance(value, dict):
                 yield from flatten(value, f"{prefix}{name}.")
-            elif f"{prefix}{name}".startswith(stage.settings):
+            elif f"{prefix}{name}" in decisive:
                 yield f"{prefix}{name}", value
 
     return {**dict(flatten(record["config"], "")), **record["inputs"]}

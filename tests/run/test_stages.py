@@ -34,8 +34,8 @@ def second(context):
     return {"rows": 1}
 
 
-def make(name, run, reads=(), writes=("*.txt", "*.partial.jsonl"), settings=("data.seed",)):
-    return stages.Stage(name, settings, lambda _: reads, writes, lambda _: {}, run)
+def make(name, run, reads=(), writes=("*.txt", "*.partial.jsonl")):
+    return stages.Stage(name, lambda _: reads, writes, lambda _: {}, run)
 
 
 FIRST = make("first", first, writes=("out/*.txt", "b.txt"))
@@ -44,6 +44,12 @@ SECOND = make("second", second, ("first/out/a.txt",))
 
 def execute(stage, workdir, overwrite=False, **changes):
     return stages.execute(stage, make_context(workdir, **changes), overwrite)
+
+
+@pytest.fixture(autouse=True)
+def decided(monkeypatch):
+    """The seed decides what these stages make."""
+    monkeypatch.setattr(config, "decided_by", lambda stage: {"data.seed"})
 
 
 @pytest.fixture

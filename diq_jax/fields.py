@@ -1,0 +1,269 @@
+"""How the configuration is declared: a frozen dataclass for each section, whose fields say their
+default, range, meaning, and which stages' results they decide.
+
+Checks, the settings that a stage records, --help and the page of the documentation come from here.
+"""
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from diq_jax import errors
+
+
+class Span(NamedTuple):
+    """The range of a number: both ends included, unless they are said to be open."""
+
+    least: float
+    most: float
+    above: bool = False
+    below: bool = False
+
+    def __str__(self) -> str:
+        return f"in {'[('[self.above]}{self.least}, {self.most}{'])'[self.below]}"
+
+    def check(self, name: str, value: float) -> None:
+        """Raises UserError where the value lies outside."""
+        low = value < self.least or (self.above and value == self.least)
+        high = value > self.most or (self.below and value == self.most)
+        if (low or high) and (self.above or self.below):
+            raise errors.UserError(f"{name} must be {self}; got {value!r}.")
+        if low or high:
+            end = f"at least {self.least}" if low else f"at most {self.most}"
+            raise errors.UserError(f"{name} must be {end}; got {value!r}.")
+
+
+# Beyond these an int32 or a float32 would overflow, or one array would ask for more memory than
+# machines have.
+SEED = Span(0, 2**31 - 1)  # int32, and jax keeps 32 bits of a key; seeds are also counted up from
+COUNT = Span(0, 2**31 - 1)  # of rows or steps; 0 = no limit
+AT_LEAST_ONE = Span(1, 2**31 - 1)
+TOKENS = Span(1, 2**24)  # of a batch, on all devices
+EPOCHS = Span(1, 10_000)
+BATCH = Span(1, 2**16)  # rows of one step
+RANK = Span(1, 2**14)
+DEVICES = Span(1, 2**20)
+BYTES = Span(1, 2**40)
+POSITIVE = Span(1e-12, 3e38)  # a learning rate, a scale: neither 0 nor infinite as float32
+SHARE = Span(0, 1, above=True)
+UNIT = Span(0, 1)
+
+
+def or_none(span: Span) -> Span:
+    """The same range with 0, which turns the field off or leaves the choice to the program."""
+    return span._replace(least=0)
+
+
+class Declared(NamedTuple):
+    """What a field says of itself beside its type and default."""
+
+    says: str
+    span: Span | None
+    choices: tuple[str, ...]
+    regex: bool
+    decides: tuple[str, ...] | None  # the stages; None = those of its section
+
+
+def field(
+    default: Any,
+    says: str,
+    span: Span | None = None,
+    *,
+    choices: Iterable[str] = (),
+    regex: bool = False,
+    decides: Iterable[str] | None = None,
+    harmless: bool = False,
+) -> Any:
+    """Declares a config field.
+
+    Args:
+        says: one sentence, or a few, for --help and the documentation.
+        span: the range of a number.
+        choices: the texts that it may be.
+        regex: whether it is a regular expression.
+        decides: the stages whose results it can change, where these are not those of its section.
+        harmless: it changes no result: speed, memory or what is shown.
+    """
+    decided = () if harmless else None if decides is None else tuple(decides)
+    declared = Declared(says, span, tuple(choices), regex, decided)
+    return dataclasses.field(default=default, metadata={"declared": declared})
+
+
+class Section:
+    """A part of the configuration.
+
+    Attributes:
+        section: its dotted name.
+        decides: the stages whose results its fields can change, unless a field says otherwise.
+    """
+
+    section: ClassVar[str]
+    decides: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, section: str, decides: tuple[str, ...] = ()):
+        cls.section, cls.decides = section, decides
+
+    def __post_init__(self):
+        for declared in dataclasses.fields(self):
+            if not dataclasses.is_dataclass(declared.type):
+                name = f"{self.section}.{declared.name}"
+                _check(name, getattr(self, declared.name), declared.metadata["declared"])
+        for wrong, sentence in self.conflicts():
+            if wrong:
+                raise errors.UserError(sentence)
+
+    def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields (whether it is so, the sentence) for values that do not go together."""
+        yield from ()
+
+
+def _check(name: str, value: Any, declared: Declared) -> None:
+    if declared.span:
+        declared.span.check(name, value)
+    if declared.choices:
+        errors.check_choice(name, value, declared.choices)
+    if declared.regex:
+        errors.check(name, bool(value), "a regex", value)
+        errors.check_regex(name, value)
+
+
+def walk(cls: type) -> Iterator[tuple[str, type, dataclasses.Field]]:
+    """Yields (dotted name, its section, field) of all fields below a class of sections."""
+    for found in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(found.type):
+            yield from walk(found.type)
+        else:
+            yield f"{cls.section}.{found.name}", cls, found
+
+
+def decided_by(cls: type, stage: str) -> frozenset[str]:
+    """The dotted names of the fields that can change a stage's result."""
+    names = set()
+    for name, owner, found in walk(cls):
+        decides = found.metadata["declared"].decides
+        if stage in (owner.decides if decides is None else decides):
+            names.add(name)
+    return frozenset(names)
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Every field with its default, in nested dicts."""
+    return {
+        found.name: defaults(found.type) if dataclasses.is_dataclass(found.type) else found.default
+        for found in dataclasses.fields(cls)
+    }
+
+
+def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """The checked dataclass of nested dicts; fields that are left out have their defaults.
+
+    Raises:
+        UserError: a field that does not exist (with the nearest that does), of the wrong type, out
+            of range, or at odds with another.
+    """
+    return _construct(cls, typed(cls, values, prefix))
+
+
+def _construct(cls, values):
+    kinds = {found.name: found.type for found in dataclasses.fields(cls)}
+    arguments = {
+        name: _construct(kinds[name], value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return cls(**arguments)
+
+
+def typed(cls: type, values: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a section, whole numbers converted where a field is real.
+
+    Raises:
+        UserError: a field that does not exist, or of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise errors.UserError(f"config field {prefix[:-1]} must be a section with fields.")
+    kinds = {found.name: found.type for found in dataclasses.fields(cls)}
+    for name in values:
+        if name not in kinds:
+            near = errors.nearest(str(name), kinds)
+            raise errors.UserError(f"config field {prefix}{name} does not exist.{near}")
+    found = {}
+    for name, kind in kinds.items():
+        where = f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind):
+            found[name] = typed(kind, values.get(name), f"{where}.")
+        elif name in values:
+            found[name] = _typed_value(kind, values[name], where)
+    return found
+
+
+def _typed_value(kind: type, value: Any, where: str) -> Any:
+    if type(value) is int and abs(value) >= 2**63:  # too long to convert, even to print
+        raise errors.UserError(f"{where} must be a number below 2**63 in size.")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise errors.UserError(f"{where} must be of type {kind.__name__}; got {value!r}.")
+    if kind is float and not math.isfinite(value):
+        raise errors.UserError(f"{where} must be finite; got {value}.")
+    return value
+
+
+def describe(cls: type, only: str = "") -> str:
+    """Lines for --help: every field of the sections that begin with `only`, grouped.
+
+    Raises:
+        UserError: there is no such section.
+    """
+    lines, last = [], None
+    sections = list(dict.fromkeys(owner.section for _, owner, _ in walk(cls)))
+    if only and not any(_below(name, only) for name in sections):
+        errors.check_choice("--help", only, sections)
+    for name, owner, found in walk(cls):
+        if only and not _below(owner.section, only):
+            continue
+        if owner.section != last:
+            last = owner.section
+            lines += ["", f"{last}:"]
+        lines.append(f"  --config.{name}={_shown(found.default)}")
+        said = _sentence(found)
+        lines.append(textwrap.fill(said, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines[1:])
+
+
+def page(cls: type, stages: Callable[[str], Iterable[str]] | None = None) -> str:
+    """The page of the documentation, in Markdown: one table for each section."""
+    lines, last = [], None
+    for name, owner, found in walk(cls):
+        if owner.section != last:
+            last = owner.section
+            lines += ["", f"## {last}", "", "| field | default | what it does | decides |"]
+            lines.append("|---|---|---|---|")
+        decides = found.metadata["declared"].decides
+        decides = owner.decides if decides is None else decides
+        said = _sentence(found).replace("|", "\\|")
+        cells = f"`{name}`", f"`{_shown(found.default)}`", said, ", ".join(decides) or "no result"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _sentence(found: dataclasses.Field) -> str:
+    """What a field says, with its type and range."""
+    declared = found.metadata["declared"]
+    kind = {int: "whole number", float: "number", bool: "True or False", str: "text"}[found.type]
+    if declared.choices:
+        kind = ", ".join(declared.choices)
+    elif declared.regex:
+        kind = "regex"
+    elif declared.span:
+        kind += f" {declared.span}"
+    return f"{declared.says} ({kind})"
+
+
+def _below(name: str, section: str) -> bool:
+    return f"{name}.".startswith(f"{section.removesuffix('.')}.")
+
+
+def _shown(value: Any) -> str:
+    return str(value) if value != "" else '""'
