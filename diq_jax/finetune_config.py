@@ -61,13 +61,14 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
         "random",
         "Also trains on as many rows by these selection methods, separated by commas; empty = "
         "none.",
-        decides=("finetune", "selection"),
+        decides=("finetune", "selection", "evaluate"),
     )
     parameters: str = field(
         "lora",
         "What is trained: lora, all, or a regex over parameter paths (float32 masters, whatever "
         "model.dtype is).",
         regex=True,
+        decides=("finetune", "evaluate"),
     )
     rank: int = field(8, "Of LoRA.", fields.RANK, decides=BOTH)
     alpha: float = field(16.0, "LoRA's scale is alpha / rank.", fields.POSITIVE, decides=BOTH)

@@ -1,9 +1,11 @@
 """What stages hand to each other through the disk: declared, recorded, and as it was written."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import sys
 
 import folders
 import pyarrow.parquet as pq
@@ -11,7 +13,7 @@ import pytest
 import scripts
 import tiny
 
-from diq_jax import config, errors, pipeline
+from diq_jax import config, errors, fields, pipeline
 from diq_jax.run import artifacts, devices, records, stages
 
 SETTINGS = {
@@ -53,11 +55,68 @@ def make_config(made) -> config.Config:
 
 
 @pytest.fixture(scope="module")
-def finished(made, tmp_path_factory) -> pathlib.Path:
+def looked_at() -> dict[str, set[str]]:
+    """{stage: the config fields that it read}, once `finished` is made."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(made, tmp_path_factory, looked_at) -> pathlib.Path:
     """A run of all stages, with a gradient store and preferences."""
     workdir = tmp_path_factory.mktemp("finished")
-    pipeline.run(make_config(made), workdir, list(pipeline.STAGES), overwrite=False)
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, looked_at)
+        pipeline.run(make_config(made), workdir, list(pipeline.STAGES), overwrite=False)
     return workdir
+
+
+def watch(patch, looked_at):
+    """Notes in `looked_at` which fields each stage reads while it works."""
+    names = {name for name, _, _ in fields.walk(config.Config)}
+    reading = []
+
+    def get(self, name):
+        by = sys._getframe(1).f_globals["__name__"]
+        copied = by == "dataclasses" or "config" in by or by == "diq_jax.fields"  # or checked
+        if reading and not copied and f"{type(self).section}.{name}" in names:
+            looked_at[reading[0]].add(f"{type(self).section}.{name}")
+        return object.__getattribute__(self, name)
+
+    def watched(stage):
+        def run(context):
+            looked_at[stage.name] = set()
+            reading.append(stage.name)
+            try:
+                return stage.run(context)
+            finally:
+                reading.pop()
+
+        return dataclasses.replace(stage, run=run)
+
+    patch.setattr(fields.Section, "__getattribute__", get, raising=False)
+    patch.setattr(pipeline, "STAGES", {n: watched(s) for n, s in pipeline.STAGES.items()})
+
+
+def test_a_stage_reads_only_fields_that_it_declares_or_that_are_harmless(finished, looked_at):
+    harmless = {
+        name
+        for name, owner, found in fields.walk(config.Config)
+        if found.metadata["declared"].decides == () or owner is config.Parallel
+    }
+    # These are held by checksums of what they name.
+    named = {"model.path", "data.pool", "data.targets", "data.tests", "influence.lora.path"}
+    found = {
+        name: looked_at[name] - config.decided_by(name) - harmless - named
+        for name in pipeline.STAGES
+    }
+    # What would end a later stage is looked at early, and changes nothing here.
+    ahead = {"evaluate.protocol", "finetune.dpo.data", "finetune.dpo.limit"}
+    expected = {"prepare": ahead, "difficulty": {"difficulty.perspective"}}
+    # dpo trains by a copy of finetune with its own values; the report shows the whole config.
+    dpo = {f"finetune.{f.name}" for f in dataclasses.fields(config.finetune_config.Dpo)}
+    found["dpo"] -= dpo | {f"finetune.{name}" for name in ("dropout", "packing", "max_steps")}
+    del found["report"]
+    assert found == {name: expected.get(name, set()) for name in found}
 
 
 def execute(made, workdir, name, overwrite=False, verify=True) -> bool:

@@ -94,8 +94,8 @@ def test_all_stages_and_the_contract(made, tmp_path, capsys):
     run(made, tmp_path, "", **changes)
     assert capsys.readouterr().out.count("done before") == len(pipeline.STAGES)
     with pytest.raises(errors.UserError, match=r"retention_ratio was 0\.25, is now 0\.5"):
-        run(made, tmp_path, "select", selection__retention_ratio=0.5, **changes)
-    run(made, tmp_path, "select", overwrite=True, selection__retention_ratio=0.5, **changes)
+        run(made, tmp_path, "selection", selection__retention_ratio=0.5, **changes)
+    run(made, tmp_path, "selection", overwrite=True, selection__retention_ratio=0.5, **changes)
     assert (
         pq.read_table(tmp_path / "selection/selection.parquet")["selected"].to_pylist().count(True)
         == 12
