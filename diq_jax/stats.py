@@ -1,7 +1,6 @@
 """Correlation, agreement and intervals, in numpy float64."""
 
 import numpy as np
-import scipy.stats
 
 
 def pearson(x, y) -> float:
@@ -13,7 +12,9 @@ def pearson(x, y) -> float:
 
 def spearman(x, y) -> float:
     """Pearson correlation of average ranks."""
-    return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y))
+    from scipy import stats  # seconds to import
+
+    return pearson(stats.rankdata(x), stats.rankdata(y))
 
 
 def quadratic_kappa(labels, predictions, levels: int) -> float:

@@ -1,6 +1,13 @@
-"""Runs a script's main: a user's mistake is one sentence on standard error and exit code 2."""
+"""Starts the jobs of `diq NAME`, and ends every script: a user's mistake is one sentence on standard
+error and exit code 2.
+
+A job is a module of this folder that defines its flags and main(). What takes seconds to import it
+imports inside its functions, so that --help and a mistyped flag are answered at once.
+"""
 
 import errno
+import importlib
+import inspect
 import os
 import pathlib
 import re
@@ -12,27 +19,64 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
+from ml_collections import config_flags
 
+import diq_jax
 from diq_jax import config, config_files, errors
 from diq_jax.run import processes
 
+JOBS = {
+    "run": "score a pool, select, fine-tune, evaluate, report: all stages, or some",
+    "score": "score a pool against new targets, from the gradient store of a finished run",
+    "train-classifier": "train a difficulty classifier once, to score any pool with",
+    "annotate": "label the difficulty of a pool by a language model",
+    "pass-rate": "label questions by how often the model itself answers them right",
+    "check": "find duplicates in a pool, and its overlap with tests",
+    "compare-models": "compare two models that answered the same questions",
+    "judge": "judge written answers by language models",
+    "harness": "run tasks of the lm-eval harness on a model",
+    "export": "merge an adapter into its base model",
+}
+HELP = {"-h", "-help", "--help"}
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def main(job: str = "") -> None:
+    """Runs a job, or the one that the first argument names.
+
+    Raises:
+        SystemExit: with the exit code, as in `run`.
+    """
+    if not job:
+        job, sys.argv[1:] = " ".join(sys.argv[1:2]), sys.argv[2:]
+    if not job or job in HELP:
+        print(_overview())
+        sys.exit(0 if job else 2)
+    if job == "--version":
+        print(f"diq_jax {diq_jax.__version__}")
+        return
+    if job not in JOBS:
+        _fail(f"diq {job} is no job; there are {', '.join(JOBS)}.{errors.nearest(job, JOBS)}")
+    module = importlib.import_module(f"diq_jax.commands.{job.replace('-', '_')}")
+    run(module.main, getattr(module, "ARGUMENTS", ()))
+
+
 def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
-    """Parses the flags, calls main() and exits: 0 done, 1 a fault of ours, 2 a mistake of the user,
-    130 Ctrl-C, 143 SIGTERM.
+    """Parses the flags, calls main() and exits: 0 done, 1 a fault of diq_jax, 2 a mistake of the
+    user, 130 Ctrl-C, 143 SIGTERM.
 
-    --help prints the script's docstring, its flags and the config's fields instead.
+    --help prints the docstring of main's module, its flags and the config's fields instead. What
+    was finished before stays; the same command continues from there.
 
-    main gets what stands beside the flags: one text for each name in `arguments`, all required.
-    Whatever was finished before stays; the same command continues from there.
+    Args:
+        main: called with what stands beside the flags, one text for each name in `arguments`.
+        arguments: the names of what must stand beside the flags.
     """
     logging.set_verbosity(logging.WARNING)
     sys.excepthook = _log_and_leave
     processes.stop_on_sigterm()
-    if {"-h", "-help", "--help"} & set(sys.argv[1:]):
-        print(_usage())
+    if HELP & set(sys.argv[1:]):
+        print(_usage(inspect.getmodule(main)))
         return
     try:
         _check_config_flags(sys.argv)
@@ -49,8 +93,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         own = isinstance(e.__context__, errors.UserError)
         said = str(e.__context__) if own else " ".join(str(e).split())
         missing = re.findall(r"Flag --(\w+) must have a value other than None", said)
-        needed = " and ".join(f"--{name}" for name in missing)
-        _fail(f"{needed} must be given; --help explains them." if missing else said)
+        _fail(_missing(missing) if missing else said)
     except errors.UserError as e:
         _fail(str(e))
     except OSError as e:
@@ -64,8 +107,15 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         processes.leave(130)
 
 
+def define_config() -> flags.FlagHolder:
+    """Defines --config, with --config.FIELD=VALUE for every field."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "A config file, or the name of one in configs/.", lock_config=True
+    )
+
+
 def define_verify() -> flags.FlagHolder:
-    """The flag of scripts that read a run's artifacts."""
+    """Defines --verify, for what reads a run's artifacts."""
     return flags.DEFINE_enum(
         "verify",
         "on",
@@ -75,21 +125,44 @@ def define_verify() -> flags.FlagHolder:
 
 
 def verify(holder: flags.FlagHolder) -> bool:
-    """What that flag says; a word about it where it says no."""
+    """Returns whether to verify, and warns where not."""
     if holder.value == "off":
         logging.warning("--verify=off: files of runs are used whether or not they are as written.")
     return holder.value == "on"
 
 
+def require(*holders: flags.FlagHolder) -> None:
+    """Raises UserError naming the flags that are not given."""
+    if missing := [holder.name for holder in holders if holder.value is None]:
+        raise errors.UserError(_missing(missing))
+
+
+def _missing(names: Sequence[str]) -> str:
+    return f"{' and '.join(f'--{n}' for n in names)} must be given; --help explains them."
+
+
+def output(holder: flags.FlagHolder, extension: str) -> pathlib.Path | None:
+    """Returns the file that a flag names, None where it names none.
+
+    Raises:
+        UserError: the file has another extension.
+    """
+    if not holder.value:
+        return None
+    if not holder.value.endswith(extension):
+        raise errors.UserError(f"--{holder.name} must end in {extension}; got {holder.value!r}.")
+    return pathlib.Path(holder.value)
+
+
 def folder(holder: flags.FlagHolder) -> pathlib.Path:
-    """The folder that a flag names. Raises UserError for an empty name, which is no folder."""
+    """Returns the folder that a flag names. Raises UserError for an empty name."""
     if not holder.value.strip():
         raise errors.UserError(f"--{holder.name} must name a folder; got {holder.value!r}.")
     return pathlib.Path(holder.value)
 
 
 def read_config(holder: flags.FlagHolder) -> config.Config:
-    """The checked config of a --config flag.
+    """Returns the checked config of a --config flag.
 
     Raises:
         UserError: a field is wrong.
@@ -107,22 +180,31 @@ def _check_config_flags(arguments: list[str]) -> None:
             raise errors.UserError(f"config field {found[1]} does not exist.{near}")
 
 
-def _usage() -> str:
-    """What the script's docstring says, its flags, and the config's fields where it takes one."""
-    ours = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("diq_jax.")]
-    parts = [sys.modules["__main__"].__doc__ or "", "Flags:", flags.FLAGS.main_module_help()]
-    parts += [flags.FLAGS.module_help(name) for name in ours]
+def _overview() -> str:
+    jobs = "\n".join(f"  {name:<17} {what}" for name, what in JOBS.items())
+    return (
+        f"diq_jax {diq_jax.__version__}: find the part of a pool worth fine-tuning on.\n\n"
+        f"diq NAME [flags]; diq NAME --help explains one of\n{jobs}"
+    )
+
+
+def _usage(module) -> str:
+    """Returns the module's docstring, its flags, and the config's fields where it takes one."""
+    defined = flags.FLAGS.flags_by_module_dict()
+    ours = [name for name in defined if name.startswith("diq_jax.")]
+    own = flags.FLAGS.main_module_help() if module.__name__ == "__main__" else ""
+    parts = [module.__doc__ or "", "Flags:", own, *map(flags.FLAGS.module_help, ours)]
     if "config" in flags.FLAGS:
         names = textwrap.fill(
             ", ".join(config.field_names()), 100, initial_indent="  ", subsequent_indent="  "
         )
         where = "diq_jax/config.py, influence_config.py and finetune_config.py"
         parts.append(f"Config fields, as --config.NAME=VALUE, explained in {where}:\n{names}")
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _log_and_leave(kind, error, trace) -> None:
-    """Ends a script at an exception that nothing expected: one sentence, and a log for us."""
+    """Ends a script at an unexpected exception with one sentence and a log of the traceback."""
     processes.wait_if_stopping()
     text = "".join(traceback.format_exception(error))
     said = textwrap.shorten(str(error), 200, placeholder=" ...")
@@ -135,7 +217,7 @@ def _log_and_leave(kind, error, trace) -> None:
 
 
 def _write_log(text: str) -> pathlib.Path:
-    """Writes into the workdir where there is one, else into the folder of temporary files."""
+    """Writes a log into the workdir where there is one, else into the folder of temporary files."""
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     given = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
     for place in filter(None, (given, tempfile.gettempdir())):

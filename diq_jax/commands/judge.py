@@ -1,6 +1,6 @@
 """Judges answers by language models behind any OpenAI-compatible endpoint.
 
-    python experiments/judge_quality.py --answers=runs/a:selected,runs/a:random --out=judge.json \\
+    diq judge --answers=runs/a:selected,runs/a:random --out=judge.json \\
         --base_url=http://localhost:8000/v1 --models=NAME[,NAME] [--pairwise] [--dry_run]
 
 Differential diagnosis, safety check and evidence citation, each from 1 to 5 with its reason, of
@@ -22,8 +22,8 @@ import numpy as np
 from absl import flags
 
 from diq_jax import errors
-from diq_jax.clients import answers, asking, judge
-from diq_jax.commands import cli
+from diq_jax.clients import answers, judge
+from diq_jax.commands import asking, cli
 from diq_jax.evaluate import predictions
 from diq_jax.report import tables
 from diq_jax.run import artifacts
@@ -38,6 +38,7 @@ BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each int
 
 REPLY_TOKENS = 200  # a guess for the reasons and levels
 VERDICTS = ".verdicts.jsonl"  # beside --out
+flags.mark_flags_as_required(["answers", "models", "out", "base_url"])
 
 
 def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
@@ -222,8 +223,3 @@ def main() -> None:
     artifacts.write_json(out, head | results)
     listed = f"; failures are listed in {out.with_suffix(asking.FAILED)}" if failed else ""
     print(f"wrote {out} and {out.with_suffix(VERDICTS)}{listed}")
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["answers", "models", "out", "base_url"])
-    cli.run(main)

@@ -1,7 +1,7 @@
 """Runs tasks of the lm-eval harness on a model of ours, with or without a LoRA adapter.
 
     pip install -e '.[harness]'
-    python experiments/run_harness.py --model=PATH --tasks=medmcqa,pubmedqa \\
+    diq harness --model=PATH --tasks=medmcqa,pubmedqa \\
         [--adapter=RUN/finetune/adapter]
 
 Tasks are the harness's names; --include_path adds a folder of your own task files. A task that
@@ -13,10 +13,6 @@ from absl import flags
 
 from diq_jax import config, errors
 from diq_jax.commands import cli
-from diq_jax.data import chat
-from diq_jax.evaluate import harness_generation
-from diq_jax.models import load, lora, tokenizer
-from diq_jax.run import artifacts, devices
 
 MODEL = flags.DEFINE_string("model", None, "As model.path.")
 TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.")
@@ -31,10 +27,16 @@ CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask as the chat template
 DATE = flags.DEFINE_string("date", config.Data().date, "As data.date.")
 SEED = flags.DEFINE_integer("seed", 0, "Of texts that a task draws.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.")
+flags.mark_flags_as_required(["model", "tasks"])
 
 
-def open_model(harness):
-    """Raises UserError for a model or an adapter that cannot be read."""
+def open_model():
+    """Returns the harness's model. Raises UserError where the model or adapter cannot be read."""
+    from diq_jax.data import chat
+    from diq_jax.evaluate import harness, harness_generation
+    from diq_jax.models import load, lora, tokenizer
+    from diq_jax.run import devices
+
     placement = devices.make_placement(config.Parallel())
     model = load.load(MODEL.value, DTYPE.value, placement, "--model")
     adapter = None
@@ -55,22 +57,18 @@ def open_model(harness):
 
 
 def main() -> None:
-    if OUT.value and not OUT.value.endswith(".json"):
-        raise errors.UserError(f"--out must end in .json; got {OUT.value!r}.")
+    """Runs the tasks and prints the harness's table."""
+    out = cli.output(OUT, ".json")
     from diq_jax.evaluate import harness  # an extra: without it this is a UserError
+    from diq_jax.run import artifacts, devices
 
     manager = harness.find_tasks(TASKS.value, INCLUDE_PATH.value)
     with devices.matmul_precision(DTYPE.value):
-        model = open_model(harness)
+        model = open_model()
         found, table = harness.run(
             model, TASKS.value, manager, LIMIT.value, FEWSHOT.value, CHAT.value
         )
     print(table)
-    if OUT.value:
+    if out:
         kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples")}
-        artifacts.write_json(OUT.value, kept)
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["model", "tasks"])
-    cli.run(main)
+        artifacts.write_json(out, kept)

@@ -1,6 +1,6 @@
 """Merges a LoRA adapter into its base model: a folder that any trainer or server loads.
 
-    python experiments/export_model.py --adapter=runs/mine/finetune/adapter --output=merged
+    diq export --adapter=runs/mine/finetune/adapter --output=merged
 
 Written: config.json, safetensors and the tokenizer. The base is the one that the adapter names
 (--model for another place of the same weights); of a .gguf file the weights are dequantised. The
@@ -9,27 +9,27 @@ adapter's folder itself is what PEFT loads, and needs no export.
 
 import pathlib
 
-import jax
 from absl import flags
 
 from diq_jax import config, errors
 from diq_jax.commands import cli
-from diq_jax.models import export, load, lora
-from diq_jax.run import devices, reading, records
 
 VERIFY = cli.define_verify()
 ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
 MODEL = flags.DEFINE_string("model", "", "As model.path; empty = the base that the adapter names.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.")
+flags.mark_flags_as_required(["adapter", "output"])
 
 
 def base_of(adapter: pathlib.Path) -> str:
-    """The base model that adapter_config.json names.
+    """Returns the base model that adapter_config.json names.
 
     Raises:
         UserError: there is no such file, or it names none.
     """
+    from diq_jax.run import reading
+
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise errors.UserError(f"--adapter: {adapter} has no {file.name}; expected a PEFT folder.")
@@ -41,6 +41,12 @@ def base_of(adapter: pathlib.Path) -> str:
 
 
 def main() -> None:
+    """Merges, and writes the folder."""
+    import jax
+
+    from diq_jax.models import export, load, lora
+    from diq_jax.run import devices, records
+
     adapter, output = pathlib.Path(ADAPTER.value), pathlib.Path(OUTPUT.value)
     if cli.verify(VERIFY):
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -58,8 +64,3 @@ def main() -> None:
     export.save_model(output, merged, model.hf_config, path, "--model")
     size = sum(x.nbytes for x in jax.tree.leaves(merged)) / 2**20
     print(f"wrote {output}: {path} with {adapter} merged, {size:,.0f} MiB of {DTYPE.value}")
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["adapter", "output"])
-    cli.run(main)

@@ -1,6 +1,6 @@
 """Checks a pool alone, without a model: rows that repeat each other, a target or a test.
 
-    python experiments/check_pool.py --pool=pool.jsonl --against='tasks/*/*.jsonl' \\
+    diq check --pool=pool.jsonl --against='tasks/*/*.jsonl' \\
         --output=pairs.jsonl
 
 Prints the pairs by kind and the first of each kind side by side; writes them all as JSONL
@@ -16,10 +16,6 @@ import time
 from absl import flags
 
 from diq_jax import config
-from diq_jax.commands import cli
-from diq_jax.data import sources
-from diq_jax.run import artifacts
-from diq_jax.selection import hygiene
 
 POOL = flags.DEFINE_string("pool", None, "As data.pool.")
 COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
@@ -35,10 +31,13 @@ for _name in THRESHOLDS:
     _default = getattr(config.Selection, _name)
     _define = flags.DEFINE_integer if isinstance(_default, int) else flags.DEFINE_float
     _define(_name, _default, f"As selection.{_name}.")
+flags.mark_flags_as_required(["pool"])
 
 
-def read_rows() -> tuple[list[hygiene.Row], list[hygiene.Row]]:
-    """The pool's rows and those of --against, whose place is their task."""
+def read_rows():
+    """Returns the hygiene.Rows of the pool and of --against, whose place is their task."""
+    from diq_jax.data import sources
+    from diq_jax.selection import hygiene
 
     def row(e, place, completion):
         asked = hygiene.ask(e.question, (e.options or {}).values())
@@ -58,7 +57,7 @@ def read_rows() -> tuple[list[hygiene.Row], list[hygiene.Row]]:
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
-    """The beginnings of two texts in two columns, four lines at most."""
+    """Puts the beginnings of two texts into two columns, four lines at most."""
     half = (width - 3) // 2
     left, right = (" ".join(text.split()) for text in (left, right))
     cut = [(left[i : i + half], right[i : i + half]) for i in range(0, 4 * half, half)]
@@ -66,6 +65,10 @@ def side_by_side(left: str, right: str, width: int) -> str:
 
 
 def main() -> None:
+    """Finds the pairs, prints and writes them."""
+    from diq_jax.run import artifacts
+    from diq_jax.selection import hygiene
+
     settings = config.Selection(**{name: flags.FLAGS[name].value for name in THRESHOLDS})
     pool, against = read_rows()
     started = time.perf_counter()
@@ -90,8 +93,3 @@ def main() -> None:
     if OUTPUT.value:
         artifacts.write_jsonl(OUTPUT.value, [pair._asdict() for pair in pairs])
         print(f"\nwrote {OUTPUT.value}")
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["pool"])
-    cli.run(main)

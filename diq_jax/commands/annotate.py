@@ -1,6 +1,6 @@
 """Labels the difficulty of a pool by a language model behind any OpenAI-compatible endpoint.
 
-    python experiments/annotate_difficulty.py --rows=pool.jsonl --sample=500 --out=labels.jsonl \\
+    diq annotate --rows=pool.jsonl --sample=500 --out=labels.jsonl \\
         --base_url=http://localhost:8000/v1 --model=NAME [--price_in=0.5 --price_out=2] [--dry_run]
 
 Prints an estimate, asks whether to start (--yes: do not ask), and writes the rows as they came with
@@ -17,8 +17,8 @@ import numpy as np
 from absl import flags
 
 from diq_jax import config, errors
-from diq_jax.clients import annotate, answers, asking
-from diq_jax.commands import cli
+from diq_jax.clients import annotate, answers
+from diq_jax.commands import asking
 from diq_jax.data import chat, sources
 from diq_jax.run import artifacts
 
@@ -33,6 +33,7 @@ REPEAT = flags.DEFINE_integer(
 )
 
 REPLY_TOKENS = 120  # a guess for three reasons and levels
+flags.mark_flags_as_required(["rows", "out", "base_url", "model"])
 
 
 def read_examples():
@@ -119,8 +120,3 @@ def main() -> None:
     print_levels(found)
     listed = f"; the others are listed in {out.with_suffix(asking.FAILED)}" if failed else ""
     print(f"wrote {out}{listed}")
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["rows", "out", "base_url", "model"])
-    cli.run(main)

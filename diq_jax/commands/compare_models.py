@@ -1,6 +1,6 @@
 """Compares two models that were evaluated on the same questions: who wins where, and is it chance?
 
-    python experiments/compare_models.py RUN:selected RUN:random [--metric=accuracy_norm]
+    diq compare-models RUN:selected RUN:random [--metric=accuracy_norm]
 
 Each of the two is a run's folder, its evaluate folder or a predictions.jsonl, and after a colon
 the model, where there are several. For each task (and each subject, where rows have one) and
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from diq_jax import errors
 from diq_jax.commands import cli
 from diq_jax.evaluate import compare, predictions
 from diq_jax.report import tables
@@ -27,6 +26,7 @@ METRIC = flags.DEFINE_enum(
 OUT = flags.DEFINE_string("out", "", "A .json file for the numbers; empty = print only.")
 BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each interval.", 100)
 SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0)
+ARGUMENTS = ("RUN:MODEL", "RUN:MODEL")
 
 
 def read(specs: list[str]) -> tuple[list[str], list[predictions.ById], list[str]]:
@@ -110,14 +110,10 @@ def print_all(found: dict[str, Any], names: list[str]) -> None:
 
 
 def main(first: str, second: str) -> None:
-    if OUT.value and not OUT.value.endswith(".json"):
-        raise errors.UserError(f"--out must end in .json; got {OUT.value!r}.")
+    """Compares the two models that the arguments name."""
+    out = cli.output(OUT, ".json")
     names, rows, ids = read([first, second])
     found = {"models": names} | measure(rows, ids)
     print_all(found, names)
-    if OUT.value:
-        artifacts.write_json(OUT.value, found)
-
-
-if __name__ == "__main__":
-    cli.run(main, ("RUN:MODEL", "RUN:MODEL"))
+    if out:
+        artifacts.write_json(out, found)

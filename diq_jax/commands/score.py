@@ -1,6 +1,6 @@
 """Scores a pool against new targets from the gradient store of a finished run, in seconds.
 
-    python experiments/score_targets.py --workdir=runs/mine --targets=new_targets.jsonl \\
+    diq score --workdir=runs/mine --targets=new_targets.jsonl \\
         --output=new_scores.parquet
 
 The run must have been made with influence.engine=projected or factored: only the new targets are
@@ -11,17 +11,10 @@ differentiated, at the same weights and through the same projection. Written: ex
 import pathlib
 import time
 
-import numpy as np
-import pyarrow as pa
 from absl import flags
 
 from diq_jax import config, errors
 from diq_jax.commands import cli
-from diq_jax.data import chat, sources
-from diq_jax.influence import direction, engines, problems, store
-from diq_jax.influence import stage as influence
-from diq_jax.models import load, tokenizer
-from diq_jax.run import artifacts, devices, records, stages
 
 POOL, STORE = "prepare/pool.parquet", "influence/store"
 
@@ -29,14 +22,17 @@ VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run.")
 TARGETS = flags.DEFINE_string("targets", None, "As data.targets; all of its rows are taken.")
 OUTPUT = flags.DEFINE_string("output", None, "The parquet file to write.")
+flags.mark_flags_as_required(["workdir", "targets", "output"])
 
 
 def read_run(workdir: pathlib.Path) -> config.Config:
-    """The config that the run's influence stage was made with.
+    """Returns the config that the run's influence stage was made with.
 
     Raises:
         UserError: the stage has not finished, or it keeps no gradients of one fixed model.
     """
+    from diq_jax.run import records
+
     cfg = records.config_of(records.finished(workdir, "influence"), workdir / "influence")
     if cfg.influence.engine == "exact":
         raise errors.UserError(
@@ -52,8 +48,19 @@ def read_run(workdir: pathlib.Path) -> config.Config:
 
 
 def main() -> None:
+    """Scores the pool of a run anew."""
     workdir, verified = cli.folder(WORKDIR), cli.verify(VERIFY)
     cfg = read_run(workdir)
+
+    import numpy as np
+    import pyarrow as pa
+
+    from diq_jax.data import chat, sources
+    from diq_jax.influence import direction, engines, problems, store
+    from diq_jax.influence import stage as influence
+    from diq_jax.models import load, tokenizer
+    from diq_jax.run import artifacts, devices, records, stages
+
     placement = devices.make_placement(cfg.parallel)
     context = stages.Context(cfg, workdir, placement)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
@@ -87,8 +94,3 @@ def main() -> None:
         f"{len(opened):,} rows x {len(groups)} tasks ({len(rows)} targets) from "
         f"{workdir / STORE}: {seconds:.2f} s for the products; wrote {OUTPUT.value}"
     )
-
-
-if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "targets", "output"])
-    cli.run(main)

@@ -1,0 +1,59 @@
+"""The main job: score a pool, select, fine-tune, evaluate, report.
+
+    diq run --config=quickstart --workdir=runs/quickstart
+    diq run --config=configs/quickstart.py --workdir=runs/one_percent \\
+        --stages=prepare,influence --config.data.pool=my_pool.jsonl
+    diq run --from=runs/one_percent --stages=selection --workdir=runs/again
+
+--config is a file, or the name of a shipped one. A finished stage is skipped; a killed run
+continues; a changed config is refused, naming the change, and so is a file that is not what its
+stage wrote. --overwrite deletes what a stage wrote, and nothing that others put into its folder.
+
+--from repeats the selection of a finished run in a new --workdir, from its record and its artifacts
+alone, and compares the files byte by byte. Exit code 0: all are identical; 1: one is different.
+"""
+
+from absl import flags
+
+from diq_jax import errors
+from diq_jax.commands import cli
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
+STAGES = flags.DEFINE_string(
+    "stages",
+    "",
+    "Which stages to run, comma-separated: prepare, difficulty, influence, selection, finetune, "
+    "dpo, evaluate, report. Empty = all.",
+)
+FROM = flags.DEFINE_string("from", None, "A finished run, whose selection is repeated.")
+VERIFY = cli.define_verify()
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Check all inputs, print them and what each stage would do, and stop."
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where they are done.")
+
+
+def main() -> None:
+    """Runs the stages that the flags name."""
+    cli.require(*(() if FROM.value else (CONFIG,)), WORKDIR)
+    workdir = cli.folder(WORKDIR)
+    if FROM.value:
+        from diq_jax.commands import repeat
+
+        if CONFIG.value or DRY_RUN.value or OVERWRITE.value:
+            raise errors.UserError("--from goes without --config, --dry_run and --overwrite.")
+        repeat.selection(cli.folder(FROM), workdir, STAGES.value, cli.verify(VERIFY))
+        return
+    cfg = cli.read_config(CONFIG)
+
+    from diq_jax import pipeline, preflight  # seconds to import: mistakes in flags show before
+    from diq_jax.run import processes
+
+    names = pipeline.parse_stages(STAGES.value)
+    if DRY_RUN.value:
+        print(preflight.dry_run(cfg, workdir, names))
+        return
+    if cfg.parallel.distributed:
+        processes.join()
+    pipeline.run(cfg, workdir, names, OVERWRITE.value, cli.verify(VERIFY))
