@@ -14,7 +14,7 @@ from diq_jax import config, errors
 
 
 class Parser(flags.ArgumentParser):
-    """Reads a --config flag, FILE or FILE:ARGUMENT, as `load` does."""
+    """Reads a --config flag as `load` does."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
         return load(argument)
@@ -23,17 +23,29 @@ class Parser(flags.ArgumentParser):
         return "config file"
 
 
+def shipped() -> dict[str, pathlib.Path]:
+    """Returns the config files that come with the package, by name."""
+    package = pathlib.Path(__file__).parent
+    # Installed they are a folder of the package; in a checkout they stand beside it.
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.parent != package}
+
+
 def load(argument: str) -> ml_collections.ConfigDict:
     """Returns what get_config() of FILE, or get_config(ARGUMENT) of FILE:ARGUMENT, returns, locked.
+    FILE may be the name of a shipped config.
 
     Raises:
         UserError: the file is missing, cannot be run or raises anything; or its config has other
             fields or types than `config.default()`. Ranges are checked later, after the flags.
     """
     name, *given = argument.split(":", 1)
-    file = pathlib.Path(name)
+    names = shipped()
+    file = names.get(name, pathlib.Path(name))
     if not file.is_file():
-        near = errors.nearest(file.name, sorted(path.name for path in file.parent.glob("*.py")))
+        known = sorted(path.name for path in file.parent.glob("*.py"))
+        near = errors.nearest(file.name, [*known, *names] if file.name == name else known)
         raise errors.UserError(f"--config: there is no config file {file}.{near}")
     try:
         found = _run(file, given)

@@ -1,4 +1,4 @@
-"""What a run would read and do, and every input that it would miss: `run_diq.py --dry_run`."""
+"""What a run would read and do, and every input that it would miss: `diq run --dry_run`."""
 
 import pathlib
 from collections.abc import Sequence

@@ -9,8 +9,9 @@ The stages up to selection run first in --workdir, so that scores are made once.
 there, drawn anew for each seed; the budget 1 is the whole pool, trained once for all methods. A
 preset is a line of flags (PRESETS), which your own flags override: `mini` is SmolLM2-135M on the
 sample (or on your --config.data.*), 39 minutes on two CPU cores (132 rows of 256 tokens: 2.1e14
-FLOPs by the formula, docs/results.md); `paper` the paper's grid. --rankings=NAME=WORKDIR[:METHOD]
-takes the order of another finished workdir as one more method: another influence direction, LESS,
+FLOPs by the formula, docs/results.md); `paper` the paper's grid; `quadrants` compares
+equal budgets from each of the four. --rankings=NAME=WORKDIR[:METHOD] takes the order of another
+finished workdir as one more method: another influence direction, LESS,
 another model. Written: compare/table.md, results.json, figure.png and a file for each training; a
 killed run continues with the training it was in.
 """
@@ -33,6 +34,11 @@ PRESETS = {
         "--budgets=0.01,0.05,0.1,1",
         "--seeds=2",
         "--config.finetune.accumulation_steps=2",  # two rows at once: less memory, less padding
+    ],
+    "quadrants": [
+        "--methods=quadrant_1,quadrant_2,quadrant_3,quadrant_4",
+        "--budgets=0.1",
+        "--seeds=3",
     ],
     "paper": [
         f"--config={ROOT / 'configs/huatuo_llama31_8b.py'}",

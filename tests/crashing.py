@@ -112,10 +112,15 @@ def forked(work: Callable[[], None], log: pathlib.Path) -> int:
 
 
 def script(name: str, flags: Sequence[str]) -> None:
-    """Runs a script of experiments/ in this process."""
-    file = str(ROOT / f"experiments/{name}.py")
-    sys.argv = [file, *flags]
-    runpy.run_path(file, run_name="__main__")
+    """Runs a script of experiments/, or a job of `diq NAME`, in this process."""
+    file = ROOT / f"experiments/{name}.py"
+    sys.argv = [str(file), *flags]
+    if file.exists():
+        runpy.run_path(str(file), run_name="__main__")
+    else:
+        from diq_jax.commands import cli
+
+        cli.main(name)
 
 
 class Job:
@@ -224,7 +229,7 @@ def make_data(base: pathlib.Path) -> None:
     folders.write(base / "pairs.jsonl", folders.preference_rows(8))
 
 
-JOBS = ("compare_selection", "measure_pass_rate", "score_targets", "train_difficulty", "factored",
+JOBS = ("compare_selection", "pass-rate", "score", "train-classifier", "factored",
         "adam", "finetune", "dpo", "generate")  # fmt: skip
 
 
@@ -265,16 +270,16 @@ def commands(data: pathlib.Path) -> dict[str, list[tuple[str, list[str]]]]:
             ("compare_selection", [*config(), "--workdir={0}", "--methods=diq", "--seeds=1",
                                    "--budgets=0.25"]),
         ],
-        "measure_pass_rate": [
-            ("measure_pass_rate", [*config(**rates), f"--rows={data / 'tests.jsonl'}",
+        "pass-rate": [
+            ("pass-rate", [*config(**rates), f"--rows={data / 'tests.jsonl'}",
                                    "--out={0}/rates.jsonl", "--samples=2"]),
         ],
-        "score_targets": [
+        "score": [
             diq("prepare,influence", **factored),
-            ("score_targets", ["--workdir={0}", f"--targets={data / 'tests.jsonl'}",
+            ("score", ["--workdir={0}", f"--targets={data / 'tests.jsonl'}",
                                "--output={0}/scores.parquet"]),
         ],
-        "train_difficulty": [("train_difficulty", [*config(**classifier), "--workdir={0}"])],
+        "train-classifier": [("train-classifier", [*config(**classifier), "--workdir={0}"])],
         "factored": [diq("prepare"), diq("prepare,influence", **factored)],
         "adam": [diq("prepare"), diq("prepare,influence", **adam)],
         "finetune": [diq(before), diq("finetune", **often)],

@@ -1,4 +1,4 @@
-"""The scripts of experiments/ as a user calls them, on a tiny model and data."""
+"""The jobs and the scripts of experiments/ as a user calls them, on a tiny model and data."""
 
 import os
 import pathlib
@@ -19,12 +19,16 @@ def make(base: pathlib.Path) -> pathlib.Path:
     return base
 
 
-def script(name, *flags):
+def command(name: str) -> list[str]:
+    """A script of experiments/, or a job of `diq NAME`."""
+    file = ROOT / f"experiments/{name}.py"
+    return [sys.executable, *([str(file)] if file.exists() else ["-m", "diq_jax", name])]
+
+
+def script(name, *flags, **options):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, str(ROOT / f"experiments/{name}.py"), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        [*command(name), *flags], capture_output=True, text=True, env=environment, **options
     )
 
 

@@ -33,7 +33,7 @@ def _campaign():
 @pytest.mark.parametrize(
     "job, least",
     [
-        ("measure_pass_rate", 15), ("score_targets", 4), ("train_difficulty", 60), ("factored", 60),
+        ("pass-rate", 15), ("score", 4), ("train-classifier", 60), ("factored", 60),
         ("adam", 40), ("finetune", 150), ("generate", 40),
     ],
 )  # fmt: skip

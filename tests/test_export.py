@@ -1,4 +1,4 @@
-"""experiments/export_model.py: base + adapter as one folder, whose logits transformers repeats."""
+"""`diq export`: base + adapter as one folder, whose logits transformers repeats."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ TEXT = "Aspirin 100 mg, twice? The patient has a fever and a sore throat."
 
 def export(*flags):
     return subprocess.run(
-        [sys.executable, str(ROOT / "experiments/export_model.py"), *flags],
+        [sys.executable, "-m", "diq_jax", "export", *flags],
         capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
 

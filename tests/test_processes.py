@@ -129,7 +129,7 @@ def test_sigterm_to_any_stops_all_and_the_run_continues(stopped, made, tmp_path)
     "script, message",
     [
         ("run_diq", "set JAX_COORDINATOR_ADDRESS"),
-        ("quadrant_pilot", "is for experiments/run_diq.py"),
+        ("compare_selection", "is for `diq run`"),
     ],
 )
 def test_a_run_without_others_is_one_sentence(script, message, made, tmp_path):

@@ -15,6 +15,7 @@ LAYERS = (
     ("clients", "pipeline"),
     ("preflight",),
     ("commands",),
+    ("__main__",),
 )
 
 

@@ -1,5 +1,5 @@
-"""Starts the jobs of `diq NAME`, and ends every script: a user's mistake is one sentence on standard
-error and exit code 2.
+"""Starts the jobs of `diq NAME`, and ends every script: a mistake of the user is one sentence on
+standard error and exit code 2.
 
 A job is a module of this folder that defines its flags and main(). What takes seconds to import it
 imports inside its functions, so that --help and a mistyped flag are answered at once.

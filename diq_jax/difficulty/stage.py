@@ -117,7 +117,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def train(context: stages.Context) -> dict[str, Any]:
-    """The stage of experiments/train_difficulty.py: cross-validates, trains on all labelled rows,
+    """The stage of `diq train-classifier`: cross-validates, trains on all labelled rows,
     and writes classifier/, a folder for difficulty.source (trained.py), with metrics.json.
 
     Returns:

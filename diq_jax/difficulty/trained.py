@@ -1,4 +1,4 @@
-"""A trained classifier as a folder: what experiments/train_difficulty.py makes and
+"""A trained classifier as a folder: what `diq train-classifier` makes and
 difficulty.source takes.
 
 config.json, model.safetensors and the tokenizer's files are those of the encoder, up to the last
@@ -97,7 +97,7 @@ def _folder(source) -> pathlib.Path:
     if missing:
         raise errors.UserError(
             f"{labels.FIELD}: the folder {source} has no {missing[0]}; expected labelled rows, "
-            "or a folder that experiments/train_difficulty.py has made."
+            "or a folder that `diq train-classifier` has made."
         )
     return folder
 

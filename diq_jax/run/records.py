@@ -91,7 +91,7 @@ def finished(workdir: pathlib.Path, stage: str, field: str = "--workdir") -> dic
     if record is None or record["status"] != DONE:
         raise errors.UserError(
             f"{field}: {workdir} holds no finished {stage} stage: run first "
-            f"experiments/run_diq.py --stages={stage}."
+            f"diq run --stages={stage}."
         )
     return record
 

@@ -17,7 +17,6 @@ from diq_jax.difficulty import labels
 from diq_jax.run import artifacts, reading
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "experiments" / "annotate_difficulty.py"
 # This checkout's package, whichever is installed.
 ENVIRONMENT = os.environ | {"OPENAI_API_KEY": "secret", "PYTHONPATH": str(ROOT)}
 
@@ -39,7 +38,7 @@ def expected(row):
 
 def command(server, folder, *flags):
     return [
-        sys.executable, str(SCRIPT), f"--rows={folder / 'pool.jsonl'}",
+        sys.executable, "-m", "diq_jax", "annotate", f"--rows={folder / 'pool.jsonl'}",
         f"--out={folder / 'labels.jsonl'}", f"--base_url={server.url}", "--model=tiny", *flags,
     ]  # fmt: skip
 
@@ -242,11 +241,6 @@ def test_odd_counts_are_said_and_cost_nothing_else(folder):
         assert run(server, folder).returncode == 0 and len(server.bodies) == 12
     assert "no usable token counts for 12 of them" in ended.stdout
     assert reading.read_jsonl(folder / "labels.jsonl") == [expected(row) for row in rows(12)]
-
-
-def test_the_script_starts_without_jax():
-    code = f"import sys, runpy; runpy.run_path({str(SCRIPT)!r}); assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
 
 
 def test_the_rubric_is_that_of_the_sample():

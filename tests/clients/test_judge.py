@@ -14,7 +14,6 @@ from diq_jax.clients import judge
 from diq_jax.run import artifacts, reading
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "experiments" / "judge_quality.py"
 ENVIRONMENT = os.environ | {"OPENAI_API_KEY": "secret", "PYTHONPATH": str(ROOT)}
 NAN = [np.nan] * 4
 
@@ -49,7 +48,8 @@ def _folder(tmp_path):
 
 def run(server, folder, *flags, models="tiny", environment=ENVIRONMENT, url=None):
     command = [
-        sys.executable, str(SCRIPT), f"--answers={folder}/good.jsonl,{folder}/poor.jsonl",
+        sys.executable, "-m", "diq_jax", "judge",
+        f"--answers={folder}/good.jsonl,{folder}/poor.jsonl",
         f"--out={folder}/judge.json", f"--base_url={url or server.url}", f"--models={models}",
         *flags,
     ]  # fmt: skip

@@ -6,8 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
+
+from diq_jax import pipeline
+from diq_jax.commands import cli
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 HEAD = """
     import os, signal, sys, time
@@ -117,3 +123,54 @@ def test_the_log_of_a_fault_is_nobody_elses_file(tmp_path):
     for _ in range(2):
         finish(tmp_path, "1 / 0", f"--workdir={tmp_path / 'run'}")
     assert len(list(pathlib.Path(tmp_path / "run").glob("error-*.log"))) == 2
+
+
+def diq(*arguments):
+    """(exit code, stdout, stderr, seconds) of a command."""
+    started = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, "-m", "diq_jax", *arguments], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return ended.returncode, ended.stdout, ended.stderr, time.perf_counter() - started
+
+
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_every_job_says_what_it_does_and_loads_no_jax(job):
+    code = "import sys; from diq_jax.commands import cli; cli.main(); "
+    code += "assert not {'jax', 'transformers', 'datasets', 'sklearn'} & sys.modules.keys()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, job, "--help"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert f"diq {job}" in ended.stdout and "--" in ended.stdout
+
+
+def test_help_lists_the_jobs_and_a_wrong_one_is_named():
+    code, said, _, _ = diq("--help")
+    assert code == 0 and all(f"  {job} " in said for job in cli.JOBS)
+    code, said, _, _ = diq()
+    assert code == 2 and "diq NAME" in said
+    code, _, said, _ = diq("scoer")
+    assert code == 2 and said.endswith("Did you mean 'score'?\n") and said.count("\n") == 1
+    assert diq("--version")[1].startswith("diq_jax ")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config=quikstart"], "Did you mean 'quickstart'?"),
+        (["--config=quickstart", "--config.infuence.engine=exact"], "Did you mean 'influence.eng"),
+        (["--config=quickstart", "--config.influence.engine=exct"], "Did you mean 'exact'?"),
+        (["--config=quickstart", "--stage=prepare"], "Did you mean: stages"),
+    ],
+)
+def test_a_mistyped_word_is_answered_before_jax_is_loaded(flags, message, tmp_path):
+    code, _, said, seconds = diq("run", f"--workdir={tmp_path}", *flags)
+    assert code == 2 and message in said and said.count("\n") == 1
+    assert seconds < 2 or os.getloadavg()[0] > os.cpu_count()
+
+
+def test_the_help_names_the_stages():
+    assert ", ".join(pipeline.STAGES) in " ".join(diq("run", "--help")[1].split())

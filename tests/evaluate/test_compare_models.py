@@ -30,7 +30,7 @@ def rows(model, hits, task=lambda i: "xy"[i % 2]):
 
 def run(folder, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "experiments/compare_models.py"), *map(str, arguments)],
+        [sys.executable, "-m", "diq_jax", "compare-models", *map(str, arguments)],
         capture_output=True, text=True, cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -203,7 +203,7 @@ def test_the_script_runs_a_task_and_names_a_mistake(made, tmp_path):
     )
     out = tmp_path / "found.json"
     command = [
-        sys.executable, str(ROOT / "experiments/run_harness.py"), f"--model={made / 'plain'}",
+        sys.executable, "-m", "diq_jax", "harness", f"--model={made / 'plain'}",
         f"--include_path={tmp_path}", f"--out={out}", "--limit=4",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

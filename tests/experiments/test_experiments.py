@@ -61,23 +61,23 @@ def pass_rate_flags(made, out):
 
 
 KILLED = """
-import os, runpy, signal, sys
-from diq_jax.run import artifacts
-append = artifacts.Journal.append
-def append_and_die(self, entry):
-    append(self, entry)
-    if len(self.entries) == 4:
+import os, signal, sys
+from diq_jax.commands import cli
+from diq_jax.run import parts
+add = parts.Parts.add
+def add_and_die(self, *batch):
+    add(self, *batch)
+    if len(self.done) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-artifacts.Journal.append = append_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+parts.Parts.add = add_and_die
+cli.main()
 """
 
 
 @pytest.mark.slow
 def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
     def pass_rate(*flags):
-        return scripts.script("measure_pass_rate", *flags)
+        return scripts.script("pass-rate", *flags)
 
     out, other = tmp_path / "rates.jsonl", tmp_path / "other.jsonl"
     flags = pass_rate_flags(made, out)
@@ -90,17 +90,17 @@ def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
     unparsable = tmp_path / "rates.unparsable.jsonl"
     assert all(row["letter"] is None for row in reading.read_jsonl(unparsable))
     assert "cut at evaluate.max_new_tokens=8" in ended.stdout
-    assert not (tmp_path / "rates.partial.jsonl").exists()
+    assert not (tmp_path / "rates.partial").exists()
     again = pass_rate(*flags)
     assert again.returncode == 2 and "rates.jsonl exists; name another file" in again.stderr
 
-    flags, path = pass_rate_flags(made, other), scripts.ROOT / "experiments/measure_pass_rate.py"
+    flags = pass_rate_flags(made, other)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), *flags],
+        [sys.executable, "-c", KILLED, "pass-rate", *flags],
         capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert len(reading.read_jsonl(tmp_path / "other.partial.jsonl")) == 4
+    assert len(list((tmp_path / "other.partial/answer").glob("part-*"))) == 4
     refused = pass_rate(*flags, "--config.evaluate.seed=1")
     assert refused.returncode == 2 and "was begun with another model" in refused.stderr
     assert pass_rate(*flags).returncode == 0
@@ -132,14 +132,14 @@ def test_a_training_step_is_measured_beside_torch(made):
         assert row["lowest_ratio"] <= row["ratio"] <= row["highest_ratio"]
 
 
-def test_check_pool_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
+def test_check_prints_pairs_side_by_side_and_writes_them(made, tmp_path):
     rows = folders.pool_rows(2)
     question = "which hormone falls when the lamp is lit late at night in the far north"
     pool = [rows[0] | {"question": question}, rows[1] | {"question": question.upper() + "?"}]
     tests = [folders.choice_rows(1, "t")[0] | {"question": question}]
     output = tmp_path / "pairs.jsonl"
     ended = scripts.script(
-        "check_pool", f"--pool={folders.write(tmp_path / 'pool.jsonl', pool)}",
+        "check", f"--pool={folders.write(tmp_path / 'pool.jsonl', pool)}",
         f"--against={folders.write(tmp_path / 'tests.jsonl', tests)}", f"--output={output}",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -199,16 +199,16 @@ def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
         f"--config.difficulty.encoder={tmp_path / 'encoder'}", "--config.difficulty.words=True",
         f"--config.difficulty.source={made / 'pool.jsonl'}",
     )  # fmt: skip
-    ended = scripts.script("train_difficulty", *flags, *ours)
+    ended = scripts.script("train-classifier", *flags, *ours)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "24 rows, 5 folds" in ended.stdout and "tf-idf + ridge" in ended.stdout
-    again = scripts.script("train_difficulty", *flags, *ours)
+    again = scripts.script("train-classifier", *flags, *ours)
     assert "trained before" in again.stdout
     source = f"--config.difficulty.source={tmp_path / 'run/classifier'}"
     scored = scripts.script("run_diq", *flags, source, "--stages=prepare,difficulty")
     assert scored.returncode == 0, scored.stderr[-2000:]
     assert (tmp_path / "run/difficulty/difficulty.parquet").exists()
-    refused = scripts.script("train_difficulty", *flags, *ours[:2], source, "--overwrite")
+    refused = scripts.script("train-classifier", *flags, *ours[:2], source, "--overwrite")
     assert refused.returncode == 2 and "must be labelled rows" in refused.stderr
 
 
@@ -219,37 +219,35 @@ def test_a_classifier_is_trained_once_and_scores_a_pool(made, tmp_path):
         ("ablate_projection", ["--kinds=radamacher"], "Did you mean 'rademacher'"),
         ("ablate_projection", ["--dims=many"], "--dims must be whole numbers above 0"),
         ("run_diq", ["--config=configs/huatuo_qwen3_8b.py:exct"], "Did you mean 'exact'"),
-        ("score_targets", ["--targets=x", "--output=y"], "holds no finished influence stage"),
+        ("score", ["--targets=x", "--output=y"], "holds no finished influence stage"),
         ("compare_selection", ["--methods=digq"], "Did you mean 'diq'"),
-        ("select_again", ["--stage=none.json"], "--stage: there is no file none.json"),
+        ("run_diq", ["--from=none"], "--from: none holds no finished selection stage"),
         ("measure_length", [], "holds no finished prepare stage"),
         ("measure_lds", ["--dims=0"], "--dims must be whole numbers above 0"),
         (
-            "measure_pass_rate",
+            "pass-rate",
             ["--config=configs/quickstart.py", "--rows=sample", "--out=x.jsonl"],
             "--samples=8 draws different answers",
         ),
-        ("check_pool", ["--pool=none.jsonl"], "--pool: there is no file none.jsonl"),
-        ("check_pool", ["--pool=sample", "--near_similarity=2"], "near_similarity must be in"),
+        ("check", ["--pool=none.jsonl"], "--pool: there is no file none.jsonl"),
+        ("check", ["--pool=sample", "--near_similarity=2"], "near_similarity must be in"),
     ],
 )
 def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
     takes_config = name in ("ablate_projection", "run_diq", "measure_lds", "compare_selection")
-    if takes_config and not flags[0].startswith("--config="):
+    if takes_config and not flags[0].startswith(("--config=", "--from=")):
         flags = ["--config=configs/quickstart.py", *flags]
-    if name not in ("check_pool", "measure_pass_rate"):
+    if name not in ("check", "pass-rate"):
         flags = [f"--workdir={tmp_path}", *flags]
     ended = scripts.script(name, *flags)
     assert ended.returncode == 2, ended.stderr[-2000:]
     assert message in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_the_harness_script_without_the_harness_is_one_sentence():
-    path = scripts.ROOT / "experiments/run_harness.py"
-    code = "import runpy, sys; sys.modules['lm_eval'] = None; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+def test_the_harness_without_its_extra_is_one_sentence():
+    code = "import sys; sys.modules['lm_eval'] = None; from diq_jax.commands import cli; cli.main()"
     ended = subprocess.run(
-        [sys.executable, "-c", code, str(path), "--model=x", "--tasks=y"],
+        [sys.executable, "-c", code, "harness", "--model=x", "--tasks=y"],
         capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert ended.returncode == 2 and "pip install 'diq_jax[harness]'" in ended.stderr

@@ -95,7 +95,7 @@ def test_the_store_gives_the_scores_and_takes_new_targets(made, tmp_path, capsys
     output = tmp_path / "again.parquet"
     subprocess.run(
         [
-            sys.executable, str(ROOT / "experiments/score_targets.py"), f"--output={output}",
+            sys.executable, "-m", "diq_jax", "score", f"--output={output}",
             f"--workdir={tmp_path / 'run'}", f"--targets={made / 'targets.jsonl'}",
         ],
         check=True, stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"},
