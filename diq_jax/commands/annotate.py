@@ -19,7 +19,6 @@ from absl import flags
 from diq_jax import config, errors
 from diq_jax.clients import annotate, answers
 from diq_jax.commands import asking
-from diq_jax.data import chat, sources
 from diq_jax.run import artifacts
 
 ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.")
@@ -56,7 +55,9 @@ def read_examples():
 
 
 def make_requests(examples) -> list[list[answers.Request]]:
-    """For each row --repeat requests, which differ in the seed."""
+    """Returns for each row --repeat requests, which differ in the seed."""
+    from diq_jax.data import chat
+
     return [
         [
             asking.request(
