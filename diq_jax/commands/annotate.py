@@ -41,6 +41,8 @@ def read_examples():
     Raises:
         UserError: a row is no pool row, or has no question.
     """
+    from diq_jax.data import sources
+
     found = sources.load_examples(ROWS.value, COLUMNS.value, LIMIT.value, field="--rows")
     for example in found:
         if not example.question.strip():
