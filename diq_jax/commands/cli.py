@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import diq_jax
-from diq_jax import config, config_files, errors
+from diq_jax import config, config_files, errors, fields
 from diq_jax.run import processes
 
 JOBS = {
@@ -65,8 +65,9 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     """Parses the flags, calls main() and exits: 0 done, 1 a fault of diq_jax, 2 a mistake of the
     user, 130 Ctrl-C, 143 SIGTERM.
 
-    --help prints the docstring of main's module, its flags and the config's fields instead. What
-    was finished before stays; the same command continues from there.
+    --help prints the docstring of main's module, its flags and the config's fields instead, and
+    --help=SECTION the fields of a section. What was finished before stays; the same command
+    continues from there.
 
     Args:
         main: called with what stands beside the flags, one text for each name in `arguments`.
@@ -79,6 +80,9 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         print(_usage(inspect.getmodule(main)))
         return
     try:
+        if sections := [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--help=")]:
+            print(fields.describe(config.Config, sections[0]))
+            return
         _check_config_flags(sys.argv)
         if "config" in flags.FLAGS:
             flags.FLAGS["config"].parser = config_files.Parser()
@@ -190,16 +194,15 @@ def _overview() -> str:
 
 def _usage(module) -> str:
     """Returns the module's docstring, its flags, and the config's fields where it takes one."""
-    defined = flags.FLAGS.flags_by_module_dict()
-    ours = [name for name in defined if name.startswith("diq_jax.")]
-    own = flags.FLAGS.main_module_help() if module.__name__ == "__main__" else ""
-    parts = [module.__doc__ or "", "Flags:", own, *map(flags.FLAGS.module_help, ours)]
+    ours = [name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("diq_jax.")]
+    helps = [flags.FLAGS.main_module_help() if module.__name__ == "__main__" else ""]
+    helps += [flags.FLAGS.module_help(name) for name in ours]
+    lines = [text.partition("\n")[2].strip("\n") for text in helps]  # without the module's name
+    parts = [module.__doc__ or "", "Flags:", *lines]
     if "config" in flags.FLAGS:
-        names = textwrap.fill(
-            ", ".join(config.field_names()), 100, initial_indent="  ", subsequent_indent="  "
+        parts.append(
+            f"\nConfig fields; --help=SECTION shows one section:\n\n{fields.describe(config.Config)}"
         )
-        where = "diq_jax/config.py, influence_config.py and finetune_config.py"
-        parts.append(f"Config fields, as --config.NAME=VALUE, explained in {where}:\n{names}")
     return "\n".join(part for part in parts if part)
 
 

@@ -174,3 +174,11 @@ def test_a_mistyped_word_is_answered_before_jax_is_loaded(flags, message, tmp_pa
 
 def test_the_help_names_the_stages():
     assert ", ".join(pipeline.STAGES) in " ".join(diq("run", "--help")[1].split())
+
+
+def test_the_help_explains_the_fields_of_a_section():
+    code, said, _, _ = diq("run", "--help=influence")
+    assert code == 0 and said.startswith("influence:") and "\ndifficulty:" not in said
+    assert "--config.influence.engine=exact" in said
+    code, _, said, _ = diq("run", "--help=influense")
+    assert code == 2 and "Did you mean 'influence'?" in said
