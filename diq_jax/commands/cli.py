@@ -200,9 +200,8 @@ def _usage(module) -> str:
     lines = [text.partition("\n")[2].strip("\n") for text in helps]  # without the module's name
     parts = [module.__doc__ or "", "Flags:", *lines]
     if "config" in flags.FLAGS:
-        parts.append(
-            f"\nConfig fields; --help=SECTION shows one section:\n\n{fields.describe(config.Config)}"
-        )
+        parts.append("\nConfig fields; --help=SECTION shows one section:\n")
+        parts.append(fields.describe(config.Config))
     return "\n".join(part for part in parts if part)
 
 
