@@ -1,10 +1,19 @@
-# make setup, demo, test, lint: each installs what it needs into .venv; peers into .venv-peers.
+# Each target installs what it needs into .venv; peers into .venv-peers.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: setup peers demo test lint format clean
+.PHONY: help setup peers demo test test-all lint format clean
+
+help:
+	@echo "make setup     install into .venv"
+	@echo "make demo      setup, then configs/quickstart.py into $(WORKDIR)"
+	@echo "make test      setup, then the fast tests"
+	@echo "make test-all  setup, then all tests"
+	@echo "make lint      ruff; make format mends what it can"
+	@echo "make peers     the tools that benchmarks compare with, into .venv-peers"
+	@echo "make clean     remove what these made, runs aside"
 
 setup: $(VENV)/.installed
 
@@ -30,8 +39,13 @@ peers: .venv-peers/.installed
 demo: setup
 	$(BIN)/python experiments/run_diq.py --config=configs/quickstart.py --workdir=$(WORKDIR)
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff format --check .
