@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import config
-from diq_jax.data import example
+from diq_jax.data import batches, example
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, load
 from diq_jax.run import devices
@@ -43,6 +43,18 @@ def rows(count: int, longest: int, seed: int, vocab: int = 50) -> list[example.E
         labels = np.where(np.arange(length) < prompt, example.IGNORED, ids).astype(np.int32)
         out.append(example.Encoded(f"row-{i:03d}", ids, labels))
     return out
+
+
+def padded_left(batch: batches.Batch) -> batches.Batch:
+    """Moves the padding of each row before its tokens."""
+    by = batch.tokens.shape[1] - (batch.segment_ids > 0).sum(axis=1).astype(np.int32)
+    names = ("tokens", "positions", "segment_ids")
+    moved = {
+        name: np.stack([np.roll(row, k) for row, k in zip(getattr(batch, name), by, strict=True)])
+        for name in names
+    }
+    scored = np.where(batch.loss_mask > 0, batch.loss_positions + by[:, None], 0)
+    return batch.replace(**moved, loss_positions=scored)
 
 
 def placement(**changes) -> devices.Placement:

@@ -5,6 +5,7 @@ the data at hand. Which examples share a batch depends on their lengths and ids 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import flax.struct
@@ -38,22 +39,28 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The examples of one batch, as indices into the list that was planned, and its shape."""
+    """The examples of one batch, row by row, as indices into the list that was planned, and its
+    shape.
+    """
 
-    indices: tuple[int, ...]
-    rows: int  # B, at least the number of indices
+    members: tuple[tuple[int, ...], ...]
+    rows: int  # B, at least the number of member rows
     tokens: int  # T
-    answers: int  # A
+    answers: int  # A, of a row
+    examples: int = 0  # S, of a row at most; 0: a row is one example, not packed
 
     @property
-    def members(self) -> tuple[tuple[int, ...], ...]:
-        """The indices of each row."""
-        return tuple((i,) for i in self.indices)
+    def indices(self) -> tuple[int, ...]:
+        return tuple(itertools.chain.from_iterable(self.members))
 
     @property
     def slots(self) -> list[int]:
-        """Where each index stands in outputs (B,)."""
-        return list(range(len(self.indices)))
+        """Where each index stands in outputs (B,), or in outputs (B, S) flattened."""
+        return [
+            r * max(self.examples, 1) + s
+            for r, row in enumerate(self.members)
+            for s in range(len(row))
+        ]
 
 
 def bucket_edges(lengths: Sequence[int], max_shapes: int = 8) -> list[int]:
@@ -99,58 +106,66 @@ def padding_share(groups: Sequence[Group], encoded: Sequence[example_lib.Encoded
 
 
 def make_batch(
-    encoded: Sequence[example_lib.Encoded],
-    rows: int,
-    tokens: int,
-    answers: int,
-    pad_side: str = "right",
+    encoded: Sequence[example_lib.Encoded], rows: int, tokens: int, answers: int
 ) -> Batch:
     """Lays examples out as numpy arrays of shape (rows, tokens) and (rows, answers).
 
     Raises:
         ValueError: there are more examples than rows, or one is too long or has too many answers.
     """
-    if len(encoded) > rows:
-        raise ValueError(f"{len(encoded)} examples do not fit {rows} rows.")
-    if pad_side not in ("left", "right"):
-        raise ValueError(f"pad_side must be left or right, got {pad_side!r}.")
+    members = tuple((i,) for i in range(len(encoded)))
+    return group_batch(encoded, Group(members, rows, tokens, answers))
+
+
+def group_batch(encoded: Sequence[example_lib.Encoded], group: Group) -> Batch:
+    """Lays a group out as numpy arrays; segment s + 1 of a row is its example s.
+
+    Raises:
+        ValueError: as `make_batch`.
+    """
+    B, T, A, S = group.rows, group.tokens, group.answers, group.examples
+    if len(group.members) > B:
+        raise ValueError(f"{len(group.members)} examples do not fit {B} rows.")
     batch = Batch(
-        tokens=np.zeros((rows, tokens), np.int32),
-        positions=np.zeros((rows, tokens), np.int32),
-        segment_ids=np.zeros((rows, tokens), np.int32),
-        loss_positions=np.zeros((rows, answers), np.int32),
-        loss_labels=np.zeros((rows, answers), np.int32),
-        loss_mask=np.zeros((rows, answers), np.float32),
-        is_padding=np.arange(rows) >= len(encoded),
+        tokens=np.zeros((B, T), np.int32),
+        positions=np.zeros((B, T), np.int32),
+        segment_ids=np.zeros((B, T), np.int32),
+        loss_positions=np.zeros((B, A), np.int32),
+        loss_labels=np.zeros((B, A), np.int32),
+        loss_mask=np.zeros((B, A), np.float32),
+        is_padding=np.ones((B, S) if S else B, bool),
+        loss_examples=np.zeros((B, A), np.int32) if S else None,
     )
-    for row, example in enumerate(encoded):
-        length = len(example.input_ids)
-        scored = np.flatnonzero(example.labels[1:] != example_lib.IGNORED)
-        if length > tokens or len(scored) > answers:
-            raise ValueError(
-                f"Example {example.example_id!r}, {length} tokens and {len(scored)} answer tokens, "
-                f"does not fit a batch of {tokens} and {answers}."
-            )
-        start = tokens - length if pad_side == "left" else 0
-        batch.tokens[row, start : start + length] = example.input_ids
-        batch.positions[row, start : start + length] = np.arange(length)
-        batch.segment_ids[row, start : start + length] = 1
-        batch.loss_positions[row, : len(scored)] = start + scored
-        batch.loss_labels[row, : len(scored)] = example.labels[scored + 1]
-        batch.loss_mask[row, : len(scored)] = 1
+    for r, row in enumerate(group.members):
+        start = answer = 0
+        for s, example in enumerate(encoded[i] for i in row):
+            length = len(example.input_ids)
+            scored = np.flatnonzero(example.labels[1:] != example_lib.IGNORED)
+            at, answers = slice(start, start + length), slice(answer, answer + len(scored))
+            if at.stop > T or answers.stop > A:
+                raise ValueError(
+                    f"Example {example.example_id!r}, {length} tokens and {len(scored)} answer "
+                    f"tokens, does not fit a batch of {T} and {A}."
+                )
+            batch.tokens[r, at] = example.input_ids
+            batch.positions[r, at] = np.arange(length)
+            batch.segment_ids[r, at] = s + 1
+            batch.loss_positions[r, answers] = start + scored
+            batch.loss_labels[r, answers] = example.labels[scored + 1]
+            batch.loss_mask[r, answers] = 1
+            batch.is_padding[(r, s) if S else r] = False
+            if batch.loss_examples is not None:
+                batch.loss_examples[r, answers] = s
+            start, answer = at.stop, answers.stop
     return batch
 
 
 def iterate(
-    groups: Sequence[Group], encoded: Sequence[example_lib.Encoded], pad_side: str = "right"
+    groups: Sequence[Group], encoded: Sequence[example_lib.Encoded]
 ) -> Iterator[tuple[tuple[int, ...], Batch]]:
-    """Yields each group's indices with its batch; row k of the batch is example indices[k]."""
+    """Yields each group's indices with its batch."""
     for group in groups:
-        examples = [encoded[i] for i in group.indices]
-        yield (
-            group.indices,
-            make_batch(examples, group.rows, group.tokens, group.answers, pad_side),
-        )
+        yield group.indices, group_batch(encoded, group)
 
 
 def _edges_by_count(lengths: Sequence[int], max_shapes: int) -> list[list[int]]:
@@ -201,7 +216,7 @@ def _fill(
         bucket = order[start : end if is_last else end - (end - start) % rows]
         positions = -(-int(answers[bucket].max()) // ANSWER_STEP) * ANSWER_STEP
         groups += [
-            Group(tuple(bucket[i : i + rows]), rows, edge, min(positions, edge))
+            Group(tuple((k,) for k in bucket[i : i + rows]), rows, edge, min(positions, edge))
             for i in range(0, len(bucket), rows)
         ]
         start += len(bucket)

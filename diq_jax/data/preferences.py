@@ -12,7 +12,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pair:
+class PreferencePair:
     """Both completions of one question, tokenised."""
 
     example_id: str
@@ -63,7 +63,7 @@ def encode(
     max_tokens: int,
     truncation: str,
     field: str,
-) -> tuple[list[Pair], list[str]]:
+) -> tuple[list[PreferencePair], list[str]]:
     """Tokenises pairs as `chat.encode_all` does examples; `field` is for messages.
 
     Returns:
@@ -80,7 +80,11 @@ def encode(
     )
     made, dropped = [], []
     for id_ in (pair[0].example_id for pair in pairs):
-        pair = Pair(id_, chosen[id_], rejected[id_]) if id_ in chosen and id_ in rejected else None
+        pair = (
+            PreferencePair(id_, chosen[id_], rejected[id_])
+            if id_ in chosen and id_ in rejected
+            else None
+        )
         if pair is None or _same(*pair.sides):
             dropped.append(id_)
         else:

@@ -15,10 +15,8 @@ MICROBATCHES_PER_SHAPE, FEWEST_SHAPES, MOST_SHAPES = 50, 2, 8
 
 
 @flax.struct.dataclass
-class Rows:
-    """A microbatch, and each row's place (B,) int32 in the step's rows, which its dropout is drawn
-    from.
-    """
+class Microbatch:
+    """A batch, and each row's place (B,) int32 in the step, which its dropout is drawn from."""
 
     batch: batches.Batch
     places: Any
@@ -29,7 +27,7 @@ class Step:
     """One optimiser step: its epoch, from 0, and its microbatches as indices and shapes."""
 
     epoch: int
-    groups: tuple[batches.Group | packing.PackedGroup, ...]
+    groups: tuple[batches.Group, ...]
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -76,7 +74,9 @@ def plan(
     def group(indices):
         bucket = np.searchsorted(edges, lengths[indices].max())
         scored = -(-int(most_answers[bucket]) // batches.ANSWER_STEP) * batches.ANSWER_STEP
-        return batches.Group(tuple(indices), rows, edges[bucket], min(scored, edges[bucket]))
+        return batches.Group(
+            tuple((i,) for i in indices), rows, edges[bucket], min(scored, edges[bucket])
+        )
 
     return {
         arm: [Step(epoch, tuple(map(group, parts))) for epoch, parts in steps]
@@ -112,7 +112,7 @@ def plan_packed(
     B = -(-B // rows_multiple) * rows_multiple
 
     def group(rows):
-        return packing.PackedGroup(tuple(map(tuple, rows)), B, T, A, S)
+        return batches.Group(tuple(map(tuple, rows)), B, T, A, S)
 
     return {
         arm: [Step(epoch, tuple(map(group, _split(rows, B)))) for epoch, rows in steps]
@@ -120,18 +120,14 @@ def plan_packed(
     }
 
 
-def microbatches(encoded: Sequence[example.Encoded], step: Step) -> list[Rows]:
-    """The numpy rows of a step."""
-    out, start = [], 0
+def microbatches(encoded: Sequence[example.Encoded], step: Step) -> list[Microbatch]:
+    """Lays out the rows of a step as numpy arrays."""
+    made, start = [], 0
     for group in step.groups:
-        if isinstance(group, packing.PackedGroup):
-            batch = packing.make_batch(encoded, group)
-        else:
-            chosen = [encoded[i] for i in group.indices]
-            batch = batches.make_batch(chosen, group.rows, group.tokens, group.answers)
-        out.append(Rows(batch, np.arange(start, start + group.rows, dtype=np.int32)))
+        places = np.arange(start, start + group.rows, dtype=np.int32)
+        made.append(Microbatch(batches.group_batch(encoded, group), places))
         start += len(group.members)
-    return out
+    return made
 
 
 def _batches(encoded, chosen, epochs, batch_size, seed):

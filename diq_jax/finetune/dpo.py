@@ -81,14 +81,14 @@ def example_sums(
     return sums
 
 
-def make_batch(pairs: Sequence[preferences.Pair], group: batches.Group) -> batches.Batch:
+def make_batch(pairs: Sequence[preferences.PreferencePair], group: batches.Group) -> batches.Batch:
     """Lays out the group's pairs as numpy rows, two for each, then padding."""
     rows = [side for i in group.indices for side in pairs[i].sides]
     return batches.make_batch(rows, 2 * group.rows, group.tokens, group.answers)
 
 
 def microbatches(
-    pairs: Sequence[preferences.Pair],
+    pairs: Sequence[preferences.PreferencePair],
     reference: Mapping[str, Sequence[float]],
     step: steps.Step,
 ) -> list[PairRows]:

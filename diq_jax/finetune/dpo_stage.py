@@ -81,7 +81,9 @@ def _layout(cfg) -> chat.Layout:
     return chat.make_layout(tok, shape.vocab_size, cfg.data.date, "model.path")
 
 
-def load_pairs(cfg: config.Config, layout: chat.Layout) -> tuple[list[preferences.Pair], list[str]]:
+def load_pairs(
+    cfg: config.Config, layout: chat.Layout
+) -> tuple[list[preferences.PreferencePair], list[str]]:
     """The preferences, tokenised, and the ids of those left out (preferences.encode).
 
     Raises:

@@ -86,7 +86,7 @@ def merge(params: dict, factors: Any, frozen: Any) -> tuple[dict, dict | None]:
 
 
 def example_sums(cfg: model_config.DecoderConfig, settings: finetune_config.Finetune) -> Callable:
-    """Makes a function (params, factors, frozen, key, steps.Rows) -> sums over the rows' examples.
+    """Makes a function (params, factors, frozen, key, steps.Microbatch) -> sums over its examples.
 
     It gives {"loss": () float32, "gradient": like factors, "examples": () float32}. Padding rows
     add 0. Dropout depends on (the step's key, a row's place in the step) and the layer only, so

@@ -76,12 +76,7 @@ def run_batches(
 
     def started():
         for group in groups:
-            if settings.packing:
-                batch = packing.make_batch(rows, group)
-            else:
-                members = [rows[i] for i in group.indices]
-                batch = batches.make_batch(members, group.rows, group.tokens, group.answers)
-            yield group, step(placement.batch(batch))
+            yield group, step(placement.batch(batches.group_batch(rows, group)))
 
     left = {i for group in groups for i in group.indices}
     with progress.Progress(name, len(rows), resumed=len(rows) - len(left)) as bar:

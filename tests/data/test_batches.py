@@ -104,19 +104,14 @@ def test_make_batch():
     np.testing.assert_array_equal(batch.loss_labels, [[3, 0], [3, 4], [0, 0]])
     np.testing.assert_array_equal(batch.loss_mask, [[1, 0], [1, 1], [0, 0]])
     np.testing.assert_array_equal(batch.is_padding, [False, False, True])
-    left = batches.make_batch([short], 1, 5, 1, pad_side="left")
-    np.testing.assert_array_equal(left.tokens, [[0, 0, 1, 2, 3]])
-    np.testing.assert_array_equal(left.positions, [[0, 0, 0, 1, 2]])
-    np.testing.assert_array_equal(left.segment_ids, [[0, 0, 1, 1, 1]])
-    np.testing.assert_array_equal(left.loss_positions, [[3]])
     types = {name: getattr(batch, name).dtype for name in ("tokens", "loss_labels", "loss_mask")}
     assert types == {"tokens": np.int32, "loss_labels": np.int32, "loss_mask": np.float32}
 
 
 @hypothesis.settings(deadline=None)
-@hypothesis.given(pools(), st.sampled_from(["left", "right"]))
-def test_a_batch_scores_exactly_the_labels(pool, pad_side):
-    for indices, batch in batches.iterate(batches.plan(pool, 4096), pool, pad_side):
+@hypothesis.given(pools())
+def test_a_batch_scores_exactly_the_labels(pool):
+    for indices, batch in batches.iterate(batches.plan(pool, 4096), pool):
         for row, i in enumerate(indices):
             count = int(batch.loss_mask[row].sum())
             at = batch.loss_positions[row, :count]
@@ -140,8 +135,6 @@ def test_the_first_label_is_never_scored():
 def test_what_does_not_fit_raises(shape):
     with pytest.raises(ValueError, match="fit"):
         batches.make_batch([encoded("a", 4, 2), encoded("b", 4, 2)], *shape)
-    with pytest.raises(ValueError, match="pad_side"):
-        batches.make_batch([], 1, 1, 1, pad_side="middle")
 
 
 @pytest.mark.parametrize("rows", [256, None])

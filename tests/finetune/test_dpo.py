@@ -36,7 +36,9 @@ def random_pairs(count, seed=0):
 
     prompts = [rng.integers(0, 64, rng.integers(2, 10)) for _ in range(count)]
     return [
-        preferences.Pair(f"pair-{i:02d}", side(prompt, "chosen"), side(prompt, "rejected"))
+        preferences.PreferencePair(
+            f"pair-{i:02d}", side(prompt, "chosen"), side(prompt, "rejected")
+        )
         for i, prompt in enumerate(prompts)
     ]
 

@@ -240,7 +240,7 @@ def sums_of(params, encoded, rows):
     factors, frozen = trees.partition(init_adapter(SETTINGS, zero_b=False), lora.is_factor)
     batch = batches.make_batch(encoded, rows, 32, 32)
     return SUMS(
-        params, factors, frozen, KEY, steps_lib.Rows(batch, np.arange(rows, dtype=np.int32))
+        params, factors, frozen, KEY, steps_lib.Microbatch(batch, np.arange(rows, dtype=np.int32))
     )
 
 
@@ -287,7 +287,7 @@ def test_dropout_depends_on_step_and_place(params):
     def loss(step, first_place):
         places = np.arange(first_place, first_place + 8, dtype=np.int32)
         return float(
-            sums(params, factors, frozen, keys[step], steps_lib.Rows(batch, places))["loss"]
+            sums(params, factors, frozen, keys[step], steps_lib.Microbatch(batch, places))["loss"]
         )
 
     assert loss(0, 0) == loss(0, 0)

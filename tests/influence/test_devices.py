@@ -60,7 +60,7 @@ def score(settings, rows=rows, **parallel):
     result = np.zeros(len(rows))
     for group in groups:
         if settings.packing:
-            batch = packing.make_batch(rows, group)
+            batch = batches.group_batch(rows, group)
         else:
             members = [rows[i] for i in group.indices]
             batch = batches.make_batch(members, group.rows, group.tokens, group.answers)
@@ -136,7 +136,7 @@ def test_every_engine_lowers_for_tpu_and_cuda(name):
     space = direction.make_space(model, settings, placement)
     rows = tiny.rows(4, 24, seed=1)
     if settings.packing:
-        batch = packing.make_batch(rows, packing.plan(rows, 96)[0])
+        batch = batches.group_batch(rows, packing.plan(rows, 96)[0])
     else:
         batch = batches.make_batch(rows, 4, 24, 24)
     if settings.engine == "exact":

@@ -219,7 +219,7 @@ def test_packed_rows_score_as_bucketed_ones(rank):
     assert sum(group.rows * group.tokens for group in groups) < 11 * 24
     assert sorted(i for g in groups for i in g.indices) == list(range(11))
     for group in groups:
-        out = score(space, v, packing.make_batch(rows, group), model.cfg, True)
+        out = score(space, v, batches.group_batch(rows, group), model.cfg, True)
         for field in ("influence", "loss"):
             got = np.asarray(getattr(out, field)).reshape(group.rows * group.examples, -1)
             expected = np.asarray(getattr(alone, field)).reshape(11, -1)

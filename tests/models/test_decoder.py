@@ -207,7 +207,9 @@ def test_loss_equals_a_full_log_softmax(losses_case):
 def test_head_blocks_padding_side_and_remat_change_nothing(losses_case, monkeypatch):
     params, cfg, rows = losses_case
     whole = loss.token_losses(params, cfg, batches.make_batch(rows, 3, 16, 16))
-    left = loss.token_losses(params, cfg, batches.make_batch(rows, 3, 20, 16, "left"), remat=True)
+    left = loss.token_losses(
+        params, cfg, tiny.padded_left(batches.make_batch(rows, 3, 20, 16)), remat=True
+    )
     monkeypatch.setattr(loss, "HEAD_BLOCK", 9)
     blocked = loss.token_losses(params, cfg, batches.make_batch(rows, 3, 16, 16))
     np.testing.assert_allclose(left, whole, atol=1e-5)
