@@ -16,35 +16,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config, trees
+from diq_jax import config
 from diq_jax.difficulty import heads as heads_lib
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder, training
 from diq_jax.run import devices
 
 WARMUP_RATIO = 0.1  # of all steps; a cosine to zero follows
-WEIGHT_DECAY = 0.01
-CLIP_NORM = 1.0
 WIDTH_STEP = 32  # padded widths are its multiples: each costs one compilation
 SCORING_TOKENS = 1024  # padded tokens of one scoring batch
-HELD_OUT = 0.1  # of the training texts, with difficulty.patience: what early stopping looks at
-
-# Its learning rate is 1: `train_step` multiplies, so that one compiled step serves every schedule.
-OPTIMIZER = training.adamw(WEIGHT_DECAY, CLIP_NORM)
+OPTIMIZER = training.adamw(weight_decay=0.01, clip_norm=1.0)
 
 Texts = Sequence[Sequence[int]]  # token ids of each text, special tokens included
 
 
 @flax.struct.dataclass
-class Batch:
-    """Rows padded to one width; padding tokens have mask 0, padding rows weight 0.
+class TextBatch:
+    """Texts padded to one width; padding tokens have mask 0, padding rows weight 0.
 
     Attributes:
         tokens: (B, T) int32.
         mask: (B, T) int32, 1 on real tokens.
         levels: (B, 3) float32 in [1, 5], in the order of config.PERSPECTIVES; nan is unknown.
         weights: (B,) float32.
-        offsets: (B, 3, S) float32, what words add to the scores, or None.
+        offsets: (B, 3, 5) float32, what words add to the scores, or None.
     """
 
     tokens: np.ndarray
@@ -54,32 +49,26 @@ class Batch:
     offsets: np.ndarray | None
 
 
-def forward(params, cfg: model_config.EncoderConfig, batch: Batch):
-    """Log-probabilities of every level for each perspective: (B, 3, 5) float32."""
+def forward(params: dict, cfg: model_config.EncoderConfig, batch: TextBatch) -> jax.Array:
+    """Returns log-probabilities of every level for each perspective: (B, 3, 5) float32."""
     pooled = encoder.layer_means(params["encoder"], cfg, batch.tokens, batch.mask)
     return heads_lib.apply(params["heads"], pooled, batch.offsets)
 
 
-def loss(params, cfg: model_config.EncoderConfig, batch: Batch, class_weights):
-    """Cross-entropy in nats, mean over perspectives and over the rows of weight 1; each level's
-    counts by its class weight (3, 5).
-    """
-    shares = heads_lib.shares(batch.levels) * class_weights[None]
+def loss(params: dict, cfg: model_config.EncoderConfig, batch: TextBatch) -> jax.Array:
+    """Returns the cross-entropy in nats, mean over perspectives and over the rows of weight 1."""
+    shares = heads_lib.shares(batch.levels)
     chosen = jnp.sum(shares * forward(params, cfg, batch), axis=(1, 2)) / shares.shape[1]
     return -jnp.sum(batch.weights * chosen) / jnp.sum(batch.weights)
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
 def train_step(
-    params, opt_state, cfg: model_config.EncoderConfig, batch: Batch, class_weights, rates
-):
-    """One AdamW step on every parameter by its learning rate, a tree of scalars or, for stacked
-    layers, of (N, 1, ...): (params, opt_state, loss before it).
-    """
-    value, gradient = jax.value_and_grad(loss)(params, cfg, batch, class_weights)
-    updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
-    params = jax.tree.map(lambda p, u, rate: p + rate * u, params, updates, rates)
-    return params, opt_state, value
+    state: training.TrainState, cfg: model_config.EncoderConfig, batch: TextBatch, rate: float
+) -> tuple[training.TrainState, jax.Array]:
+    """Takes one AdamW step on every parameter: (the new state, the loss before it)."""
+    value, gradient = jax.value_and_grad(loss)(state.factors, cfg, batch)
+    return training.apply(OPTIMIZER, state, gradient, rate), value
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -87,8 +76,10 @@ def _pooled(encoder_params, cfg, batch):
     return encoder.layer_means(encoder_params, cfg, batch.tokens, batch.mask)
 
 
-def expected_level(probabilities) -> np.ndarray:
-    """sum(level * p(level)) over the last axis, in [1, 5]; float64 inside, float32 returned."""
+def expected_level(probabilities: np.ndarray) -> np.ndarray:
+    """Returns sum(level * p(level)) over the last axis, in [1, 5]; float64 inside, float32
+    returned.
+    """
     p = np.asarray(probabilities, np.float64)
     # Float32 probabilities sum to 1 +- 1e-7, which would let a sure level 5 pass 5.
     levels = np.arange(1, p.shape[-1] + 1)
@@ -96,13 +87,20 @@ def expected_level(probabilities) -> np.ndarray:
 
 
 def width(length: int, max_tokens: int) -> int:
-    """The padded width of a text: the next multiple of WIDTH_STEP, at most `max_tokens`."""
+    """Returns the padded width of a text: the next multiple of WIDTH_STEP, at most `max_tokens`."""
     return min(max_tokens, _round_up(length, WIDTH_STEP))
 
 
-def collate(texts: Texts, levels, offsets, rows, size: int, max_tokens: int) -> Batch:
+def collate(
+    texts: Texts,
+    levels: np.ndarray | None,
+    offsets: np.ndarray | None,
+    rows: Sequence[int],
+    size: int,
+    max_tokens: int,
+) -> TextBatch:
     """Pads texts[rows] to the width of the longest and to `size` rows; levels (n, 3) and offsets
-    (n, 3, S) may be None.
+    (n, 3, 5) may be None.
     """
     T = width(max(len(texts[row]) for row in rows), max_tokens)
     tokens, mask = np.zeros((2, size, T), np.int32)
@@ -117,7 +115,7 @@ def collate(texts: Texts, levels, offsets, rows, size: int, max_tokens: int) -> 
     if offsets is not None:
         empty = np.zeros((size - len(rows), *offsets.shape[1:]), np.float32)
         offsets = np.concatenate([offsets[rows], empty])
-    return Batch(tokens, mask, filled, weights, offsets)
+    return TextBatch(tokens, mask, filled, weights, offsets)
 
 
 def learning_rates(settings: config.Difficulty, steps: int) -> np.ndarray:
@@ -126,62 +124,25 @@ def learning_rates(settings: config.Difficulty, steps: int) -> np.ndarray:
     return training.learning_rates(settings.learning_rate, steps, warmup - 1, hold=1)
 
 
-def layer_scales(params, decay: float):
-    """What the learning rate of each parameter is multiplied by: 1 for the heads, decay for the top
-    layer, decay^2 for the one below it, and so on down to the embeddings.
-
-    Returns:
-        A tree like the parameters, of float32 scalars; of (N, 1, ...) for the stacked layers.
-    """
-
-    def scale(name, leaf):
-        layers = jax.tree.leaves(params["encoder"]["layers"])[0].shape[0]
-        if name.startswith("heads/"):
-            return np.float32(1)
-        if not name.startswith("encoder/layers/"):
-            return np.float32(decay ** (layers + 1))
-        powers = decay ** np.arange(layers, 0, -1, dtype=np.float32)
-        return powers.reshape(-1, *(1,) * (leaf.ndim - 1))
-
-    return trees.map_named(scale, params)
-
-
-def hold_out(texts: Texts, rows, settings: config.Difficulty, stream: int):
-    """Splits rows in (to train on, to look at): a tenth of the distinct texts with patience, at
-    least one; none without. Rows of one text stay together.
-    """
-    if not settings.patience:
-        return rows, rows[:0]
-    distinct = list(dict.fromkeys(tuple(texts[row]) for row in rows))
-    order = np.random.Generator(np.random.PCG64([settings.seed, stream, 1]))
-    count = max(1, round(HELD_OUT * len(distinct)))
-    held = {distinct[i] for i in order.permutation(len(distinct))[:count]}
-    looked = np.array([tuple(texts[row]) in held for row in rows], bool)
-    return rows[~looked], rows[looked]
-
-
 def train(
-    start,
+    start: dict,
     cfg: model_config.EncoderConfig,
     settings: config.Difficulty,
     texts: Texts,
-    levels,
-    offsets,
-    rows,
-    held,
+    levels: np.ndarray,
+    offsets: np.ndarray | None,
+    rows: np.ndarray,
     stream: int,
     placement: devices.Placement,
     on_step: Callable[[int, int, float], None],
-):
-    """Fine-tunes everything for `settings.epochs`; with patience until the loss of the held-out
-    rows has not fallen for so many epochs, and then the parameters of the best epoch are kept, the
-    start counting as one.
+) -> dict:
+    """Fine-tunes everything for `settings.epochs`.
 
     Args:
         start: {"encoder", "heads"}, replicated; not changed.
         levels: (n, 3) float32 in [1, 5]; nan is unknown.
-        offsets: (n, 3, S), what words add to the scores, or None.
-        rows, held: indices of the rows to train on and to look at; nothing of others is used.
+        offsets: (n, 3, 5), what words add to the scores, or None.
+        rows: indices of the rows to train on; nothing of others is used.
         stream: separates this training's order of rows from others of the same seed.
         on_step: told (rows, real tokens, loss of the step before) after each step.
 
@@ -190,54 +151,21 @@ def train(
     """
     # Copied, because a step gives its parameters' memory to the next ones.
     params = placement.replicate(jax.tree.map(jnp.copy, start))
-    opt_state = jax.jit(OPTIMIZER.init)(params)
-    weights = heads_lib.class_weights(levels[rows], settings.class_weights)
-    scales = layer_scales(params, settings.layer_decay)
+    state = training.TrainState(params, jax.jit(OPTIMIZER.init)(params))
     order = np.random.Generator(np.random.PCG64([settings.seed, stream]))
     size = _round_up(settings.batch_size, placement.rows_multiple)
     per_epoch = -(-len(rows) // settings.batch_size)
     rates = iter(learning_rates(settings, settings.epochs * per_epoch))
-    best, waited, previous = (np.inf, params), 0, None
-
-    def held_loss(params):
-        return _mean_loss(params, cfg, settings, texts, levels, offsets, held, weights, placement)
-
-    if len(held):
-        best = held_loss(params), jax.tree.map(jnp.copy, params)
+    previous = None
     for _ in range(settings.epochs):
         for group in np.array_split(order.permutation(rows), per_epoch):
-            made = collate(texts, levels, offsets, group, size, settings.max_tokens)
-            rate = next(rates)
-            params, opt_state, value = train_step(
-                params, opt_state, cfg, placement.batch(made), weights,
-                jax.tree.map(lambda s, rate=rate: rate * s, scales),
-            )  # fmt: skip
+            batch = collate(texts, levels, offsets, group, size, settings.max_tokens)
+            state, value = train_step(state, cfg, placement.batch(batch), next(rates))
             # The loss of the step before: fetching this one's would leave the device idle.
             shown = float(value if previous is None else previous)
             on_step(len(group), sum(len(texts[row]) for row in group), shown)
             previous = value
-        if not len(held):
-            continue
-        found = held_loss(params)
-        waited = 0 if found < best[0] else waited + 1
-        if not waited:
-            best = found, jax.tree.map(jnp.copy, params)
-        elif waited == settings.patience:
-            break
-    return best[1] if len(held) else params
-
-
-def _mean_loss(params, cfg, settings, texts, levels, offsets, rows, weights, placement) -> float:
-    total = 0.0
-    for batch in scoring_batches(texts, rows.tolist(), settings):
-        T = width(max(len(texts[row]) for row in batch), settings.max_tokens)
-        size = _round_up(_scoring_rows(T), placement.rows_multiple)
-        made = placement.batch(collate(texts, levels, offsets, batch, size, settings.max_tokens))
-        total += len(batch) * float(_loss(params, cfg, made, weights))
-    return total / len(rows)
-
-
-_loss = jax.jit(loss, static_argnums=1)
+    return state.factors
 
 
 def scoring_batches(
@@ -253,14 +181,14 @@ def scoring_batches(
 
 
 def features(
-    encoder_params,
+    encoder_params: dict,
     cfg: model_config.EncoderConfig,
     settings: config.Difficulty,
     texts: Texts,
     rows: Sequence[int],
     placement: devices.Placement,
 ) -> np.ndarray:
-    """Every layer's mean-pooled hidden states (len(rows), N * D) float32 of one batch of
+    """Returns every layer's mean-pooled hidden states, (len(rows), N * D) float32, of one batch of
     `scoring_batches`.
     """
     T = width(max(len(texts[row]) for row in rows), settings.max_tokens)

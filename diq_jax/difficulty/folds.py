@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,18 +11,20 @@ import safetensors.numpy
 from diq_jax import config, errors, trees
 from diq_jax.difficulty import classifier, heads, labels, words
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, devices, progress, reading
+from diq_jax.run import artifacts, devices, parts, progress, reading
+
+SCORES, MODEL = "scores", "model"  # folders of parts; a model's ends in the number of its fold
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CrossValidation:
     """The distinct texts of the labelled rows and of the pool, and who may score them.
 
     Attributes:
         texts: token ids of each; questions: the words of each.
         labelled: (n,) the text of each labelled row; levels (n, 3) are its labels, nan unknown.
         pool: (rows,) the text of each pool row.
-        parts: (texts,) from labels.assign_parts.
+        folds: (texts,) from labels.assign_folds.
     """
 
     texts: list[tuple[int, ...]]
@@ -29,7 +32,7 @@ class Task:
     labelled: np.ndarray
     levels: np.ndarray
     pool: np.ndarray
-    parts: np.ndarray
+    folds: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,85 +46,84 @@ class Pretrained:
 
 
 def score(
-    task: Task, pretrained: Pretrained, folder: pathlib.Path, pooled=None, given=None
+    task: CrossValidation,
+    pretrained: Pretrained,
+    folder: pathlib.Path,
+    pooled: np.ndarray | None = None,
+    given: dict | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Trains the model of each part and scores its texts; with what a killed call left in `folder`
+    """Trains the model of each fold and scores its texts. With what a killed call left in `folder`
     it continues after the last finished batch.
 
     Args:
         pooled: features from `pool`, where they are known.
-        given: the model of every part, made by `fit`: then nothing is trained.
+        given: the model of every fold, made by `fit`: then nothing is trained.
 
     Returns:
         (probabilities (texts, 3, 5), {tokens, resumed_tokens}).
     """
-    with artifacts.Journal(folder / "scores.jsonl") as journal:
-        counts = _score(task, pretrained, folder, pooled, given, journal)
-        probabilities = np.zeros((len(task.texts), task.levels.shape[1], labels.LEVELS))
-        for entry in journal.entries:
-            probabilities[entry["texts"]] = entry["probabilities"]
+    finished = parts.Parts(folder / SCORES)
+    plan, examples, left, resumed = _plan(task, pretrained, folder, finished.done)
+    if plan and given is None and pooled is None:
+        pooled = pool(task, pretrained)
+    with progress.Progress("difficulty", examples, resumed=examples - left) as bar:
+        for fold in plan:
+            shown = {"part": f"{fold.index + 1}/{task.folds.max() + 1}"}
+            model = given
+            if model is None and fold.trained.done:
+                model = _restore(fold.trained, pretrained)
+            elif model is None:
+                model = fit(fold.index, fold.chosen, task, pretrained, pooled, bar, shown)
+                _keep(fold.trained, model, pretrained)
+            # Of a frozen encoder the labelled texts' features are known.
+            known = not pretrained.settings.epochs and fold.index < pretrained.settings.folds
+            offsets = word_scores(model, task, fold.batches)
+            for batch in fold.batches:
+                found = predict(model, pretrained, task, batch, offsets, pooled if known else None)
+                _check_finite(found, task, batch)
+                finished.add(batch, {"probabilities": found.reshape(len(batch), -1)})
+                bar.update(len(batch), sum(len(task.texts[text]) for text in batch), **shown)
+            artifacts.remove(fold.trained.folder)
+        counts = {"tokens": resumed + bar.tokens, "resumed_tokens": resumed}
+    probabilities = np.zeros((len(task.texts), task.levels.shape[1], labels.LEVELS))
+    for rows, columns in finished.batches():
+        probabilities[rows] = columns["probabilities"].reshape(-1, *probabilities.shape[1:])
     return probabilities, counts
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A part with texts to score: the labelled rows to train on (n,) bool, batches of texts, and
+class _Fold:
+    """A fold with texts to score: the labelled rows to train on (n,) bool, batches of texts, and
     where the trained model waits until they are scored.
     """
 
     index: int
     chosen: np.ndarray
     batches: list[list[int]]
-    weights: pathlib.Path
+    trained: parts.Parts
 
 
-def _plan(task, pretrained, folder, journal) -> tuple[list[_Part], int, int, int]:
-    """(parts that are not done, examples to train on and to score, those left, tokens done)."""
+def _plan(task, pretrained, folder, done) -> tuple[list[_Fold], int, int, int]:
+    """Returns (folds that are not done, examples to train on and to score, those left, tokens of
+    those that are done).
+    """
     settings, lengths = pretrained.settings, np.array([len(text) for text in task.texts])
-    done = {text for entry in journal.entries for text in entry["texts"]}
     plan, examples, left, resumed = [], 0, 0, 0
-    for part in np.unique(task.parts):
-        mine, chosen = np.flatnonzero(task.parts == part), task.parts[task.labelled] != part
+    for fold in np.unique(task.folds):
+        mine, chosen = np.flatnonzero(task.folds == fold), task.folds[task.labelled] != fold
         batches = list(classifier.scoring_batches(task.texts, mine.tolist(), settings))
-        todo = [batch for batch in batches if batch[0] not in done]
-        weights = folder / f"part-{part}.safetensors"
-        untrained = bool(todo) and not weights.exists()
+        todo = [batch for batch in batches if not done.issuperset(batch)]
+        trained = parts.Parts(folder / f"{MODEL}-{fold}")
+        untrained = bool(todo) and not trained.done
         training = settings.epochs * int(chosen.sum())
         examples += training + len(mine)
         left += sum(map(len, todo)) + training * untrained
-        resumed += sum(int(lengths[batch].sum()) for batch in batches if batch[0] in done)
+        resumed += sum(int(lengths[batch].sum()) for batch in batches if batch not in todo)
         if not untrained:
             resumed += settings.epochs * int(lengths[task.labelled[chosen]].sum())
         if todo:
-            plan.append(_Part(int(part), chosen, todo, weights))
+            plan.append(_Fold(int(fold), chosen, todo, trained))
     return plan, examples, left, resumed
-
-
-def _score(task, pretrained, folder, pooled, given, journal) -> dict[str, int]:
-    settings = pretrained.settings
-    plan, examples, left, resumed = _plan(task, pretrained, folder, journal)
-    if plan and given is None and pooled is None:
-        pooled = pool(task, pretrained)
-    with progress.Progress("difficulty", examples, resumed=examples - left) as bar:
-        for part in plan:
-            shown = {"part": f"{part.index + 1}/{task.parts.max() + 1}"}
-            if given is not None:
-                model = given
-            elif part.weights.exists():
-                model = _restore(part.weights, pretrained)
-            else:
-                model = fit(part.index, part.chosen, task, pretrained, pooled, bar, shown)
-                _save(part.weights, model, pretrained)
-            # Of a frozen encoder the labelled texts' features are known.
-            known = not settings.epochs and part.index < settings.folds
-            offsets = word_scores(model, task, part.batches)
-            for batch in part.batches:
-                found = predict(model, pretrained, task, batch, offsets, pooled if known else None)
-                _check_finite(found, task, batch)
-                journal.append({"texts": batch, "probabilities": found.tolist()})
-                bar.update(len(batch), sum(len(task.texts[text]) for text in batch), **shown)
-            part.weights.unlink(missing_ok=True)
-        return {"tokens": resumed + bar.tokens, "resumed_tokens": resumed}
 
 
 def _check_finite(found, task, batch) -> None:
@@ -134,9 +136,9 @@ def _check_finite(found, task, batch) -> None:
         )
 
 
-def pool(task: Task, pretrained: Pretrained) -> np.ndarray:
-    """Features (texts, F) by the pretrained encoder, where all parts start: of the labelled texts;
-    0 for others.
+def pool(task: CrossValidation, pretrained: Pretrained) -> np.ndarray:
+    """Returns features (texts, F) by the pretrained encoder, where all folds start: of the labelled
+    texts; 0 for others.
     """
     p = pretrained
     out = np.zeros((len(task.texts), p.cfg.num_layers * p.cfg.model_dim), np.float32)
@@ -150,49 +152,44 @@ def pool(task: Task, pretrained: Pretrained) -> np.ndarray:
     return out
 
 
-def fit(part: int, chosen, task: Task, pretrained: Pretrained, pooled, bar, shown) -> dict:
-    """The model of the labelled rows that are `chosen` (n,): {"encoder", "heads"} and, with
-    difficulty.words, "words" (words.to_arrays, and "kernel" (V, 3, S)).
+def fit(
+    fold: int,
+    chosen: np.ndarray,
+    task: CrossValidation,
+    pretrained: Pretrained,
+    pooled: np.ndarray,
+    bar: progress.Progress,
+    shown: dict[str, Any],
+) -> dict:
+    """Trains on the labelled rows that are `chosen` (n,): {"encoder", "heads"} and, with
+    difficulty.words, "words" (words.to_arrays, and "kernel" (V, 3, 5)).
 
     Raises:
         UserError: training leaves parameters that are not finite.
     """
     settings, placement = pretrained.settings, pretrained.placement
     texts = [task.texts[text] for text in task.labelled]
-    rows, held = classifier.hold_out(texts, np.flatnonzero(chosen), settings, part)
+    rows = np.flatnonzero(chosen)
     asked = [task.questions[task.labelled[row]] for row in rows]
     vectorizer = words.fit(asked) if settings.words else None
-    found, kernel = heads.fit(
-        pooled[task.labelled[rows]],
-        None if vectorizer is None else vectorizer.transform(asked),
-        task.levels[rows],
-        settings,
-    )
+    terms = None if vectorizer is None else vectorizer.transform(asked)
+    found, kernel = heads.fit(pooled[task.labelled[rows]], terms, task.levels[rows])
     model = {"encoder": pretrained.params, "heads": placement.replicate(found)}
     offsets = None
     if vectorizer is not None:
         model["words"] = words.to_arrays(vectorizer) | {"kernel": kernel}
         questions = [task.questions[text] for text in task.labelled]
         offsets = words.scores(model["words"], questions) if settings.epochs else None
-    if not settings.epochs:
-        return sound(model)
-    trained = classifier.train(
-        {name: model[name] for name in ("encoder", "heads")},
-        pretrained.cfg,
-        settings,
-        texts,
-        task.levels,
-        offsets,
-        rows,
-        held,
-        part,
-        placement,
-        lambda rows, tokens, loss: bar.update(rows, tokens, loss=f"{loss:.3f}", **shown),
-    )
-    return sound(model | trained)
+    if settings.epochs:
+        model |= classifier.train(
+            {name: model[name] for name in ("encoder", "heads")},
+            pretrained.cfg, settings, texts, task.levels, offsets, rows, fold, placement,
+            lambda rows, tokens, loss: bar.update(rows, tokens, loss=f"{loss:.3f}", **shown),
+        )  # fmt: skip
+    return sound(model)
 
 
-def sound(model):
+def sound(model: dict) -> dict:
     """Returns the model. Raises UserError where its training ruined it."""
     if bad := trees.not_finite({name: model[name] for name in ("encoder", "heads")}):
         raise errors.UserError(
@@ -202,9 +199,9 @@ def sound(model):
     return model
 
 
-def word_scores(model, task: Task, batches: list[list[int]]) -> np.ndarray | None:
-    """What words add to the scores of the batches' texts, (texts, 3, S), 0 for other texts; None
-    for a model without words.
+def word_scores(model: dict, task: CrossValidation, batches: list[list[int]]) -> np.ndarray | None:
+    """Returns what words add to the scores of the batches' texts, (texts, 3, 5), 0 for other texts;
+    None for a model without words.
     """
     if "words" not in model:
         return None
@@ -216,9 +213,14 @@ def word_scores(model, task: Task, batches: list[list[int]]) -> np.ndarray | Non
 
 
 def predict(
-    model, pretrained: Pretrained, task: Task, batch: list[int], offsets, pooled
+    model: dict,
+    pretrained: Pretrained,
+    task: CrossValidation,
+    batch: list[int],
+    offsets: np.ndarray | None,
+    pooled: np.ndarray | None,
 ) -> np.ndarray:
-    """Probabilities (len(batch), 3, 5) float32 of one batch of classifier.scoring_batches.
+    """Returns probabilities (len(batch), 3, 5) float32 of one batch of classifier.scoring_batches.
 
     Args:
         offsets: from `word_scores`; pooled: features (texts, F) where they are known, or None.
@@ -234,16 +236,15 @@ def predict(
     return np.exp(heads.apply(jax.device_get(model["heads"]), found, own))
 
 
-def _save(path, model, pretrained) -> None:
-    """Without an encoder that is as it was."""
+def _keep(trained, model, pretrained):
+    """Keeps a model as one part, without an encoder that is as it was."""
     kept = {name: tree for name, tree in model.items() if tree is not pretrained.params}
-    with artifacts.atomic(path) as temporary:
-        arrays = trees.named_leaves(jax.tree.map(np.asarray, kept))
-        safetensors.numpy.save_file(arrays, temporary)
+    data = safetensors.numpy.save(trees.named_leaves(jax.tree.map(np.asarray, kept)))
+    trained.add([0], {"safetensors": [data]})
 
 
-def _restore(path, pretrained):
-    tree = trees.insert({}, safetensors.numpy.load_file(path))
+def _restore(trained, pretrained) -> dict:
+    tree = trees.insert({}, safetensors.numpy.load(trained.columns()["safetensors"][0]))
     placed = {
         name: pretrained.placement.replicate(x) for name, x in tree.items() if name != "words"
     }

@@ -1,13 +1,9 @@
 """Heads: from scores that are linear in the features to probabilities of the 5 levels, for each
-perspective; and their fit on fixed features.
+perspective, and their fit on fixed features.
 
-- categorical: {"kernel" (F, 3, 5), "bias" (3, 5)}, a softmax over the levels.
-- ordinal: {"kernel" (F, 3, 1), "thresholds" (3, 4)}, proportional odds (McCullagh 1980): one score
-  s for each perspective, P(level <= j) = sigmoid(theta_j - s). What is kept is theta_1 and the logs
-  of the gaps between the thresholds, so that they stay in order whatever the training does.
-
-The features are an encoder's, dense, and with difficulty.words also those of words.py, sparse. The
-words' kernel (V, 3, S) is kept apart: their part of the scores is an offset that stays as fitted.
+A head is {"kernel" (F, 3, 5), "bias" (3, 5)}, a softmax over the levels. The features are those of
+an encoder, dense, and with difficulty.words also those of words.py, sparse. The words' kernel
+(V, 3, 5) is kept apart: their part of the scores is an offset that training does not change.
 """
 
 import functools
@@ -16,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+import scipy.sparse
 import threadpoolctl
 
-from diq_jax import config
 from diq_jax.difficulty import labels
 
 # Gaussian priors, as inverse variances, for rows whose features have a mean square norm of 1: those
@@ -28,38 +24,18 @@ ENCODER_PRECISION, WORDS_PRECISION, BIAS_PRECISION = 0.5, 0.1, 1.0
 STEPS = 100  # of L-BFGS, at most
 
 
-def apply(heads, features, offsets=None):
-    """Log-probabilities of the levels: (B, F), and scores (B, 3, S) to add or None -> (B, 3, 5)."""
+def apply(heads: dict, features: jax.Array, offsets: jax.Array | None = None) -> jax.Array:
+    """Returns log-probabilities of the levels, (B, 3, 5), from features (B, F) and, where there are
+    any, scores (B, 3, 5) to add.
+    """
     scores = jnp.einsum("bf,fps->bps", features, heads["kernel"])
     if offsets is not None:
         scores = scores + offsets
-    return link({name: x for name, x in heads.items() if name != "kernel"}, scores)
+    return jax.nn.log_softmax(scores + heads["bias"][None])
 
 
-def link(constants, scores):
-    """Log-probabilities (..., 5) from scores (..., S) and {"bias"} or {"thresholds"}, without
-    their batch axis: see above.
-    """
-    lead = (1,) * (scores.ndim - next(iter(constants.values())).ndim)
-    if "bias" in constants:
-        bias = constants["bias"]
-        return jax.nn.log_softmax(scores + bias.reshape(lead + bias.shape))
-    raw = constants["thresholds"]
-    above = thresholds(raw).reshape(lead + raw.shape) - scores  # (..., 4): theta_j - s
-    below_j, above_j = jax.nn.log_sigmoid(above), jax.nn.log_sigmoid(-above)
-    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)): nothing cancels.
-    gaps = jnp.log(-jnp.expm1(-jnp.exp(raw[..., 1:]))).reshape(*lead, *raw.shape[:-1], -1)
-    middle = below_j[..., 1:] + above_j[..., :-1] + gaps
-    return jnp.concatenate([below_j[..., :1], middle, above_j[..., -1:]], axis=-1)
-
-
-def thresholds(raw):
-    """The ordered thresholds (..., 4) of what an ordinal head keeps of them."""
-    return jnp.cumsum(jnp.concatenate([raw[..., :1], jnp.exp(raw[..., 1:])], axis=-1), axis=-1)
-
-
-def shares(levels):
-    """The level's share in each whole level: (...,) -> (..., 5), sum 1; nan (unknown) gives 0.
+def shares(levels: jax.Array) -> jax.Array:
+    """Returns each level's share in each whole level: (...,) -> (..., 5), sum 1; nan gives 0.
 
     A level between two whole ones belongs to both by its nearness, so that the expected level is
     fitted to it.
@@ -70,91 +46,70 @@ def shares(levels):
     return jnp.where(known, near, 0.0)
 
 
-def class_weights(levels, kind: str) -> np.ndarray:
-    """(3, 5) float32 for levels (n, 3): 1 for `none`; for `balanced` n / (K n_l), with n_l the rows
-    of the level and K the levels that have any, so that each of those weighs the same in sum.
-    """
-    counts = np.asarray(shares(jnp.asarray(levels)), np.float64).sum(axis=0)
-    if kind == "none":
-        return np.ones(counts.shape, np.float32)
-    used = counts > 0
-    rows, kinds = counts.sum(1, keepdims=True), np.maximum(used.sum(1, keepdims=True), 1)
-    return np.where(used, rows / (kinds * np.where(used, counts, 1)), 1).astype(np.float32)
-
-
-def fit(pooled, words, levels, settings: config.Difficulty):
-    """The most probable heads on fixed features, under a Gaussian prior; no seed is involved.
+def fit(
+    pooled: np.ndarray, words: scipy.sparse.csr_matrix | None, levels: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Finds the most probable heads on fixed features, under a Gaussian prior and without a seed.
 
     Args:
         pooled: (n, F) float32, the encoder's features.
-        words: (n, V) scipy.sparse float32 of words.py, or None.
+        words: (n, V) float32 of words.py, or None.
         levels: (n, 3) float32 in [1, 5]; nan is unknown.
 
     Returns:
-        (heads for features as they are, the words' kernel (V, 3, S) or None), numpy float32. A
+        (heads for features as they are, the words' kernel (V, 3, 5) or None), numpy float32. A
         perspective without labels has zero kernels.
     """
-    weights = class_weights(levels, settings.class_weights)
     mean = pooled.mean(axis=0)
     scale = np.sqrt(np.mean(np.sum(np.square(pooled - mean), axis=1))) or 1.0
     x = (pooled - mean) / scale
     fitted = []
-    for levels_p, weights_p in zip(levels.T, weights, strict=True):
+    for levels_p in levels.T:
         known = np.flatnonzero(np.isfinite(levels_p))
-        own = None if words is None else words[known]
-        fitted.append(_fit(x[known], own, levels_p[known], weights_p, settings.head))
-    kernels, offsets, constants = (np.stack(parts) for parts in zip(*fitted, strict=True))
+        fitted.append(_fit(x[known], None if words is None else words[known], levels_p[known]))
+    kernels, offsets, bias = (np.stack(parts) for parts in zip(*fitted, strict=True))
     kernels /= scale
-    shift = np.einsum("f,pfs->ps", mean, kernels)
-    if settings.head == "ordinal":
-        constants[:, :1] += shift
-    else:
-        constants -= shift
-    name = "thresholds" if settings.head == "ordinal" else "bias"
-    heads = {"kernel": kernels.transpose(1, 0, 2), name: constants}
-    heads = {name: np.ascontiguousarray(x, np.float32) for name, x in heads.items()}
+    bias -= np.einsum("f,pfs->ps", mean, kernels)
     # In one piece, since safetensors writes the buffer behind an array.
-    offsets = np.ascontiguousarray(offsets.transpose(1, 0, 2), np.float32)
-    return heads, None if words is None else offsets
+    kernel, own, bias = (
+        np.ascontiguousarray(array, np.float32)
+        for array in (kernels.transpose(1, 0, 2), offsets.transpose(1, 0, 2), bias)
+    )
+    return {"kernel": kernel, "bias": bias}, None if words is None else own
 
 
-def _fit(x, words, levels, weights, kind):
-    """One perspective: (kernel (F, S), the words' kernel (V, S), bias or thresholds)."""
-    F, V = x.shape[1], 0 if words is None else words.shape[1]
-    S, name = (1, "thresholds") if kind == "ordinal" else (labels.LEVELS, "bias")
-    # One apart, around 0: where a score of 0 means the middle.
-    start = np.array([-1.5, 0, 0, 0]) if kind == "ordinal" else np.zeros(labels.LEVELS)
-    flat = np.concatenate([np.zeros((F + V) * S), start])
-    precision = np.repeat([ENCODER_PRECISION, WORDS_PRECISION], [F * S, V * S])
-    precision = np.concatenate([precision, np.full(len(start), BIAS_PRECISION)])
+def _fit(x, words, levels):
+    """Fits one perspective: (kernel (F, 5), the words' kernel (V, 5), bias (5,))."""
+    F, V, S = x.shape[1], 0 if words is None else words.shape[1], labels.LEVELS
     if not len(levels):
-        return np.zeros((F, S)), np.zeros((V, S)), start
+        return np.zeros((F, S)), np.zeros((V, S)), np.zeros(S)
+    precision = np.repeat([ENCODER_PRECISION, WORDS_PRECISION, BIAS_PRECISION], [F * S, V * S, S])
 
     def objective(flat):
-        kernel = flat[: -len(start)].reshape(F + V, S).astype(np.float32)
+        kernel = flat[:-S].reshape(F + V, S).astype(np.float32)
         scores = x @ kernel[:F] + (words @ kernel[F:] if V else 0)
-        constants = {name: flat[-len(start) :].astype(np.float32)}
-        (_, losses), (d_constants, d_scores) = _losses(constants, scores, levels, weights)
+        (_, losses), (d_bias, d_scores) = _losses(flat[-S:].astype(np.float32), scores, levels)
         d_scores = np.asarray(d_scores)
         parts = [x.T @ d_scores, words.T @ d_scores if V else np.zeros((0, S))]
-        gradient = np.concatenate([*(part.ravel() for part in parts), d_constants[name]])
+        gradient = np.concatenate([*(part.ravel() for part in parts), d_bias])
         value = np.sum(np.asarray(losses), dtype=np.float64) + 0.5 * np.sum(precision * flat**2)
         return value / len(x), (gradient + precision * flat) / len(x)
 
     # One thread: the products are small, and their sums then depend on no number of cores.
     with threadpoolctl.threadpool_limits(1):
         found = scipy.optimize.minimize(
-            objective, flat, jac=True, method="L-BFGS-B", options={"maxiter": STEPS}
-        ).x
-    kernel = found[: -len(start)].reshape(F + V, S)
-    return kernel[:F], kernel[F:], found[-len(start) :]
+            objective, np.zeros((F + V + 1) * S), jac=True, method="L-BFGS-B",
+            options={"maxiter": STEPS},
+        ).x  # fmt: skip
+    kernel = found[:-S].reshape(F + V, S)
+    return kernel[:F], kernel[F:], found[-S:]
 
 
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-def _losses(constants, scores, levels, weights):
-    """((sum, each row's (n,)), gradients); the sum is for the gradients alone, the rows' are
-    added up in float64.
+def _losses(bias, scores, levels):
+    """Returns ((sum, each row's (n,)), gradients). The sum is for the gradients alone: the rows'
+    losses are added up in float64.
     """
-    losses = -jnp.sum(shares(levels) * weights[None] * link(constants, scores), axis=-1)
+    losses = -jnp.sum(shares(levels) * jax.nn.log_softmax(scores + bias[None]), axis=-1)
     return jnp.sum(losses), losses

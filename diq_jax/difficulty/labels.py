@@ -122,14 +122,15 @@ def fingerprint(source: str) -> str:
     return sources.fingerprint(source, FIELD, sample="pool")
 
 
-def assign_parts(labelled: Sequence[int], texts: int, folds: int, seed: int) -> np.ndarray:
-    """The part (texts,) that scores each text: 0..folds-1 for labelled texts, `folds` for others.
+def assign_folds(labelled: Sequence[int], texts: int, folds: int, seed: int) -> np.ndarray:
+    """Returns the fold (texts,) that scores each text: 0..folds-1 for labelled texts, `folds` for
+    others.
 
-    The model of a part is trained on the labelled rows of all other parts, so that no text is
-    scored by a model that saw it; that of part `folds`, which has no labelled text, on every one.
+    The model of a fold is trained on the labelled rows of all other folds, so that no text is
+    scored by a model that saw it; that of fold `folds`, which has no labelled text, on every one.
 
     Args:
-        labelled: the text of each labelled row; rows of one text share its part.
+        labelled: the text of each labelled row; rows of one text share its fold.
 
     Raises:
         UserError: fewer labelled texts than folds.
@@ -140,10 +141,10 @@ def assign_parts(labelled: Sequence[int], texts: int, folds: int, seed: int) -> 
             f"difficulty.folds={folds} needs as many different labelled questions; {FIELD} has "
             f"{len(distinct)}."
         )
-    parts = np.full(texts, folds)
+    found = np.full(texts, folds)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(distinct))
-    parts[distinct[order]] = np.arange(len(distinct)) % folds
-    return parts
+    found[distinct[order]] = np.arange(len(distinct)) % folds
+    return found
 
 
 def _mapping(source):

@@ -15,12 +15,10 @@ IFD leave it out: they are over the same tokens always. A completion of that one
 (nan).
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,29 +27,15 @@ import pyarrow as pa
 from diq_jax import errors
 from diq_jax.data import batches, chat, encoded, example
 from diq_jax.models import checkpoint, load, loss, tokenizer
-from diq_jax.run import artifacts, devices, progress, stages
+from diq_jax.models import config as model_config
+from diq_jax.run import artifacts, devices, parts, progress, stages
 
 PARTIAL = "difficulty/partial/model-scores"  # what a killed run continues from
 SCORES = "difficulty/model_scores.parquet"
 
 
-@flax.struct.dataclass
-class Conditional:
-    """What the pass with the prompt gives for a batch, float32.
-
-    Attributes:
-        loss: (B,), the mean over the completion's tokens, in nats.
-        rest: (B,), the mean without the first of them; 0 where there is no other.
-        cosines: (B, K), mean cosines of the embedding (target_directions).
-    """
-
-    loss: jax.Array
-    rest: jax.Array
-    cosines: jax.Array
-
-
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """What the scores depend on beside artifacts: the model, and the dtype that it runs in."""
+    """Returns what the scores depend on beside artifacts: the model, and the dtype it runs in."""
     settings = context.config.model
     opened = checkpoint.open_checkpoint(settings.path, "model.path")
     tokens = tokenizer.fingerprints(settings.path, "model.path")
@@ -88,62 +72,77 @@ def run(context: stages.Context) -> dict[str, int]:
     alone = [without_prompt(row, tok.bos_token_id) for row in pool]
 
     directions = target_directions(_embed(context, model, encoded.from_table(targets)), tasks)
-    with_prompt = _with_prompt(context, model, pool, directions)
-    direct = _direct(context, model, [row for row in alone if row is not None])
-    losses = np.array([with_prompt.entries[row.example_id]["loss"] for row in pool])
-    cosines = np.array([with_prompt.entries[row.example_id]["cosines"] for row in pool], np.float32)
+    given, resumed = _with_prompt(context, model, pool, directions)
+    spoken = [i for i, row in enumerate(alone) if row is not None]
+    direct, resumed_direct = _direct(context, model, [alone[i] for i in spoken])
+    losses = given["loss"].astype(np.float64)
     answers = np.array([row.answer_tokens for row in pool], np.int32)
     layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
     reasoning = reasoning_tokens(table["reasoning"].to_pylist(), layout, cfg.data.template)
+    # Both losses of an IFD are over the tokens that the completion alone can score.
+    ifd, over = np.full(len(pool), np.nan), losses.copy()
+    cut = [i for i in spoken if alone[i].answer_tokens < answers[i]]
+    over[cut] = given["rest"][cut]
+    if spoken:
+        ifd[spoken] = np.exp(over[spoken] - direct["loss"].astype(np.float64))
     artifacts.write_table(
         context.path(SCORES),
         {
             "example_id": table["example_id"],
-            "loss": pa.array(losses.astype(np.float32)),
+            "loss": pa.array(given["loss"]),
             "perplexity": pa.array(np.exp(losses)),
-            "ifd": pa.array(_ifd(pool, alone, with_prompt.entries, direct.entries)),
-            "similarity": pa.array(cosines[:, 0]),
-            "task_similarity": pa.array(cosines[:, 1]),
+            "ifd": pa.array(ifd),
+            "similarity": pa.array(given["cosines"][:, 0]),
+            "task_similarity": pa.array(given["cosines"][:, 1]),
             "answer_tokens": pa.array(answers),
             "reasoning_tokens": pa.array(np.minimum(reasoning, answers)),
         },
         unknown=("ifd",),  # of a row without tokens before its answer
     )
-    rows = [*pool, *(row for row in alone if row is not None)]
+    rows = [*pool, *(alone[i] for i in spoken)]
     return {
         "tokens": sum(len(row.input_ids) for row in rows)
         + sum(len(ids) for ids in targets["input_ids"].to_pylist()),
-        "resumed_tokens": with_prompt.resumed_tokens + direct.resumed_tokens,
+        "resumed_tokens": resumed + resumed_direct,
     }
 
 
-def embeddings(hidden, batch):
-    """The mean of hidden states (B, T, D) with weight 1 on an example's first token, T on its last:
-    (B, D) float32, 0 for a padding row.
+def embeddings(hidden: jax.Array, batch: batches.Batch) -> jax.Array:
+    """Returns the mean of hidden states (B, T, D) with weight 1 on an example's first token, T on
+    its last: (B, D) float32, 0 for a padding row.
     """
     weights = jnp.where(batch.segment_ids > 0, batch.positions + 1, 0).astype(jnp.float32)
     total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     return jnp.einsum("bt,btd->bd", weights, hidden.astype(jnp.float32)) / total
 
 
-def conditional(params, directions, batch, cfg) -> Conditional:
-    """Losses given the prompt, and products of the unit embedding with `directions` (K, D)."""
+def conditional(
+    params: Any, directions: jax.Array, batch: batches.Batch, cfg: model_config.DecoderConfig
+) -> dict[str, jax.Array]:
+    """Computes what the pass with the prompt gives for a batch, float32.
+
+    Returns:
+        loss (B,), the mean over the completion's tokens, in nats; rest (B,), the mean without the
+        first of them, 0 where there is no other; cosines (B, K) of the embedding with the unit rows
+        that `directions` (K, D) are means of.
+    """
     hidden = loss.hidden_states(params, cfg, batch)
     values = loss.answer_losses(params, cfg, hidden, batch)
     weights = loss.token_weights(batch, "mean")
     others = jnp.maximum(jnp.sum(batch.loss_mask[:, 1:], axis=1), 1.0)
     unit = embeddings(hidden, batch)
     unit = unit / jnp.maximum(jnp.linalg.norm(unit, axis=1, keepdims=True), 1e-30)
-    return Conditional(
-        jnp.sum(values * weights, axis=1),
-        jnp.sum(values[:, 1:], axis=1) / others,
-        unit @ directions.T,
-    )
+    return {
+        "loss": jnp.sum(values * weights, axis=1),
+        "rest": jnp.sum(values[:, 1:], axis=1) / others,
+        "cosines": unit @ directions.T,
+    }
 
 
 def target_directions(found: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
-    """Targets' embeddings (Q, D) -> (2, D): the mean of their unit rows, and the mean over tasks of
-    each task's. The product of a unit row with a mean of unit rows is its mean cosine with them.
+    """Turns targets' embeddings (Q, D) into (2, D): the mean of their unit rows, and the mean over
+    tasks of each task's. The product of a unit row with a mean of unit rows is its mean cosine with
+    them.
     """
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     names = np.array(tasks)
@@ -152,8 +151,8 @@ def target_directions(found: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
 
 
 def without_prompt(row: example.Encoded, bos: int | None) -> example.Encoded | None:
-    """The completion alone, after the beginning-of-sequence token `bos` where the row begins with
-    it; None where that leaves nothing to score.
+    """Returns the completion alone, after the beginning-of-sequence token `bos` where the row
+    begins with it; None where that leaves nothing to score.
     """
     first = 1 + int(np.flatnonzero(row.labels[1:] != example.IGNORED)[0])
     ids, labels = row.input_ids[first:], row.labels[first:]
@@ -165,23 +164,12 @@ def without_prompt(row: example.Encoded, bos: int | None) -> example.Encoded | N
 
 
 def reasoning_tokens(texts: Sequence[str], layout: chat.Layout, template: str) -> np.ndarray:
-    """(n,) int32: the tokens of each text, as inside of another; 0 where the template has no
+    """Counts the tokens of each text, (n,) int32, as inside of another; 0 where the template has no
     {reasoning}.
     """
     if "{reasoning}" not in chat.TEMPLATES.get(template, template):
         return np.zeros(len(texts), np.int32)
     return np.array(chat.count_tokens(texts, layout), np.int32)
-
-
-def _ifd(pool, alone, with_prompt, direct) -> np.ndarray:
-    """(n,) float64; both losses are over the tokens that the completion alone can score."""
-    out = np.full(len(pool), np.nan)
-    for i, (row, short) in enumerate(zip(pool, alone, strict=True)):
-        if short is not None:
-            over = "loss" if short.answer_tokens == row.answer_tokens else "rest"
-            given, without = with_prompt[row.example_id][over], direct[row.example_id]["loss"]
-            out[i] = np.exp(given - without)
-    return out
 
 
 def _embed(context, model, targets) -> np.ndarray:
@@ -200,48 +188,32 @@ def _embed(context, model, targets) -> np.ndarray:
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """The journal's entry of each example id, and the tokens that an earlier call read."""
-
-    entries: Mapping[str, Mapping[str, Any]]
-    resumed_tokens: int
-
-
-def _with_prompt(context, model, pool, directions) -> Pass:
+def _with_prompt(context, model, pool, directions):
     placement = context.placement
     step = placement.compile(functools.partial(conditional, cfg=model.cfg), rows=True)
     placed = placement.replicate(directions)
-
-    def entry(out, k):
-        cosines = out.cosines[k].tolist()
-        return {"loss": float(out.loss[k]), "rest": float(out.rest[k]), "cosines": cosines}
-
-    return _journaled(context, "given", pool, lambda b: step(model.params, placed, b), entry)
+    return _finish(context, "given", pool, lambda batch: step(model.params, placed, batch))
 
 
-def _direct(context, model, alone) -> Pass:
+def _direct(context, model, alone):
     losses = functools.partial(loss.example_losses, cfg=model.cfg, reduction="mean")
     step = context.placement.compile(lambda params, batch: losses(params, batch=batch), rows=True)
-
-    def entry(out, k):
-        return {"loss": float(out[k])}
-
-    return _journaled(context, "alone", alone, lambda b: step(model.params, b), entry)
+    return _finish(context, "alone", alone, lambda batch: {"loss": step(model.params, batch)})
 
 
-def _journaled(context, name, rows, step: Callable, entry: Callable) -> Pass:
-    """Runs a pass; entry(outputs, place in the batch) is what is kept of an example."""
-    with artifacts.Journal(context.path(f"{PARTIAL}/{name}.jsonl")) as journal:
-        done = {kept["id"] for kept in journal.entries}
-        for group, out in _run(context, f"model scores, {name}", rows, step, done):
-            made = [{"id": rows[i].example_id, **entry(out, k)} for k, i in enumerate(group)]
-            for kept in made:
-                values = [kept["loss"], kept.get("rest", 0), *kept.get("cosines", ())]
-                _check_finite(context, f"loss or embedding of example {kept['id']!r}", values)
-            journal.extend(made)
-        entries = {kept["id"]: kept for kept in journal.entries}
-    return Pass(entries, sum(len(row.input_ids) for row in rows if row.example_id in done))
+def _finish(context, name, rows, step: Callable) -> tuple[dict[str, np.ndarray], int]:
+    """Runs a pass: ({column: (n, ..) float32}, the tokens that an earlier call read)."""
+    finished = parts.Parts(context.path(f"{PARTIAL}/{name}"))
+    resumed = sum(len(rows[i].input_ids) for i in finished.done)
+    for group, out in _run(context, f"model scores, {name}", rows, step, finished.done):
+        columns = {column: values[: len(group)] for column, values in out.items()}
+        for k, i in enumerate(group):
+            values = np.concatenate([np.atleast_1d(column[k]) for column in columns.values()])
+            _check_finite(context, f"loss or embedding of example {rows[i].example_id!r}", values)
+        # A batch cut otherwise than before may hold rows that are done.
+        new = [k for k, i in enumerate(group) if i not in finished.done]
+        finished.add([group[k] for k in new], {name: x[new] for name, x in columns.items()})
+    return finished.columns(), resumed
 
 
 def _run(context, name, rows, step, done):
@@ -250,7 +222,7 @@ def _run(context, name, rows, step, done):
     """
     placement = context.placement
     planned = batches.plan(rows, context.config.influence.batch_tokens, placement.rows_multiple)
-    groups = [g for g in planned if any(rows[i].example_id not in done for i in g.indices)]
+    groups = [group for group in planned if not done.issuperset(group.indices)]
     left = sum(len(group.indices) for group in groups)
 
     def started():

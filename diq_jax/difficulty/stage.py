@@ -198,7 +198,7 @@ def _apply(context, pool) -> tuple[dict[str, np.ndarray], dict[str, int]]:
 
 
 def _measure(task, probabilities, questions, settings):
-    parts = task.parts[task.labelled]
+    parts = task.folds[task.labelled]
     return agreement.measure(
         task.levels, probabilities[task.labelled], questions, parts, settings.seed
     )
@@ -238,7 +238,9 @@ def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
     return folds.Pretrained(placement.replicate(params), cfg, settings, placement), opened.config
 
 
-def _task(pretrained, questions: Sequence[str], levels, pool: Sequence[str]) -> folds.Task:
+def _task(
+    pretrained, questions: Sequence[str], levels, pool: Sequence[str]
+) -> folds.CrossValidation:
     """Texts that the encoder cannot tell apart, being the same tokens, are one text, and the first
     one's words are its words.
     """
@@ -258,8 +260,10 @@ def _task(pretrained, questions: Sequence[str], levels, pool: Sequence[str]) -> 
     labelled, in_pool = np.split(rows, [len(questions)])
     parts = np.full(len(texts), settings.folds)
     if questions:
-        parts = labels.assign_parts(labelled, len(texts), settings.folds, settings.seed)
-    return folds.Task(list(texts), [asked[i] for i in first], labelled, levels, in_pool, parts)
+        parts = labels.assign_folds(labelled, len(texts), settings.folds, settings.seed)
+    return folds.CrossValidation(
+        list(texts), [asked[i] for i in first], labelled, levels, in_pool, parts
+    )
 
 
 def _pool_questions(context, pool) -> list[str]:

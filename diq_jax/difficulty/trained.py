@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ import safetensors.numpy
 
 from diq_jax import config, errors, trees
 from diq_jax.difficulty import labels
-from diq_jax.models import checkpoint, hf
+from diq_jax.models import checkpoint, hf, safetensors_file
+from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, reading
 
 RECORD, HEADS = "difficulty.json", "difficulty.safetensors"
@@ -40,7 +42,7 @@ class Trained:
 
 
 def is_folder(source: str) -> bool:
-    """Whether difficulty.source is a folder, not labelled rows."""
+    """Tells whether difficulty.source is a folder, not labelled rows."""
     return pathlib.Path(source).expanduser().is_dir()
 
 
@@ -48,7 +50,7 @@ def save(
     folder: pathlib.Path,
     model: Mapping,
     hf_config: Mapping,
-    tokenizer,
+    tokenizer: Any,
     max_tokens: int,
     temperatures: Mapping[str, float],
 ) -> None:
@@ -75,15 +77,45 @@ def save(
 
 
 def load(source: str) -> Trained:
-    """Raises UserError where the folder is no such one."""
+    """Reads the folder. Raises UserError where it is no such one, or damaged."""
     folder = _folder(source)
     record = reading.read_record(folder / RECORD, {"max_tokens": int, "temperatures": dict})
-    model = trees.insert({}, safetensors.numpy.load_file(folder / HEADS))
+    for perspective, value in record["temperatures"].items():
+        errors.check_choice(f"{folder / RECORD}: temperatures", perspective, config.PERSPECTIVES)
+        ok = isinstance(value, float) and 0 < value < np.inf
+        errors.check(f"{folder / RECORD}: {perspective}", ok, "a temperature above 0", value)
+    opened = checkpoint.open_checkpoint(folder, labels.FIELD)
+    cfg = model_config.encoder_config(opened.config, labels.FIELD)
+    tensors = safetensors_file.open_safetensors(folder / HEADS)
+    _check_tensors(folder / HEADS, tensors, cfg.num_layers * cfg.model_dim)
+    model = trees.insert({}, {name: tensor.read() for name, tensor in tensors.items()})
     return Trained(model, record["max_tokens"], record["temperatures"])
 
 
+def _check_tensors(path, tensors, features):
+    if "heads/thresholds" in tensors:
+        raise errors.UserError(
+            f"{path} holds an ordinal head, which this version of diq_jax does not have: train the "
+            "classifier again."
+        )
+    scores = (len(config.PERSPECTIVES), labels.LEVELS)
+    expected = {"heads/kernel": (features, *scores), "heads/bias": scores}
+    if "words/idf" in tensors:
+        terms = tensors["words/idf"].shape[0]
+        expected |= {"words/idf": (terms,), "words/kernel": (terms, *scores)}
+    for name, shape in expected.items():
+        found = tensors.get(name)
+        if found is None or (found.shape, found.dtype) != (shape, "float32"):
+            got = "none" if found is None else f"{found.dtype} {found.shape}"
+            raise errors.UserError(f"{path}: {name} must be float32 {shape}; got {got}.")
+    if extra := set(tensors) - set(expected) - {"words/terms"}:
+        raise errors.UserError(f"{path}: {min(extra)!r} belongs to no difficulty classifier.")
+    if ("words/idf" in tensors) != ("words/terms" in tensors):
+        raise errors.UserError(f"{path}: words/terms and words/idf must both be there, or neither.")
+
+
 def fingerprint(source: str) -> str:
-    """A hash of all that the scores depend on."""
+    """Returns a hash of all that the scores depend on."""
     folder = _folder(source)
     names = [RECORD, HEADS, *(n for n in ("tokenizer.json", "vocab.txt") if (folder / n).exists())]
     digests = [checkpoint.open_checkpoint(folder, labels.FIELD).fingerprint]
@@ -103,5 +135,5 @@ def _folder(source) -> pathlib.Path:
 
 
 def known(temperatures: Mapping[str, float]) -> np.ndarray:
-    """(3,) bool: the perspectives that had labels."""
+    """Returns (3,) bool: the perspectives that had labels."""
     return np.array([p in temperatures for p in config.PERSPECTIVES])

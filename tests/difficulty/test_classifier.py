@@ -18,11 +18,9 @@ CFG = model_config.EncoderConfig(
     max_positions=96, num_token_types=2, norm_eps=1e-12, activation="gelu",
 )  # fmt: skip
 SETTINGS = types.SimpleNamespace(
-    epochs=2, learning_rate=1e-3, batch_size=8, max_tokens=96, seed=0, head="categorical",
-    class_weights="none", layer_decay=1.0, patience=0, words=False,
+    epochs=2, learning_rate=1e-3, batch_size=8, max_tokens=96, seed=0, words=False
 )  # fmt: skip
 FEATURES = CFG.num_layers * CFG.model_dim
-ONES = np.ones((3, 5), np.float32)
 
 
 def random_encoder(seed=0):
@@ -58,11 +56,10 @@ def trained(levels=None, chosen=None, **changes):
     levels = known if levels is None else levels
     settings = types.SimpleNamespace(**vars(SETTINGS) | changes)
     mine = np.arange(len(texts)) if chosen is None else np.flatnonzero(chosen)
-    mine, held = classifier.hold_out(texts, mine, settings, 0)
     params, steps = random_encoder(), []
-    fitted, _ = heads.fit(pool(params, texts)[mine], None, levels[mine].astype(float), settings)
+    fitted, _ = heads.fit(pool(params, texts)[mine], None, levels[mine].astype(float))
     out = classifier.train(
-        {"encoder": params, "heads": fitted}, CFG, settings, texts, levels, None, mine, held, 0,
+        {"encoder": params, "heads": fitted}, CFG, settings, texts, levels, None, mine, 0,
         tiny.placement(), lambda rows, tokens, loss: steps.append((rows, tokens, loss)),
     )  # fmt: skip
     return jax.device_get(out), steps
@@ -87,7 +84,7 @@ def test_loss_is_log_5_when_heads_are_zero_and_ignores_padding():
     params = {"encoder": random_encoder(), "heads": zero}
     for size in (4, 7):
         batch = classifier.collate(texts, levels, None, [3, 1, 2, 0], size, 96)
-        value = jax.jit(classifier.loss, static_argnums=1)(params, CFG, batch, ONES)
+        value = jax.jit(classifier.loss, static_argnums=1)(params, CFG, batch)
         np.testing.assert_allclose(value, np.log(5), rtol=1e-6)
 
 
@@ -107,7 +104,7 @@ def test_padding_changes_nothing():
     gradient = jax.jit(jax.grad(classifier.loss), static_argnums=1)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        gradient(params, CFG, short, ONES), gradient(params, CFG, long, ONES),
+        gradient(params, CFG, short), gradient(params, CFG, long),
     )  # fmt: skip
 
 
@@ -169,85 +166,16 @@ def test_schedule_rises_then_falls_to_near_zero():
     assert len(classifier.learning_rates(SETTINGS, 1)) == 1
 
 
-@pytest.mark.parametrize("head", ["categorical", "ordinal"])
-def test_words_offsets_shift_the_scores_and_stay(head):
+def test_words_offsets_shift_the_scores_and_stay():
     """Fine-tuning with an offset that gives the level away leaves little to learn."""
     texts, levels = rows()
     sure = 8 * np.eye(5, dtype=np.float32)[levels - 1]
-    if head == "ordinal":
-        sure = 8 * (levels[..., None] - 3).astype(np.float32)
-    settings = types.SimpleNamespace(**vars(SETTINGS) | {"head": head})
     params, every, steps = random_encoder(), np.arange(len(texts)), []
-    fitted, _ = heads.fit(pool(params, texts), None, levels.astype(float), settings)
-    for array in fitted.values():
-        array[:] = 0
-    if head == "ordinal":
-        fitted["thresholds"][:] = [-12.0, *[np.log(8)] * 3]
+    zero = {"kernel": np.zeros((FEATURES, 3, 5), np.float32), "bias": np.zeros((3, 5), np.float32)}
     before = sure.copy()
     classifier.train(
-        {"encoder": params, "heads": fitted}, CFG, settings, texts, levels, sure, every, every[:0],
-        0, tiny.placement(), lambda rows, tokens, loss: steps.append(loss),
+        {"encoder": params, "heads": zero}, CFG, SETTINGS, texts, levels, sure, every, 0,
+        tiny.placement(), lambda rows, tokens, loss: steps.append(loss),
     )  # fmt: skip
     np.testing.assert_array_equal(sure, before)
     assert max(steps) < 0.2
-
-
-def test_layer_decay_scales_the_steps_from_the_top_down():
-    params = {"encoder": random_encoder(), "heads": {"bias": np.zeros((3, 5), np.float32)}}
-    scales = classifier.layer_scales(params, 0.5)
-    # Two layers: the upper one 1/2, the lower one 1/4, the embeddings 1/8.
-    assert scales["heads"]["bias"] == 1
-    assert scales["encoder"]["embed"]["word"]["embedding"] == 0.125
-    kernel = scales["encoder"]["layers"]["attn"]["q_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel.ravel(), [0.25, 0.5])
-    assert kernel.shape == (2, 1, 1)
-
-
-def test_without_decay_every_scale_is_one_and_the_lower_layers_move_less_with_it():
-    params = {"encoder": random_encoder(), "heads": {"bias": np.zeros((3, 5), np.float32)}}
-    for leaf in jax.tree.leaves(classifier.layer_scales(params, 1.0)):
-        assert (leaf == 1).all()
-    moved = {}
-    for decay in (1.0, 0.1):
-        found = trained(layer_decay=decay)[0]["encoder"]["embed"]["word"]["embedding"]
-        start = params["encoder"]["embed"]["word"]["embedding"]
-        moved[decay] = np.abs(found - start).max()
-    # Three powers of ten; the first step of AdamW has the same size in both.
-    assert moved[0.1] < 0.01 * moved[1.0]
-
-
-def test_held_out_texts_are_a_tenth_and_keep_their_copies_together():
-    texts = [[i // 2] for i in range(100)]
-    settings = types.SimpleNamespace(seed=0, patience=1)
-    mine, held = classifier.hold_out(texts, np.arange(100), settings, 0)
-    assert len(held) == 10 and sorted([*mine, *held]) == list(range(100))
-    assert {texts[row][0] for row in held}.isdisjoint(texts[row][0] for row in mine)
-    settings.patience = 0
-    assert len(classifier.hold_out(texts, np.arange(100), settings, 0)[1]) == 0
-
-
-def test_patience_keeps_the_best_epoch_and_stops(monkeypatch):
-    """Losses of the start and of the epochs after it are made up: the second epoch is the best."""
-    seen, losses = [], iter([5.0, 4.0, 3.0, 3.5, 3.0, 9.9])
-
-    def made_up(params, *args):
-        seen.append(jax.device_get(params))
-        return next(losses)
-
-    monkeypatch.setattr(classifier, "_mean_loss", made_up)
-    params, _ = trained(patience=2, epochs=6)
-    assert len(seen) == 5  # the start, and four epochs: two without a better one
-    assert same(params, seen[2]) and not same(params, seen[4])
-
-
-def test_early_stopping_trains_on_no_held_out_row(monkeypatch):
-    texts, levels = rows()
-    settings = types.SimpleNamespace(**vars(SETTINGS) | {"patience": 9})
-    _, held = classifier.hold_out(texts, np.arange(len(texts)), settings, 0)
-    monkeypatch.setattr(classifier, "_mean_loss", lambda params, *args: -float(next(count)))
-    flipped = levels.copy()
-    flipped[held] = 6 - flipped[held]
-    count = iter(range(99))
-    before = trained(levels, patience=9)[0]
-    count = iter(range(99))
-    assert same(before, trained(flipped, patience=9)[0])

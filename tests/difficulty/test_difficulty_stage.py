@@ -7,6 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 import tokenizers
 import torch
@@ -175,7 +176,7 @@ def test_final_model_is_trained_only_where_a_row_needs_it(run, monkeypatch):
         ("fit", 4, {"words": True}),
         ("fit", 3, {"epochs": 0}),
         ("predict", 1, {"epochs": 0, "words": True}),
-        ("predict", 2, {"head": "ordinal", "words": True}),
+        ("predict", 2, {"words": True}),
         ("predict", 9, {}),
     ],
 )
@@ -195,9 +196,8 @@ def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, c
         patch.setattr(folds, name, dies)
         with pytest.raises(KeyboardInterrupt):
             run("cut", rows, pool, **changes)
-    partial = whole.workdir.parent / "cut/difficulty/partial/scores.jsonl"
-    with open(partial, "a") as f:
-        f.write('{"crc32": "00000000", "texts": [1, 2')
+    for path in (whole.workdir.parent / "cut/difficulty/partial").rglob("*.arrow"):
+        assert path.parent.name in (folds.SCORES, *(f"{folds.MODEL}-{fold}" for fold in range(4)))
     again, second = run("cut", rows, pool, **changes)
     assert contents(whole) == contents(again)
     assert second["tokens"] == found["tokens"]
@@ -302,7 +302,7 @@ def folder(tmp_path, encoder_folder):
     "changes",
     [
         {"epochs": 0, "words": True, "layers": 1},
-        {"words": True, "head": "ordinal", "layer_decay": 0.5, "class_weights": "balanced"},
+        {"words": True},
     ],
 )
 def test_a_trained_folder_scores_as_the_stage_does(run, folder, monkeypatch, changes):
@@ -351,6 +351,49 @@ def test_a_folder_of_something_else_is_named(run, folder, encoder_folder):
         run("a", [], extra(), source=encoder_folder)
     with pytest.raises(errors.UserError, match=r"difficulty\.source must be labelled rows"):
         folder("b", source=encoder_folder)
+
+
+def test_a_damaged_model_of_a_killed_run_is_trained_again(run, monkeypatch):
+    rows = labelled()
+    whole, _ = run("whole", rows, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(folds, "predict", lambda *args: [][0])
+        with pytest.raises(IndexError):
+            run("cut", rows, rows)
+    partial = whole.workdir.parent / "cut/difficulty/partial"
+    [kept] = (partial / f"{folds.MODEL}-0").glob("*.arrow")
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(data)
+    again, found = run("cut", rows, rows)
+    assert contents(whole) == contents(again) and found["resumed_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"heads/thresholds": t["heads/bias"][:, :4]}, "an ordinal head, which this"),
+        (
+            lambda t: {"heads/kernel": t["heads/kernel"][:-1]},
+            r"kernel must be float32 \(32, 3, 5\)",
+        ),
+        (lambda t: {"heads/bias": t["heads/bias"].astype(np.float64)}, "got float64"),
+        (lambda t: {"words/idf": np.ones(3, np.float32)}, r"words/kernel .* got none"),
+        (lambda t: {"more": t["heads/bias"]}, "'more' belongs to no difficulty classifier"),
+        (None, "is not a whole safetensors file"),
+    ],
+)
+def test_heads_of_another_kind_are_refused(folder, change, message):
+    made = folder("train", epochs=0)
+    tensors = safetensors.numpy.load_file(made / trained.HEADS)
+    if change is None:
+        (made / trained.HEADS).write_bytes((made / trained.HEADS).read_bytes()[:-9])
+    else:
+        found = {name: np.ascontiguousarray(x) for name, x in (tensors | change(tensors)).items()}
+        safetensors.numpy.save_file(found, made / trained.HEADS)
+    with pytest.raises(errors.UserError, match=message) as caught:
+        trained.load(str(made))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

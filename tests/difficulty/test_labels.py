@@ -141,7 +141,7 @@ def test_bad_columns_are_named(source, row, message):
 def test_parts_partition_the_labelled_texts_evenly(labelled, folds, seed):
     distinct = np.unique(labelled)
     hypothesis.assume(len(distinct) >= folds)
-    parts = labels.assign_parts(labelled, 31, folds, seed)
+    parts = labels.assign_folds(labelled, 31, folds, seed)
     unlabelled = np.setdiff1d(np.arange(31), distinct)
     assert (parts[unlabelled] == folds).all()
     sizes = np.bincount(parts[distinct], minlength=folds)
@@ -149,11 +149,11 @@ def test_parts_partition_the_labelled_texts_evenly(labelled, folds, seed):
 
 
 def test_parts_depend_on_the_seed():
-    first, again, other = (labels.assign_parts(range(40), 40, 5, seed) for seed in (0, 0, 1))
+    first, again, other = (labels.assign_folds(range(40), 40, 5, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
 def test_fewer_texts_than_folds_is_refused():
     with pytest.raises(errors.UserError, match=r"difficulty.folds=5 .* has 2"):
-        labels.assign_parts([0, 0, 1, 1, 1], 2, 5, 0)
+        labels.assign_folds([0, 0, 1, 1, 1], 2, 5, 0)

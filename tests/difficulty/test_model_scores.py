@@ -19,7 +19,7 @@ from diq_jax import config, errors, pipeline
 from diq_jax.data import batches, chat, encoded, example
 from diq_jax.difficulty import model_scores
 from diq_jax.models import decoder, load, tokenizer
-from diq_jax.run import artifacts, reading
+from diq_jax.run import parts, reading
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -186,25 +186,22 @@ def test_the_stage_records_the_weights_only_where_it_reads_them(made, tmp_path):
     }
 
 
-@pytest.mark.parametrize("file, lines", [("given", 1), ("given", 8), ("alone", 3)])
-def test_a_run_cut_anywhere_gives_the_same_bytes(made, tmp_path, monkeypatch, file, lines):
-    """Interrupted as soon as a journal has so many lines, in the middle of the next one."""
-    changes = {"influence.batch_tokens": 128}
-    run(made, tmp_path / "whole", **changes)
-    extend = artifacts.Journal.extend
+@pytest.mark.parametrize("name, rows", [("given", 1), ("given", 8), ("alone", 3)])
+def test_a_run_cut_anywhere_gives_the_same_bytes(made, tmp_path, monkeypatch, name, rows):
+    """Interrupted as soon as so many rows are done."""
+    run(made, tmp_path / "whole", **{"influence.batch_tokens": 128})
+    add = parts.Parts.add
 
-    def dies(self, entries):
-        extend(self, entries)
-        if self.path.name == f"{file}.jsonl" and len(self.entries) >= lines:
+    def dies(self, *args):
+        add(self, *args)
+        if self.folder.name == name and len(self.done) >= rows:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.Journal, "extend", dies)
+        patch.setattr(parts.Parts, "add", dies)
         with pytest.raises(KeyboardInterrupt):
-            run(made, tmp_path / "cut", **changes)
-    with open(tmp_path / "cut" / model_scores.PARTIAL / f"{file}.jsonl", "a") as f:
-        f.write('{"id": "ex-00')
-    run(made, tmp_path / "cut", **changes)
+            run(made, tmp_path / "cut", **{"influence.batch_tokens": 128})
+    run(made, tmp_path / "cut", **{"influence.batch_tokens": 128})
     for name in ("model_scores.parquet", "difficulty.parquet"):
         whole, cut = (tmp_path / run / "difficulty" / name for run in ("whole", "cut"))
         assert whole.read_bytes() == cut.read_bytes()
@@ -226,13 +223,13 @@ def test_killed_scores_continue_to_identical_bytes(made, tmp_path):
             *(f"--config.{name}={value}" for name, value in fields(made, **changes).items()),
         ]  # fmt: skip
 
-    journal = tmp_path / "killed" / model_scores.PARTIAL / "given.jsonl"
+    finished = tmp_path / "killed" / model_scores.PARTIAL / "given"
     process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 2000):
+    while process.poll() is None and len(list(finished.glob("*.arrow"))) < 4:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert 0 < len(journal.read_bytes().splitlines()) < 200
+    assert 0 < len(parts.Parts(finished).done) < 200
     for name in ("killed", "whole"):
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         subprocess.run(
