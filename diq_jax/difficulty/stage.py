@@ -31,7 +31,7 @@ from diq_jax.difficulty import (
 )
 from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, progress, stages
+from diq_jax.run import artifacts, devices, progress, stages
 
 FIELD = "difficulty.encoder"
 POOL = "prepare/pool.parquet"
@@ -234,7 +234,7 @@ def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
     params = params | {"layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
     cfg = dataclasses.replace(cfg, num_layers=layers)
     # One jit serves both strategies: the mesh is there under pmap too.
-    placement = dataclasses.replace(placement, strategy="mesh")
+    placement = devices.Placement(placement.mesh)
     return folds.Pretrained(placement.replicate(params), cfg, settings, placement), opened.config
 
 
