@@ -105,7 +105,7 @@ class Data(fields.Section, section="data", decides=("prepare",)):
 
 
 @dataclasses.dataclass(frozen=True)
-class Difficulty(fields.Section, section="difficulty", decides=("difficulty",)):
+class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "classifier")):
     source: str = field(
         "",
         "Labelled rows to train on (path, glob, hub:NAME, sample), columns[:knowledge=A,...], or a "
@@ -115,7 +115,7 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty",)):
     encoder: str = field(
         "",
         "The BERT-type encoder to fine-tune: hub id, folder or package:NAME/FOLDER.",
-        decides=("difficulty", "selection"),
+        decides=("difficulty", "classifier", "selection"),
     )
     words: bool = field(
         False,

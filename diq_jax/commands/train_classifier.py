@@ -31,7 +31,7 @@ def classifier():
     from diq_jax.run import stages
 
     return stages.Stage(
-        "classifier", pipeline.LABELLING, lambda context: (), (*pipeline.MODEL, *FILES),
+        "classifier", lambda context: (), (*pipeline.MODEL, *FILES),
         stage.fingerprints, stage.train,
     )  # fmt: skip
 
