@@ -9,6 +9,7 @@ import pytest
 import scripts
 
 from diq_jax import config, config_files, errors, fields, pipeline
+from diq_jax.commands import train_classifier
 from diq_jax.run import stages
 
 # Fields that another must go along with.
@@ -197,7 +198,8 @@ def changed(field):
 def test_a_changed_field_makes_its_stages_run_again_and_no_other(field):
     """Unless its declaration says that it is harmless, some stage refuses to go on."""
     before, after = ({"config": dataclasses.asdict(c), "inputs": {}} for c in changed(field))
-    again = {s.name for s in pipeline.STAGES.values() if stages._differences(s, before, after)}
+    every = [*pipeline.STAGES.values(), train_classifier.classifier()]
+    again = {s.name for s in every if stages._differences(s, before, after)}
     _, owner, found = next(row for row in fields.walk(config.Config) if row[0] == field)
     decides = found.metadata["declared"].decides
     assert again == set(owner.decides if decides is None else decides)
