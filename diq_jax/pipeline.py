@@ -75,7 +75,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     counts = {}
 
     def encode(name: str, examples: list[example.Example]) -> list[example.Encoded]:
-        rows, outcomes, dropped = chat.encode_all(
+        rows, outcomes, dropped = encoded.encode_all(
             examples, layout, data.template, cfg.model.max_tokens, cfg.model.truncation,
             where=f"data.{name}: example",
         )  # fmt: skip
@@ -100,7 +100,7 @@ def prepare(context: stages.Context) -> dict[str, Any]:
     _write(context, POOL, pool, pool_rows, ("source", "question", "reasoning", "answer", "row"))
     target_rows = encode("targets", targets)
     _write(context, TARGETS, targets, target_rows, ("task", "question", "choices"))
-    options = chat.encode_options(tests, layout, cfg.model.max_tokens)
+    options = encoded.encode_options(tests, layout, cfg.model.max_tokens)
     if cfg.evaluate.protocol == "generate":  # asked again by the stage evaluate
         generation.ask(tests, layout)
     _write_tests(context, tests, options, layout.end_ids)

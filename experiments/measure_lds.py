@@ -31,7 +31,7 @@ from ml_collections import config_flags
 import datamodel
 from diq_jax import config, errors, influence_config, stats, trees
 from diq_jax.commands import cli
-from diq_jax.data import batches, chat, example, sources
+from diq_jax.data import batches, chat, encoded, example, sources
 from diq_jax.influence import curvature, direction, exact, projection
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, tokenizer
@@ -78,7 +78,7 @@ def encode(cfg: config.Config) -> tuple[list, list, list]:
     found = sources.load_examples(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
     goals = sources.load_targets(cfg.data.targets, 0, cfg.data.seed, cfg.data.columns)
     rows, goals = (
-        chat.encode_all(part, layout, cfg.data.template, TOKENS.value, "end")[0]
+        encoded.encode_all(part, layout, cfg.data.template, TOKENS.value, "end")[0]
         for part in (found, goals)
     )
     if len(rows) < ROWS.value + BATCH or len(goals) < TARGETS.value:

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from diq_jax import stats
 from diq_jax.commands import cli
-from diq_jax.data import batches, chat, sources
+from diq_jax.data import batches, chat, encoded, sources
 from diq_jax.influence import direction, exact
 from diq_jax.models import load, tokenizer
 from diq_jax.run import devices
@@ -35,7 +35,7 @@ def main() -> None:
     bound = {"cfg": model.cfg, "reduction": cfg.influence.loss_reduction}
 
     def encode(examples):
-        return chat.encode_all(
+        return encoded.encode_all(
             examples, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
         )[0]
 

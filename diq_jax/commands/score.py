@@ -55,7 +55,7 @@ def main() -> None:
     import numpy as np
     import pyarrow as pa
 
-    from diq_jax.data import chat, sources
+    from diq_jax.data import chat, encoded, sources
     from diq_jax.influence import direction, engines, problems, store
     from diq_jax.influence import stage as influence
     from diq_jax.models import load, tokenizer
@@ -67,7 +67,7 @@ def main() -> None:
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
     found = sources.load_targets(TARGETS.value, 0, 0, cfg.data.columns)
-    rows, _, _ = chat.encode_all(
+    rows, _, _ = encoded.encode_all(
         found, layout, cfg.data.template, cfg.model.max_tokens, cfg.model.truncation
     )
     tasks = {target.example_id: target.task for target in found}

@@ -21,12 +21,10 @@ of the prompt, but not as the tokenizer would spell the whole. The same holds at
 opening tag, and one without tags comes after the block, which is closed at once.
 """
 
-import collections
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import transformers
 
 from diq_jax import errors
@@ -41,7 +39,6 @@ TEMPLATES = {
     "huatuo": "## Thinking\n\n{reasoning}\n\n## Final Response\n\n{answer}",
     "think": "<think>\n{reasoning}\n</think>\n\n{answer}",
 }
-TRUNCATIONS = ("error", "drop", "end", "prompt")
 ANCHORS = ("\n", "a", ".")  # texts of which no token goes on into most completions
 OPEN, CLOSE = "<think>", "\n</think>\n\n"
 _USER, _ASSISTANT = "what-the-user-says", "what-the-assistant-says"  # stand for messages
@@ -200,123 +197,9 @@ def check_tokens(ids: Sequence[int], layout: Layout, where: str) -> None:
         )
 
 
-def encode_all(
-    examples: Sequence[example_lib.Example],
-    layout: Layout,
-    template: str,
-    max_tokens: int,
-    truncation: str,
-    where: str = "Example",
-) -> tuple[list[example_lib.Encoded], collections.Counter, list[str]]:
-    """Encodes examples; pre-tokenised ones are used as they are, but for their length.
-
-    Args:
-        truncation: what to do with an example over `max_tokens`: `error`, `drop`, cut the `end` of
-            the completion, or cut the beginning of the `prompt`. One with nothing left to score, or
-            whose completion alone is too long for `prompt`, is dropped.
-        where: what the examples are, for messages.
-
-    Returns:
-        The encoded examples in order, the counts of whole, cut and dropped, the dropped ids.
-
-    Raises:
-        UserError: with `error`, naming the first example that is too long; or the model has no
-            embedding for a token.
-    """
-    errors.check_choice("model.truncation", truncation, TRUNCATIONS)
-    texts = [example for example in examples if example.input_ids is None]
-    end = list(layout.end_ids)
-    tokens = iter(_pairs(texts, [[completion_text(e, template)] for e in texts], layout))
-    encoded, outcomes, dropped = [], collections.Counter(), []
-    for example in examples:
-        if example.input_ids is None:
-            prompt, [completion] = next(tokens)
-            ids = prompt + completion + end
-            labels = [example_lib.IGNORED] * len(prompt) + completion + end
-        else:
-            ids, labels = example.input_ids, example.labels
-        check_tokens([*ids, *labels], layout, f"{where} {example.example_id!r}")
-        ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
-        whole = len(ids) <= max_tokens
-        if not whole and truncation == "error":
-            raise errors.UserError(
-                f"Example {example.example_id!r} has {len(ids)} tokens, over model.max_tokens = "
-                f"{max_tokens}: raise it, or set model.truncation to drop, end or prompt."
-            )
-        kept = slice(None) if whole else _kept(labels, max_tokens, truncation)
-        result = example_lib.Encoded(example.example_id, ids[kept], labels[kept])
-        if result.answer_tokens:
-            encoded.append(result)
-            outcomes["whole" if whole else "cut"] += 1
-        else:
-            dropped.append(example.example_id)
-            outcomes["dropped"] += 1
-    return encoded, outcomes, dropped
-
-
-def encode(
-    example: example_lib.Example,
-    layout: Layout,
-    template: str,
-    max_tokens: int,
-    truncation: str,
-) -> tuple[example_lib.Encoded | None, str]:
-    """Encodes one example as `encode_all` does; the outcome is whole, cut, or dropped (None)."""
-    encoded, outcomes, _ = encode_all([example], layout, template, max_tokens, truncation)
-    return (encoded[0] if encoded else None), next(iter(outcomes))
-
-
-def encode_options(
-    examples: Sequence[example_lib.Example], layout: Layout, max_tokens: int
-) -> list[list[example_lib.Encoded]]:
-    """For each example one prompt and each option as its answer, "B. text", named "ID#B".
-
-    The token that ends a turn is left out, so that likelihoods compare the answers only. A prompt
-    too long for the longest option is cut from its beginning, for all options alike.
-
-    Raises:
-        UserError: an option leaves no room for its prompt, or has a token that the model has no
-            embedding for.
-    """
-    answers = [[f"{letter}. {text}" for letter, text in e.options.items()] for e in examples]
-    pairs = _pairs(examples, answers, layout)
-    return [_options(e, *pair, layout, max_tokens) for e, pair in zip(examples, pairs, strict=True)]
-
-
-def _options(example, prompt, completions, layout, max_tokens) -> list[example_lib.Encoded]:
-    check_tokens(prompt, layout, f"The prompt of question {example.example_id!r}")
-    room = max_tokens - max(map(len, completions))
-    if room < 1:
-        raise errors.UserError(
-            f"model.max_tokens = {max_tokens} has no room for an option of {example.example_id!r}."
-        )
-    prompt = prompt[-room:]
-    ignored = [example_lib.IGNORED] * len(prompt)
-    for letter, ids in zip(example.options, completions, strict=True):
-        check_tokens(ids, layout, f"Option {letter} of question {example.example_id!r}")
-    return [
-        example_lib.Encoded(
-            f"{example.example_id}#{letter}",
-            np.array(prompt + ids, np.int32),
-            np.array(ignored + ids, np.int32),
-        )
-        for letter, ids in zip(example.options, completions, strict=True)
-    ]
-
-
 def count_tokens(texts: Sequence[str], layout: Layout) -> list[int]:
     """The tokens of each text where it stands inside of another."""
     return [len(_inside(text, layout)) for text in texts]
-
-
-def _kept(labels: np.ndarray, max_tokens: int, truncation: str) -> slice:
-    """Which tokens of a too long example stay; nothing where the prompt gives too little room."""
-    if truncation == "end":
-        return slice(max_tokens)
-    prompt = np.flatnonzero(labels != example_lib.IGNORED)[0]
-    excess = len(labels) - max_tokens
-    fits = truncation == "prompt" and excess < prompt
-    return slice(excess, None) if fits else slice(0)
 
 
 def _readable(layout: Layout) -> tuple[Layout, str, str]:
@@ -401,10 +284,10 @@ def _completion(text: str, layout: Layout) -> str:
     return text if CLOSE.strip() in text else layout.close + text
 
 
-def _pairs(
+def pairs(
     examples: Sequence[example_lib.Example], completions: Sequence[Sequence[str]], layout: Layout
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """Prompt ids, and the ids of each of its completions, for each example; ends are left out."""
+    """Tokenises the prompt of each example, and each of its completions without the end."""
     prompts = _prompts([question_text(example) for example in examples], layout)
     written = [[_completion(text, layout) for text in texts] for texts in completions]
     wholes = [

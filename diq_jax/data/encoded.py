@@ -1,17 +1,23 @@
-"""Token ids to and from parquet tables, so that every stage reads what `prepare` wrote."""
+"""Token ids with a loss mask: made from examples, and to and from parquet tables, so that every
+stage reads what `prepare` wrote.
+"""
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from diq_jax.data import example
+from diq_jax import errors
+from diq_jax.data import chat
+from diq_jax.data import example as example_lib
 
 COLUMNS = ("example_id", "input_ids", "labels")
+TRUNCATIONS = ("error", "drop", "end", "prompt")
 
 
-def columns(rows: Sequence[example.Encoded]) -> dict[str, pa.Array]:
-    """The columns input_ids and labels, lists of int32."""
+def columns(rows: Sequence[example_lib.Encoded]) -> dict[str, pa.Array]:
+    """Makes the columns input_ids and labels, lists of int32."""
     kind = pa.list_(pa.int32())
     return {
         "input_ids": pa.array([row.input_ids for row in rows], kind),
@@ -19,10 +25,107 @@ def columns(rows: Sequence[example.Encoded]) -> dict[str, pa.Array]:
     }
 
 
-def from_table(table: pa.Table) -> list[example.Encoded]:
+def from_table(table: pa.Table) -> list[example_lib.Encoded]:
     """Undoes `columns` on a table that also holds example_id."""
     ids, tokens, labels = (table[name].to_pylist() for name in COLUMNS)
     return [
-        example.Encoded(i, np.asarray(t, np.int32), np.asarray(y, np.int32))
+        example_lib.Encoded(i, np.asarray(t, np.int32), np.asarray(y, np.int32))
         for i, t, y in zip(ids, tokens, labels, strict=True)
     ]
+
+
+def encode_all(
+    examples: Sequence[example_lib.Example],
+    layout: chat.Layout,
+    template: str,
+    max_tokens: int,
+    truncation: str,
+    where: str = "Example",
+) -> tuple[list[example_lib.Encoded], collections.Counter, list[str]]:
+    """Encodes examples; pre-tokenised ones are used as they are, but for their length.
+
+    Args:
+        truncation: what to do with an example over `max_tokens`: `error`, `drop`, cut the `end` of
+            the completion, or cut the beginning of the `prompt`. One with nothing left to score, or
+            whose completion alone is too long for `prompt`, is dropped.
+        where: what the examples are, for messages.
+
+    Returns:
+        The encoded examples in order, the counts of whole, cut and dropped, the dropped ids.
+
+    Raises:
+        UserError: with `error`, naming the first example that is too long; or the model has no
+            embedding for a token.
+    """
+    errors.check_choice("model.truncation", truncation, TRUNCATIONS)
+    texts = [example for example in examples if example.input_ids is None]
+    end = list(layout.end_ids)
+    tokens = iter(chat.pairs(texts, [[chat.completion_text(e, template)] for e in texts], layout))
+    made, outcomes, dropped = [], collections.Counter(), []
+    for example in examples:
+        if example.input_ids is None:
+            prompt, [completion] = next(tokens)
+            ids = prompt + completion + end
+            labels = [example_lib.IGNORED] * len(prompt) + completion + end
+        else:
+            ids, labels = example.input_ids, example.labels
+        chat.check_tokens([*ids, *labels], layout, f"{where} {example.example_id!r}")
+        ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
+        whole = len(ids) <= max_tokens
+        if not whole and truncation == "error":
+            raise errors.UserError(
+                f"Example {example.example_id!r} has {len(ids)} tokens, over model.max_tokens = "
+                f"{max_tokens}: raise it, or set model.truncation to drop, end or prompt."
+            )
+        kept = slice(None) if whole else _kept(labels, max_tokens, truncation)
+        row = example_lib.Encoded(example.example_id, ids[kept], labels[kept])
+        if row.answer_tokens:
+            made.append(row)
+            outcomes["whole" if whole else "cut"] += 1
+        else:
+            dropped.append(example.example_id)
+            outcomes["dropped"] += 1
+    return made, outcomes, dropped
+
+
+def encode_options(
+    examples: Sequence[example_lib.Example], layout: chat.Layout, max_tokens: int
+) -> list[list[example_lib.Encoded]]:
+    """Encodes for each example the prompt with each option as its answer, "B. text", named "ID#B".
+
+    The token that ends a turn is left out, so that likelihoods compare the answers only. A prompt
+    too long for the longest option is cut from its beginning, for all options alike.
+
+    Raises:
+        UserError: an option leaves no room for its prompt, or has a token that the model has no
+            embedding for.
+    """
+    answers = [[f"{letter}. {text}" for letter, text in e.options.items()] for e in examples]
+    made = []
+    for example, pair in zip(examples, chat.pairs(examples, answers, layout), strict=True):
+        (prompt, completions), asked = pair, f"question {example.example_id!r}"
+        chat.check_tokens(prompt, layout, f"The prompt of {asked}")
+        room = max_tokens - max(map(len, completions))
+        if room < 1:
+            raise errors.UserError(
+                f"model.max_tokens = {max_tokens} has no room for an option of "
+                f"{example.example_id!r}."
+            )
+        prompt, rows = prompt[-room:], []
+        for letter, ids in zip(example.options, completions, strict=True):
+            chat.check_tokens(ids, layout, f"Option {letter} of {asked}")
+            labels = [example_lib.IGNORED] * len(prompt) + ids
+            whole = (np.array(numbers, np.int32) for numbers in (prompt + ids, labels))
+            rows.append(example_lib.Encoded(f"{example.example_id}#{letter}", *whole))
+        made.append(rows)
+    return made
+
+
+def _kept(labels: np.ndarray, max_tokens: int, truncation: str) -> slice:
+    """Returns which tokens of a too long example stay: none where its completion is too long."""
+    if truncation == "end":
+        return slice(max_tokens)
+    prompt = np.flatnonzero(labels != example_lib.IGNORED)[0]
+    excess = len(labels) - max_tokens
+    fits = truncation == "prompt" and excess < prompt
+    return slice(excess, None) if fits else slice(0)

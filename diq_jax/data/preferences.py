@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from diq_jax import errors
-from diq_jax.data import chat, sources
+from diq_jax.data import chat, encoded, sources
 from diq_jax.data import example as example_lib
 from diq_jax.run import reading
 
@@ -64,7 +64,7 @@ def encode(
     truncation: str,
     field: str,
 ) -> tuple[list[PreferencePair], list[str]]:
-    """Tokenises pairs as `chat.encode_all` does examples; `field` is for messages.
+    """Tokenises pairs as `encoded.encode_all` does examples; `field` is for messages.
 
     Returns:
         The pairs in order, and the ids of those left out: a side has nothing to score within
@@ -74,7 +74,7 @@ def encode(
     chosen, rejected = (
         {
             row.example_id: row
-            for row in chat.encode_all(side, layout, template, max_tokens, truncation, where)[0]
+            for row in encoded.encode_all(side, layout, template, max_tokens, truncation, where)[0]
         }
         for where, side in zip(sides, zip(*pairs, strict=True), strict=True)
     )

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from diq_jax import errors
 from diq_jax.data import chat
+from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example as example_lib
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -72,7 +73,8 @@ def read(layout, encoded):
 
 
 def encode(layout, example=TEXT, template="think", max_tokens=1000, truncation="error"):
-    return chat.encode(example, layout, template, max_tokens, truncation)
+    made, outcomes, _ = encoded_lib.encode_all([example], layout, template, max_tokens, truncation)
+    return (made[0] if made else None), next(iter(outcomes))
 
 
 @pytest.mark.parametrize("template", [CHATML, QWEN3])
@@ -186,20 +188,20 @@ def test_encode_all_is_encode_in_order():
     layout = make_layout(CHATML)
     long = dataclasses.replace(TEXT, example_id="long", answer="So. " * 100)
     examples = [CHOICE, TOKENS, long, TEXT]
-    encoded, outcomes, dropped = chat.encode_all(examples, layout, "plain", 120, "drop")
+    encoded, outcomes, dropped = encoded_lib.encode_all(examples, layout, "plain", 120, "drop")
     assert outcomes == {"whole": 3, "dropped": 1} and dropped == ["long"]
     for example, got in zip([CHOICE, TOKENS, TEXT], encoded, strict=True):
-        alone, _ = chat.encode(example, layout, "plain", 120, "drop")
+        alone, _ = encode(layout, example, "plain", 120, "drop")
         assert got.example_id == example.example_id
         np.testing.assert_array_equal(got.input_ids, alone.input_ids)
         np.testing.assert_array_equal(got.labels, alone.labels)
-    assert chat.encode_all([], layout, "plain", 120, "drop") == ([], {}, [])
+    assert encoded_lib.encode_all([], layout, "plain", 120, "drop") == ([], {}, [])
 
 
 @pytest.mark.parametrize("template", [QWEN3, None])
 def test_options_share_a_prompt_and_do_not_end_the_turn(template):
     layout = make_layout(template)
-    [options] = chat.encode_options([CHOICE], layout, 1000)
+    [options] = encoded_lib.encode_options([CHOICE], layout, 1000)
     assert [e.example_id for e in options] == ["c#A", "c#B"]
     right, _ = encode(layout, CHOICE)
     np.testing.assert_array_equal(options[1].input_ids, right.input_ids[:-1])
@@ -210,11 +212,11 @@ def test_options_share_a_prompt_and_do_not_end_the_turn(template):
 def test_options_with_a_long_prompt_are_cut_alike():
     layout = make_layout(CHATML)
     uneven = dataclasses.replace(CHOICE, options={"A": "one", "B": "twenty-two"})
-    [[short, long]] = chat.encode_options([uneven], layout, 20)
+    [[short, long]] = encoded_lib.encode_options([uneven], layout, 20)
     assert (len(short.input_ids), len(long.input_ids)) == (13, 20)
     assert read(layout, short)[0] == read(layout, long)[0] == "istant\n"
     with pytest.raises(errors.UserError, match=r"model\.max_tokens = 13 .*'c'"):
-        chat.encode_options([uneven], layout, 13)
+        encoded_lib.encode_options([uneven], layout, 13)
 
 
 NO_HEADER = CHATML.partition("{% if add")[0]
@@ -251,7 +253,9 @@ def test_an_opened_block_of_reasoning_is_closed(chat_template, template):
     rows = [TEXT, dataclasses.replace(TEXT, reasoning=""), CHOICE]
     encoded = [encode(layout, row, template)[0] for row in rows]
     encoded += [
-        option for options in chat.encode_options([CHOICE], layout, 999) for option in options
+        option
+        for options in encoded_lib.encode_options([CHOICE], layout, 999)
+        for option in options
     ]
     for row in encoded:
         text = layout.tokenizer.decode(row.input_ids)
@@ -334,7 +338,7 @@ def test_a_token_without_embedding_is_refused_by_name():
         chat.prompt_ids([dataclasses.replace(TEXT, question="[DOSE]")], layout)
     choice = dataclasses.replace(CHOICE, options={"A": "[DOSE]", "B": "two"})
     with pytest.raises(errors.UserError, match=r"^The prompt of question 'c' has token 260"):
-        chat.encode_options([choice], layout, 999)  # options stand in the question too
+        encoded_lib.encode_options([choice], layout, 999)  # options stand in the question too
     for name in ("input_ids", "labels"):
         row = dataclasses.replace(TOKENS, **{name: (5, 6, 7, 999)})
         with pytest.raises(errors.UserError, match=r"^Example 't' has token 999; the model's voc"):

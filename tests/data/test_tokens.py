@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from diq_jax import errors
 from diq_jax.data import chat, example
+from diq_jax.data import encoded as encoded_lib
 from diq_jax.models import tokenizer as tokenizer_lib
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
@@ -172,8 +173,8 @@ def rendered(layout, template, question, answer):
 
 def encoded(layout, question, answer):
     row = example.Example("x", question, "", answer, row={})
-    made, outcome = chat.encode(row, layout, "plain", 10**6, "error")
-    assert outcome == "whole"
+    [made], outcomes, _ = encoded_lib.encode_all([row], layout, "plain", 10**6, "error")
+    assert outcomes == {"whole": 1}
     scored = made.labels != example.IGNORED
     [prompt] = chat.prompt_ids([row], layout)
     # What generation sees is what is not scored, and the labels are the tokens after it.
