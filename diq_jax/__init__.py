@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # jaxlib 0.10.2 and 0.11.0 hand reductions on a CPU to a library that gives wrong sums where a
 # product of broadcast arrays is reduced, without a word (github.com/jax-ml/jax/issues/39103).
