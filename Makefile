@@ -18,7 +18,7 @@ help:
 setup: $(VENV)/.installed
 
 # torch is the parity reference of the tests; its CPU build is pinned, since a plain `torch` brings CUDA.
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
