@@ -1,4 +1,4 @@
-"""Says where the packages stand; all else is in pyproject.toml. configs/ ships as diq_jax/configs."""
+"""Says where the packages are: configs/ ships as diq_jax/configs. All else is in pyproject.toml."""
 
 import setuptools
 
