@@ -464,7 +464,8 @@ def _write_gguf(path, architecture="llama", extra=None, keys=None, without=(), k
         writer.add_layer_norm_rms_eps(1e-5)
     writer.add_bos_token_id(1)
     for key, value in (keys or {}).items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32,
+               list: writer.add_array}  # fmt: skip
         add[type(value)](key, value)
     weights = _weights(architecture)
     for name, array in weights.items():
@@ -712,11 +713,9 @@ def test_gguf_metadata_has_types(tmp_path, key, value):
 
 
 def test_gguf_header_equals_the_gguf_packages(tmp_path):
-    try:
-        path = checkpoint.resolve(SMOLLM2, FIELD)
-    except errors.UserError:
-        path = tmp_path / "m.gguf"
-        _write_gguf(path)
+    path = tmp_path / "m.gguf"
+    tokens = [f"t{i}" for i in range(VOCAB)]
+    _write_gguf(path, keys={"a.text": "x", "a.number": 3, "a.real": 0.5, "a.texts": tokens})
     reader, header = gguf.GGUFReader(path), gguf_header.read_header(path)
     expected = {key: field.contents() for key, field in reader.fields.items()}
     for ours in ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"):
