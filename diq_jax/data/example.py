@@ -19,6 +19,7 @@ IGNORED = -100  # a label that is not scored, as in transformers
 CONTRACT = {name: name for name in ("id", "question", "reasoning", "answer")}
 # An answer such as "2" or "(B)" points at an option; it is no answer in words of its own.
 LABEL = re.compile(r"\W*([A-Za-z]|\d{1,2})\W*")
+OPTIONS = ("options", "choices", *(f"op{letter}" for letter in "abcdefghij"))  # columns
 FILLERS = ("", "n/a")  # at the end of options, casefolded: MMLU-Pro fills its lists up to ten
 
 
@@ -63,7 +64,8 @@ def from_row(row: dict, where: str, example_id: str, task: str, columns: Mapping
     """An example of token ids, of choices, or of texts, by what the row has."""
     if row.get("input_ids") is not None:
         return from_tokens(row, where, example_id, task)
-    if has_options(row) and "options" not in "+".join(columns.values()).split("+"):
+    mapped = "+".join(columns.values()).split("+")  # such as question=question+options
+    if has_options(row) and not {*mapped} & {*OPTIONS}:
         return from_choices(row, where, example_id, task, columns)
     return from_text(row, where, example_id, task, columns)
 
@@ -88,7 +90,7 @@ def from_choices(
     The right one is `answer_idx`, a letter, or else what the answer's column names: a letter or the
     text of one option. An answer in words of its own is kept as it is.
     """
-    options = lettered(row.get("options"), where)
+    options = lettered(options_of(row), where)
     letter, told = row.get("answer_idx"), row.get(columns["answer"])
     if letter is None:
         told = _text(row, columns["answer"], where)
@@ -124,8 +126,23 @@ def from_choices(
 
 
 def has_options(row: Mapping[str, Any]) -> bool:
-    options = row.get("options")
+    options = options_of(row)
     return bool(options.strip() if isinstance(options, str) else options)
+
+
+def options_of(row: Mapping[str, Any]) -> Any:
+    """What a row says of its options: the column options or choices (a list, an object, or ARC's
+    lists of texts and labels), or MedMCQA's opa, opb, ..; None without any.
+    """
+    for name in ("options", "choices"):
+        options = row.get(name)
+        if isinstance(options, dict) and options.keys() == {"text", "label"}:
+            texts, labels = options["text"], options["label"]
+            if isinstance(texts, list) and labels == [*string.ascii_uppercase[: len(texts)]]:
+                options = texts
+        if options not in (None, "", [], {}):
+            return options
+    return {name[-1].upper(): row[name] for name in OPTIONS[2:] if row.get(name)} or None
 
 
 def lettered(options: Any, where: str) -> dict[str, str]:

@@ -79,7 +79,7 @@ def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
             got = reading.shorten(question) if "question" in row else f"columns {', '.join(row)}"
             raise errors.UserError(f"{place}: question must be a text; got {got}.")
         if example.has_options(row):
-            question = _with_options(question, row["options"], place)
+            question = _with_options(question, example.options_of(row), place)
         measured = P_CORRECT in row and not any(column in row for column in COLUMNS.values())
         levels.append(_from_share(row, place) if measured else _likert(row, place))
         questions.append(question)

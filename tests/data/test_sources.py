@@ -304,15 +304,23 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
         choices | {"id": "words", "answer_idx": "B", "answer": "It is y, of course."},
         choices | {"id": "only words", "answer": "None is right."},
         choices | {"id": "json", "answer_idx": "B", "options": '["x", "y"]'},
+        {"id": "hub", "question": "Which?", "choices": ["x", "y"], "answer": "y"},
+        {
+            "id": "arc",
+            "question": "Which?",
+            "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+            "answer": "B",
+        },
+        {"id": "medmcqa", "question": "Which?", "opa": "x", "opb": "y", "answer": "b"},
         {"id": "none", "question": "Why?", "options": None, "answer": "So."},
     ]
     path = write(tmp_path / "a.jsonl", rows)
     pool, targets = sources.load_examples(path, "", 0), sources.load_targets(path, 0, 0, "")
     assert [chat.completion_text(e, "plain") for e in pool] == [
         "B. y", "so\n\nB. y", "B. y", "B. y", "It is y, of course.", "None is right.", "B. y",
-        "So.",
+        "B. y", "B. y", "B. y", "So.",
     ]  # fmt: skip
-    assert {chat.question_text(e) for e in pool[:7]} == {"Which?\n\nA. x\nB. y"}
+    assert {chat.question_text(e) for e in pool[:10]} == {"Which?\n\nA. x\nB. y"}
     for text in (chat.question_text, lambda e: chat.completion_text(e, "plain")):
         assert [text(e) for e in pool] == [text(e) for e in targets]
     for change, message in (
@@ -326,6 +334,7 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
         ({"answer": "x", "options": ["x", "X"]}, "answer is 'x', option A and option B"),
         ({"answer": 1}, "answer must be a text, got 1"),
         ({}, "answer is missing"),
+        ({"options": {"text": "xy", "label": ["A", "B"]}}, "an option must be named by"),
         ({"options": "{'A': 'x'}"}, "options is not JSON"),
         ({"options": "A. x", "answer": "x"}, "options must be .* by data.columns=question"),
         (
