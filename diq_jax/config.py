@@ -121,10 +121,6 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
         False,
         "Also TF-IDF of words and pairs of words, fitted with the head on the frozen encoder.",
     )
-    head: str = field("categorical", "The classifier's head.", choices=("categorical", "ordinal"))
-    class_weights: str = field(
-        "none", "balanced: each level weighs the same.", choices=("none", "balanced")
-    )
     perspective: str = field(
         "overall", "The one that selection uses.", choices=PERSPECTIVES, decides=("selection",)
     )
@@ -146,10 +142,6 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
         fields.or_none(fields.EPOCHS),
     )
     learning_rate: float = field(1e-4, "AdamW's peak.", fields.POSITIVE)
-    layer_decay: float = field(1.0, "Of the learning rate from layer to layer.", fields.SHARE)
-    patience: int = field(
-        0, "Epochs without a better held-out loss.", fields.or_none(fields.EPOCHS)
-    )
     batch_size: int = field(16, "Rows of a step.", fields.BATCH)
     max_tokens: int = field(256, "Of an encoder input.", fields.Span(1, 2**16))
     seed: int = field(0, "Of folds, order and head.", fields.SEED)
