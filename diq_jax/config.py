@@ -18,17 +18,6 @@ from diq_jax.fields import field
 
 SAMPLE = "sample"  # the word for the shipped rows
 PERSPECTIVES = ("knowledge", "reasoning", "overall")
-# Selection methods by what they read beside difficulty and influence.
-MODEL_SCORED = ("similarity", "perplexity", "middle_perplexity", "ifd", "long_reasoning")
-DIVERSE = ("k_center", "facility_location")
-METHODS = (
-    *("diq", "random", "influence"),
-    *(f"difficulty_{p}" for p in PERSPECTIVES),
-    *(f"quadrant_{q}" for q in (1, 2, 3, 4)),
-    *("short_answers", "long_answers"),
-    *MODEL_SCORED,
-    *DIVERSE,
-)
 COMPUTING = ("difficulty", "influence", "finetune", "dpo", "evaluate")  # stages that run the model
 ENCODING = ("prepare", "dpo")  # stages that encode rows
 
@@ -154,7 +143,7 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
 
 @dataclasses.dataclass(frozen=True)
 class Selection(fields.Section, section="selection", decides=("selection",)):
-    method: str = field("diq", "diq, or another method to compare it with.", choices=METHODS)
+    method: str = field("diq", "diq, or another method to compare it with (selection/methods.py).")
     retention_ratio: float = field(0.1, "The share of the pool to keep.", fields.SHARE)
     seed: int = field(0, "Of the random order.", fields.SEED)
     hygiene: str = field(
@@ -334,27 +323,6 @@ class Config:
         if self.selection.paraphrase_similarity > 0 and not self.difficulty.encoder:
             raise errors.UserError(
                 "selection.paraphrase_similarity needs an encoder: set difficulty.encoder, or 0."
-            )
-        for method in self.finetune.baseline_methods:
-            errors.check_choice("finetune.baselines", method, METHODS)
-        for where, method in self.methods():
-            self.check_method(where, method)
-
-    def methods(self) -> list[tuple[str, str]]:
-        """(field, method) of every selection method that is asked for."""
-        baselines = [("finetune.baselines", method) for method in self.finetune.baseline_methods]
-        return [("selection.method", self.selection.method), *baselines]
-
-    def check_method(self, where: str, method: str) -> None:
-        """Raises UserError where a selection method's input would be missing: before hours of work,
-        not after.
-        """
-        if method in MODEL_SCORED and not self.difficulty.model_scores:
-            raise errors.UserError(f"{where}={method} needs difficulty.model_scores=True.")
-        if method in DIVERSE and (self.influence.engine == "exact" or self.influence.warmup.epochs):
-            raise errors.UserError(
-                f"{where}={method} needs the base model's gradient store: set influence.engine to "
-                "projected or factored, and influence.warmup.epochs to 0."
             )
 
 

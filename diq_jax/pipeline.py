@@ -28,7 +28,7 @@ from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.report import stage as report
 from diq_jax.run import artifacts, devices, processes, records, stages
-from diq_jax.selection import hygiene_stage
+from diq_jax.selection import hygiene_stage, methods
 from diq_jax.selection import stage as selection
 
 LOCK = ".lock"
@@ -190,6 +190,11 @@ def _none(context: stages.Context) -> dict[str, str]:
     return {}
 
 
+def check_difficulty(context: stages.Context) -> None:
+    """Raises UserError as difficulty.check, also where a selection method needs what is missing."""
+    difficulty.check(context, methods.perspectives(context.config))
+
+
 def _existing(*names: str):
     """Those artifacts that are there: a stage that shows or compares what has been made so far."""
     return lambda context: tuple(name for name in names if context.path(name).exists())
@@ -244,7 +249,7 @@ STAGES = {
         stages.Stage(
             "difficulty",
             lambda context: (POOL, TARGETS) if context.config.difficulty.model_scores else (POOL,),
-            WRITES["difficulty"], difficulty.fingerprints, difficulty.run, check=difficulty.check,
+            WRITES["difficulty"], difficulty.fingerprints, difficulty.run, check=check_difficulty,
         ),
         stages.Stage(
             "influence", lambda context: (POOL, TARGETS), WRITES["influence"],
@@ -334,6 +339,7 @@ def run(
     Raises:
         UserError: bad input, or another run holds the workdir.
     """
+    methods.check(cfg)
     names = wanted(cfg, names)
     with at_work(cfg, workdir, verify) as context:
         spread = context

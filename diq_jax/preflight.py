@@ -7,6 +7,7 @@ from diq_jax import config, pipeline
 from diq_jax.data import preferences, sources
 from diq_jax.difficulty import labels, trained
 from diq_jax.run import devices, stages
+from diq_jax.selection import methods
 
 
 def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> str:
@@ -19,6 +20,7 @@ def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> 
     Raises:
         UserError: what the run itself would raise in its first second, and for any row.
     """
+    methods.check(cfg)
     names = pipeline.wanted(cfg, names)
     context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
     pipeline.check(context, names)

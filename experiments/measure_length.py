@@ -28,7 +28,7 @@ from diq_jax import errors, stats
 from diq_jax.commands import cli
 from diq_jax.data import gradient_store
 from diq_jax.run import artifacts, records
-from diq_jax.selection import methods
+from diq_jax.selection import methods, select
 
 VERIFY = cli.define_verify()
 WORKDIR = flags.DEFINE_string("workdir", None, "A run with a gradient store and difficulty.")
@@ -91,15 +91,15 @@ def variants(pool: Pool) -> dict[str, np.ndarray]:
         PLAIN: pool.influence,
         "dot, sum loss": pool.influence * pool.tokens,
         "cosine": pool.influence / np.where(pool.norms > 0, pool.norms, 1),
-        "residual": methods.length_residual(pool.influence, pool.tokens, pool.id_order),
+        "residual": select.length_residual(pool.influence, pool.tokens, pool.id_order),
     }
 
 
 def diq(scores: np.ndarray, pool: Pool, percentile: float) -> np.ndarray:
     """(n,) bool, the rows that DIQ selects by these scores."""
     given = {"id_order": pool.id_order, "influence": scores, "overall": pool.difficulty}
-    ranks = np.asarray(methods.ranks("diq", given, methods.Settings("overall", percentile)))
-    return ranks <= methods.budget(RETENTION.value, len(scores))
+    ranks = np.asarray(methods.ranks("diq", given, methods.OrderSettings(percentile=percentile)))
+    return ranks <= select.budget(RETENTION.value, len(scores))
 
 
 def measure(pool: Pool, percentile: float) -> list[dict]:

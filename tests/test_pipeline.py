@@ -17,6 +17,7 @@ import pytest
 from diq_jax import config, errors, pipeline, preflight
 from diq_jax.evaluate import generation
 from diq_jax.run import artifacts, parts, reading
+from diq_jax.selection import methods
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -132,7 +133,7 @@ def test_methods_that_read_more_become_arms(made, tmp_path):
     inputs = reading.read_json(tmp_path / "selection/stage.json")["inputs"]
     assert {"difficulty/model_scores.parquet", "influence/store/manifest.json"} <= set(inputs)
     table = pq.read_table(tmp_path / "selection/baselines.parquet")
-    assert table.column_names == ["example_id", *config.METHODS]
+    assert table.column_names == ["example_id", *methods.METHODS]
     arms = reading.read_json(tmp_path / "finetune/stage.json")["arms"]
     assert list(arms) == ["selected", "ifd", "k_center"]
     assert {arm["rows"] for arm in arms.values()} == {6}

@@ -41,15 +41,10 @@ def column_scores(
     Raises:
         UserError: a wrong mapping, a missing column, a value that is no number in [1, 5].
     """
-    mapping = _mapping(source)
+    mapping = column_names(source, needed)
     if mapping is COLUMNS:
         known = {name for row in rows for name in row}
         mapping = {p: c for p, c in COLUMNS.items() if c in known or p == needed}
-    if needed not in mapping:
-        raise errors.UserError(
-            f"{FIELD}={source} leaves out {needed}, the perspective that difficulty.perspective "
-            "asks for."
-        )
     scores = {p: np.full(len(rows), np.nan, np.float32) for p in config.PERSPECTIVES}
     for i, (row, example_id) in enumerate(zip(rows, ids, strict=True)):
         for perspective, column in mapping.items():
@@ -147,7 +142,13 @@ def assign_folds(labelled: Sequence[int], texts: int, folds: int, seed: int) -> 
     return found
 
 
-def _mapping(source):
+def column_names(source: str, needed: str) -> dict[str, str]:
+    """Reads difficulty.source=columns..: {perspective: column}, which is COLUMNS where none is
+    named.
+
+    Raises:
+        UserError: it is not written as it must be, or leaves out the perspective `needed`.
+    """
     text = source.removeprefix("columns").removeprefix(":")
     if not text:
         return COLUMNS
@@ -160,6 +161,11 @@ def _mapping(source):
                 f"{FIELD} must be like columns:knowledge=A,reasoning=B,overall=C; got {source!r}."
             )
         mapping[perspective] = column
+    if needed not in mapping:
+        raise errors.UserError(
+            f"{FIELD}={source} leaves out {needed}, the perspective that difficulty.perspective "
+            "asks for."
+        )
     return mapping
 
 

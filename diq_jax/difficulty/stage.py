@@ -34,7 +34,7 @@ from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, devices, progress, stages
 
 FIELD = "difficulty.encoder"
-POOL = "prepare/pool.parquet"
+POOL, LEVELS = "prepare/pool.parquet", "difficulty/difficulty.parquet"
 PARTIAL = "difficulty/partial"  # what a killed run continues from; removed at the end
 
 
@@ -55,14 +55,17 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
     }
 
 
-def check(context: stages.Context) -> None:
+def check(context: stages.Context, needed: Sequence[tuple[str, str]] = ()) -> None:
     """Raises UserError for what would end the stage, or what reads its levels, later: labels or an
     encoder that cannot be read, a perspective without labels.
+
+    Args:
+        needed: (what needs it, perspective) of what reads the levels.
     """
     settings = context.config.difficulty
     if labels.is_columns(settings.source):
-        return
-    if trained.is_folder(settings.source):
+        known = _known_columns(context)
+    elif trained.is_folder(settings.source):
         found = trained.load(settings.source)
         known = trained.known(found.temperatures)
         _open(dataclasses.replace(settings, encoder=settings.source, max_tokens=1, layers=0))
@@ -70,13 +73,29 @@ def check(context: stages.Context) -> None:
         _, _, known = _labelled(settings)
         _open(settings)
     _check_perspective(settings, known)
-    for field, method in context.config.methods():
-        perspective = method.removeprefix("difficulty_")
-        if perspective in config.PERSPECTIVES and not known[config.PERSPECTIVES.index(perspective)]:
+    for what, perspective in needed:
+        if not known[config.PERSPECTIVES.index(perspective)]:
             raise errors.UserError(
-                f"{field}={method} needs the difficulty perspective {perspective!r}, which "
-                f"{labels.FIELD} does not label."
+                f"{what} needs the difficulty perspective {perspective!r}, which {labels.FIELD} "
+                "does not label."
             )
+
+
+def _known_columns(context) -> np.ndarray:
+    """Returns (3,) bool: the perspectives that the pool has, as far as is known before the stage.
+    """
+    settings = context.config.difficulty
+    names = labels.column_names(settings.source, settings.perspective)
+    if context.path(POOL).is_file() and not context.path(LEVELS).is_file():
+        scores = _column_scores(settings, context.table(POOL, "example_id", "row"))
+        return np.array([np.isfinite(scores[p]).any() for p in config.PERSPECTIVES])
+    return np.array([p in names for p in config.PERSPECTIVES])
+
+
+def _column_scores(settings, pool) -> dict[str, np.ndarray]:
+    rows = [json.loads(row) for row in pool["row"].to_pylist()]
+    ids = pool["example_id"].to_pylist()
+    return labels.column_scores(rows, ids, settings.source, settings.perspective)
 
 
 def run(context: stages.Context) -> dict[str, Any]:
@@ -92,18 +111,15 @@ def run(context: stages.Context) -> dict[str, Any]:
     """
     settings = context.config.difficulty
     pool = context.table(POOL, "example_id", "question", "row")
-    ids = pool["example_id"].to_pylist()
+    measured, counts = {"rows": 0, "folds": 0, "perspectives": {}}, {"tokens": 0}
     if labels.is_columns(settings.source):
-        rows = [json.loads(row) for row in pool["row"].to_pylist()]
-        scores = labels.column_scores(rows, ids, settings.source, settings.perspective)
-        measured, counts = {"rows": 0, "folds": 0, "perspectives": {}}, {"tokens": 0}
+        scores = _column_scores(settings, pool)
     elif trained.is_folder(settings.source):
         scores, counts = _apply(context, pool)
-        measured = {"rows": 0, "folds": 0, "perspectives": {}}
     else:
         scores, measured, counts = _classify(context, pool)
     artifacts.write_table(
-        context.path("difficulty/difficulty.parquet"),
+        context.path(LEVELS),
         {"example_id": pool["example_id"]} | {p: pa.array(scores[p]) for p in config.PERSPECTIVES},
         unknown=config.PERSPECTIVES,  # those that nobody labelled
     )
@@ -113,7 +129,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         counts |= {name: counts.get(name, 0) + tokens for name, tokens in found.items()}
         counts["model_scores"] = {"seconds": round(time.time() - started, 3), **found}
     artifacts.remove(context.path(PARTIAL))
-    return {"rows": len(ids), **counts, "metrics": measured}
+    return {"rows": len(pool), **counts, "metrics": measured}
 
 
 def train(context: stages.Context) -> dict[str, Any]:

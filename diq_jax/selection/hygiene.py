@@ -100,13 +100,6 @@ def dropped(pairs: Sequence[Pair]) -> dict[str, Pair]:
     return out
 
 
-def demote(ranks: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Ranks from 1 with the rows of `last` (n,) bool after all others, their order kept."""
-    out = np.empty_like(ranks)
-    out[np.lexsort((ranks, last))] = np.arange(1, len(ranks) + 1)
-    return out
-
-
 def _row_pairs(view, pool, settings, embed) -> Found:
     """Pairs of rows, the first of the two in the pool; rows of the same words are one text."""
     groups: dict[texts.Words, list[int]] = {}

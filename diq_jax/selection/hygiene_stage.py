@@ -13,7 +13,7 @@ from diq_jax import errors
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, progress, stages
-from diq_jax.selection import hygiene, methods
+from diq_jax.selection import hygiene, select
 
 FIELD, POOL = "difficulty.encoder", "prepare/pool.parquet"
 WIDTH_STEP = 32  # padded widths are its multiples: each costs one compilation
@@ -81,7 +81,7 @@ def _reason(pair):
 
 
 def _check_budget(retention_ratio, total, removed):
-    keep = methods.budget(retention_ratio, total)
+    keep = select.budget(retention_ratio, total)
     if keep > total - removed:
         raise errors.UserError(
             f"selection.hygiene=remove leaves {total - removed} of {total} rows, fewer than the "

@@ -40,6 +40,7 @@ PASSES = {  # linear layers, attention, head
     "thin_gradient": (2, 4, 3),
 }
 REMAT = (1, 1, 0)  # what recomputing the layers adds to a gradient
+PRODUCERS = {"store": "influence"}  # the stage that makes a part of methods.PARTS
 GAUSS_NEWTON_PASSES = 5  # of one product with the Gauss-Newton matrix
 
 
@@ -105,13 +106,7 @@ def model_score_flops(cfg, pool, targets) -> float:
 
 def needs(method: str) -> tuple[str, ...]:
     """What has to be computed over the pool before a selection method can sort it."""
-    if methods.is_by_quadrant(method):
-        return ("difficulty", "influence")
-    if method.startswith("difficulty_"):
-        return ("difficulty",)
-    if method in config.MODEL_SCORED:
-        return ("model_scores",)
-    return ("influence",) if method in ("influence", *config.DIVERSE) else ()
+    return tuple(dict.fromkeys(PRODUCERS.get(part, part) for part in methods.parts(method)))
 
 
 def selection_costs(workdir: pathlib.Path, verified: bool = True) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from diq_jax import config, pipeline
 from diq_jax.report import budgets as picture
 from diq_jax.report import figures
 from diq_jax.run import artifacts, stages
-from diq_jax.selection import methods
+from diq_jax.selection import select
 
 STAGES = ("prepare", "difficulty", "influence", "selection")
 
@@ -72,7 +72,7 @@ def predict(context: stages.Context, request: grid.Request) -> list[tuple[str, f
     cells = 1
     for budget in request.budgets:
         arms = 1 if budget == 1 else len(request.names)
-        share = methods.budget(budget, len(data.pool)) / len(data.pool)
+        share = select.budget(budget, len(data.pool)) / len(data.pool)
         flops = arms * request.seeds * cfg.finetune.epochs * share * epoch
         rows.append((f"{arms * request.seeds} trainings on {100 * budget:g} %", flops))
         cells += arms * request.seeds

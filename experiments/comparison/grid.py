@@ -9,7 +9,7 @@ import numpy as np
 
 from diq_jax import config, errors
 from diq_jax.run import records, stages
-from diq_jax.selection import hygiene, methods
+from diq_jax.selection import hygiene, methods, select
 
 FULL, RANDOM = "full", "random"
 
@@ -62,7 +62,7 @@ def parse(
         UserError: an unknown method, a budget out of range, a ranking without a workdir.
     """
     for name in names:
-        errors.check_choice("--methods", name, config.METHODS)
+        errors.check_choice("--methods", name, methods.METHODS)
     shares = sorted({_share(text) for text in budgets})
     if not shares:
         raise errors.UserError("--budgets must name at least one share of the pool.")
@@ -92,7 +92,7 @@ def _share(text: str) -> float:
 def check(cfg: config.Config, request: Request) -> None:
     """Raises UserError where the stages could not give a method its input, or orders not nest."""
     for method in request.methods:
-        cfg.check_method("--methods", method)
+        methods.check_method(cfg, "--methods", method)
     if cfg.selection.source_cap < 1:
         raise errors.UserError(
             "selection.source_cap belongs to one budget, and the budgets compared are to nest: "
@@ -114,7 +114,7 @@ def check(cfg: config.Config, request: Request) -> None:
 def _check_ranking(name, workdir, method):
     record = records.finished(workdir, "selection", f"--rankings={name}")
     if method:
-        errors.check_choice(f"--rankings={name}: the method", method, config.METHODS)
+        errors.check_choice(f"--rankings={name}: the method", method, methods.METHODS)
     elif records.config_of(record, workdir / "selection").selection.source_cap < 1:
         raise errors.UserError(
             f"--rankings={name}: {workdir} was selected with selection.source_cap, for one budget; "
@@ -154,7 +154,7 @@ def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndar
                 f"it has {', '.join(table.column_names[1:])}."
             )
     for name, (workdir, method) in request.rankings.items():
-        ranks = hygiene.demote(_other_ranks(context, name, workdir, method), removed)
+        ranks = select.demote(_other_ranks(context, name, workdir, method), removed)
         found[name] = np.stack([ranks] * request.seeds)
     return found, removed
 
@@ -162,8 +162,8 @@ def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndar
 def random_ranks(ids: Sequence[str], seed: int, removed: np.ndarray) -> np.ndarray:
     """(n,) as the selection stage draws them with selection.seed."""
     scores = {"id_order": jnp.asarray(methods.id_order(ids))}
-    settings = methods.Settings("overall", 50.0, seed)  # the draw depends on the seed alone
-    return hygiene.demote(np.asarray(methods.ranks(RANDOM, scores, settings)), removed)
+    settings = methods.OrderSettings(seed=seed)  # the draw depends on the seed alone
+    return select.demote(np.asarray(methods.ranks(RANDOM, scores, settings)), removed)
 
 
 def _removed(context, ids):
@@ -202,7 +202,7 @@ def cells(request: Request, ranks: Mapping[str, np.ndarray], removed: np.ndarray
     most = len(removed) - int(removed.sum())
     out = []
     for budget in request.budgets:
-        keep = min(methods.budget(budget, len(removed)), most)
+        keep = min(select.budget(budget, len(removed)), most)
         if budget == 1:
             everyone = tuple(np.flatnonzero(~removed).tolist())
             out += [GridCell(FULL, budget, seed, everyone) for seed in range(request.seeds)]

@@ -227,6 +227,19 @@ def test_columns_need_no_encoder(run):
     assert stage.fingerprints(context) == {}
 
 
+def test_columns_that_selection_needs_are_looked_for_before_the_stage(tmp_path, encoder_folder):
+    rows = [{k: v for k, v in row.items() if "reasoning" not in k} for row in labelled()]
+    needed = [("selection.method=difficulty_reasoning", "reasoning")]
+    for name, source in (("a", "columns"), ("b", "columns:overall=difficulty_overall")):
+        context = make(tmp_path / name, encoder_folder, rows, rows, source=source)
+        stage.check(context)
+        with pytest.raises(errors.UserError, match=r"=difficulty_reasoning needs .* not label"):
+            stage.check(context, needed)
+    source = "columns:knowledge=difficulty_knowledge"
+    with pytest.raises(errors.UserError, match="leaves out overall, the perspective that"):
+        stage.check(make(tmp_path / "c", encoder_folder, rows, rows, source=source))
+
+
 def test_fingerprints_name_encoder_and_labels(run, encoder_folder):
     rows = labelled()
     context, _ = run("a", rows, rows)

@@ -14,6 +14,7 @@ from comparison import cost, experiment, grid, runner, statistics
 from diq_jax import config, errors, pipeline
 from diq_jax.evaluate import intervals
 from diq_jax.run import devices, reading, stages
+from diq_jax.selection import methods
 
 
 @pytest.fixture(scope="module", name="made")
@@ -261,9 +262,10 @@ def test_costs_scale_what_a_resumed_stage_took():
     assert cost._seconds({"seconds": 10.0}) == 10
     assert cost.needs("diq") == cost.needs("quadrant_3") == ("difficulty", "influence")
     assert cost.needs("random") == cost.needs("short_answers") == ()
-    assert {m for m in config.METHODS if cost.needs(m) == ("model_scores",)} == set(
-        config.MODEL_SCORED
-    )
+    scored = {"similarity", "perplexity", "middle_perplexity", "ifd", "long_reasoning"}
+    assert {m for m in methods.METHODS if cost.needs(m) == ("model_scores",)} == scored
+    assert cost.needs("k_center") == cost.needs("influence") == ("influence",)
+    assert cost.needs("difficulty_knowledge") == ("difficulty",)
 
 
 def test_a_dry_run_predicts_and_trains_nothing(made, workdir, capsys):

@@ -16,7 +16,7 @@ import pytest
 from diq_jax import config, errors
 from diq_jax.data import sources
 from diq_jax.run import artifacts, devices, reading, stages
-from diq_jax.selection import hygiene, hygiene_stage, stage, texts
+from diq_jax.selection import hygiene, hygiene_stage, select, stage, texts
 
 SETTINGS = config.Selection()
 VIGNETTE = (
@@ -198,10 +198,10 @@ def test_removal_leaves_no_pair_and_keeps_one_of_every_group(inside, contaminate
 def test_demoted_rows_rank_last_in_their_order():
     last = np.array([False, True, False, True, False])
     np.testing.assert_array_equal(
-        hygiene.demote(np.array([3, 1, 2, 4, 5], np.int32), last), [2, 4, 1, 5, 3]
+        select.demote(np.array([3, 1, 2, 4, 5], np.int32), last), [2, 4, 1, 5, 3]
     )
     ranks = np.array([3, 1, 2], np.int32)
-    np.testing.assert_array_equal(hygiene.demote(ranks, np.zeros(3, bool)), ranks)
+    np.testing.assert_array_equal(select.demote(ranks, np.zeros(3, bool)), ranks)
 
 
 def test_paraphrases_are_pairs_above_the_cosine():

@@ -1,13 +1,15 @@
 """Every method's order: hand-computed, total, nested, and independent of the order of the file."""
 
+import types
+
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diq_jax import config
-from diq_jax.selection import methods, quadrants
+from diq_jax import config, errors
+from diq_jax.selection import methods, quadrants, select
 
 
 def make_scores(difficulty, influence, id_order=None, **more):
@@ -28,7 +30,7 @@ def make_scores(difficulty, influence, id_order=None, **more):
 
 
 def ranks(method, scores, seed=0, **changes):
-    settings = methods.Settings("overall", 50.0, seed, **changes)
+    settings = methods.OrderSettings("overall", 50.0, seed, **changes)
     return np.asarray(methods.ranks(method, scores, settings))
 
 
@@ -54,7 +56,7 @@ def test_ties_go_to_difficulty_and_then_to_the_id():
     np.testing.assert_array_equal(ranks("diq", scores), [4, 1, 2, 3])
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 @hypothesis.settings(deadline=None, max_examples=15)
 @hypothesis.given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(-3, 3)), min_size=7, max_size=7),
@@ -86,7 +88,7 @@ def test_random_depends_on_its_seed_only():
     "ratio, pool, keep", [(0.01, 160, 2), (0.1, 160, 16), (0.1, 5, 1), (0.001, 5, 1), (1.0, 7, 7)]
 )
 def test_budget(ratio, pool, keep):
-    assert methods.budget(ratio, pool) == keep
+    assert select.budget(ratio, pool) == keep
 
 
 def test_quadrants_in_another_order():
@@ -121,28 +123,74 @@ def test_model_scored_methods_by_hand():
         np.testing.assert_array_equal(ranks(method, scores), places, err_msg=method)
 
 
-def test_every_method_of_the_config_is_there():
-    assert tuple(methods.METHODS) == config.METHODS
-    settings, least = methods.Settings("overall", 50.0), ("influence", "answer_tokens", "id_order")
-    free = [m for m in config.METHODS if not methods.missing(m, dict.fromkeys(least), settings)]
+def test_what_a_method_needs_follows_from_what_it_reads():
+    settings, least = methods.OrderSettings(), ("influence", "answer_tokens", "id_order")
+    free = [m for m in methods.METHODS if not methods.missing(m, dict.fromkeys(least), settings)]
     assert free == ["random", "influence", "short_answers", "long_answers"]
-    assert not any(methods.missing(m, make_scores([1], [1]), settings) for m in config.METHODS)
+    scores = make_scores([1], [1])
+    assert not any(methods.missing(m, scores, settings) for m in methods.METHODS)
+    known = {name for names in methods.PARTS.values() for name in names} | set(least)
+    assert all(set(method.reads) <= known for method in methods.METHODS.values())
+
+
+def asked(**changes):
+    c = config.default()
+    c.model.path = "x"
+    for name, value in changes.items():
+        section, field = name.split("__")
+        c[section][field] = value
+    return config.resolve(c)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"selection__method": "digq"}, r"selection.method must be one of .*Did you mean 'diq'"),
+        ({"finetune__baselines": "random,ranom"}, r"finetune.baselines must .*mean 'random'"),
+        ({"selection__method": "ifd"}, "=ifd needs difficulty.model_scores=True"),
+        ({"finetune__baselines": "k_center"}, "=k_center needs the base model's gradient store"),
+    ],
+)
+def test_a_method_that_cannot_run_is_refused_from_the_config_alone(changes, message):
+    methods.check(asked(selection__method="difficulty_knowledge"))
+    with pytest.raises(errors.UserError, match=message) as caught:
+        methods.check(asked(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_selection_in_memory():
+    # The rows of test_diq_by_hand: quadrants 1 2 3 4 1; 40 % of five are two.
+    scores = {"example_ids": list("abcde"), "influence": [3, 2, 0, -1, 1], "tokens": [9] * 5}
+    got = select.select(scores, np.array([5, 1, 4, 2, 3.0]), method="diq", retention_ratio=0.4)
+    np.testing.assert_array_equal(got.ranks, [1, 3, 4, 5, 2])
+    np.testing.assert_array_equal(got.quadrants, [1, 2, 3, 4, 1])
+    assert got.selected.tolist() == [True, False, False, False, True] and got.keep == 2
+    assert got.thresholds == (3, 1)
+    assert got.why[1] == (
+        "Q2: difficulty 1 < 3, influence 2 >= 1; place 1 of 1 in Q2; beyond the budget of 2"
+    )
+    held = types.SimpleNamespace(**scores, loss=None)  # as influence.score returns
+    assert select.select(held, method="influence").selected.tolist() == [True, *[False] * 4]
+    with pytest.raises(errors.UserError, match="needs the difficulty perspective 'overall'"):
+        select.select(held)
+    with pytest.raises(errors.UserError, match=r"retention_ratio must be in \(0, 1\]; got 2"):
+        select.select(held, method="influence", retention_ratio=2)
 
 
 def test_a_cap_takes_by_rank_and_passes_over_full_sources():
     # Budget 4, at most 2 of a source: a a | a is full | b b; the rest follow by rank.
     sources = list("aaabbb")
-    got, passed = methods.capped(np.arange(1, 7), sources, 4, 2)
+    got, passed = select.capped(np.arange(1, 7), sources, 4, 2)
     np.testing.assert_array_equal(got, [1, 2, 5, 3, 4, 6])
     np.testing.assert_array_equal(passed, [0, 0, 1, 0, 0, 0])
-    assert [methods.source_limit(*x) for x in ((0.29, 100), (0.5, 3), (0.1, 2))] == [29, 1, 1]
+    assert [select.source_limit(*x) for x in ((0.29, 100), (0.5, 3), (0.1, 2))] == [29, 1, 1]
 
 
 @hypothesis.given(st.lists(st.sampled_from("abc"), min_size=12, max_size=12), st.integers(2, 6))
 @hypothesis.settings(deadline=None, max_examples=30)
 def test_a_capped_order_is_total_and_keeps_the_cap(sources, keep):
     order = np.random.default_rng(0).permutation(12) + 1
-    got, _ = methods.capped(order, sources, keep, 2)
+    got, _ = select.capped(order, sources, keep, 2)
     assert sorted(got) == list(range(1, 13))
     room = sum(min(2, sources.count(s)) for s in "abc")
     taken = [s for s, rank in zip(sources, got, strict=True) if rank <= min(keep, room)]
@@ -153,9 +201,9 @@ def test_the_residual_by_hand():
     # log tokens 0 1 2 (tokens 1, e, e^2), influence 5 1 3: means 1 and 3, slope (-1 * 2) / 2
     # = -1, so the fit is 4 3 2 and the residual 1 -2 1.
     tokens = np.exp([0.0, 1.0, 2.0])
-    got = methods.length_residual(np.array([5.0, 1.0, 3.0]), tokens, np.arange(3))
+    got = select.length_residual(np.array([5.0, 1.0, 3.0]), tokens, np.arange(3))
     np.testing.assert_allclose(got, [1, -2, 1], atol=1e-6)
-    same = methods.length_residual(np.array([5.0, 1.0, 3.0]), np.full(3, 7), np.arange(3))
+    same = select.length_residual(np.array([5.0, 1.0, 3.0]), np.full(3, 7), np.arange(3))
     np.testing.assert_allclose(same, [2, -2, 0], atol=1e-6)
 
 
@@ -164,6 +212,6 @@ def test_the_residual_by_hand():
 def test_the_residual_does_not_depend_on_the_order_of_the_file(shuffle):
     rng, shuffle = np.random.default_rng(0), np.array(shuffle)
     influence, tokens = rng.normal(size=9).astype(np.float32), rng.integers(1, 500, 9)
-    here = methods.length_residual(influence, tokens, np.arange(9))
-    there = methods.length_residual(influence[shuffle], tokens[shuffle], shuffle)
+    here = select.length_residual(influence, tokens, np.arange(9))
+    there = select.length_residual(influence[shuffle], tokens[shuffle], shuffle)
     np.testing.assert_array_equal(there, here[shuffle])

@@ -10,7 +10,7 @@ import tiny
 
 from diq_jax import config, errors
 from diq_jax.run import artifacts, reading, stages
-from diq_jax.selection import diversity, methods, reasons, stage
+from diq_jax.selection import diversity, methods, select, stage
 
 N, KEEP = 24, 6
 FILES = {"selection/selection.parquet", "selection/baselines.parquet", "selection/thresholds.json"}
@@ -69,7 +69,7 @@ def _made(tmp_path_factory):
     return make(tmp_path_factory.mktemp("made"))
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_gives_a_total_order_with_reasons(made, method):
     got = run(made, method=method)
     assert sorted(got["rank"]) == list(range(1, N + 1))
@@ -91,7 +91,7 @@ def test_the_order_of_the_file_changes_nothing(made, tmp_path):
         for name in ("example_id", "rank", "selected", "why", "quadrant"):
             assert there[name] == [here[name][i] for i in shuffle], name
         tables = [reading.read_table(f / "selection/baselines.parquet") for f in (made, tmp_path)]
-        assert tables[0].column_names == ["example_id", *config.METHODS]
+        assert tables[0].column_names == ["example_id", *methods.METHODS]
         assert tables[1].equals(tables[0].take(shuffle))
 
 
@@ -156,11 +156,11 @@ def test_reasons_say_what_the_method_saw(made, method, clause):
 
 
 def test_a_value_just_below_its_threshold_is_shown_so():
-    assert reasons._against(3.04, 3.05) == "3.04 < 3.05"
-    assert reasons._against(3.0499, 3.05) == "3.0499 < 3.05"
-    assert reasons._against(3.1, 3.1) == "3.1 >= 3.1"
+    assert methods._against(3.04, 3.05) == "3.04 < 3.05"
+    assert methods._against(3.0499, 3.05) == "3.0499 < 3.05"
+    assert methods._against(3.1, 3.1) == "3.1 >= 3.1"
     low = np.nextafter(np.float32(1), np.float32(0))
-    assert reasons._against(low, np.float32(1)) == "0.9999999 < 1"
+    assert methods._against(low, np.float32(1)) == "0.9999999 < 1"
 
 
 def test_a_source_cap_is_kept_and_said(made):
@@ -182,7 +182,7 @@ def test_the_residual_ranks_and_the_influence_stays_raw(made):
     raw, got = run(made), run(made, length_residual=True)
     assert got["influence"] == raw["influence"] and got["rank"] != raw["rank"]
     tokens = reading.read_table(made / "influence/influence.parquet")["tokens"].to_numpy()
-    left = methods.length_residual(np.array(raw["influence"]), tokens, np.arange(N))
+    left = select.length_residual(np.array(raw["influence"]), tokens, np.arange(N))
     thresholds = reading.read_json(made / "selection/thresholds.json")
     assert thresholds["influence"] is None
     assert thresholds["influence_residual"] == pytest.approx(np.median(left))

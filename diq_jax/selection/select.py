@@ -1,0 +1,217 @@
+"""Selection in memory: scores of a pool -> a total order, the subset, and why."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from diq_jax import config, errors
+from diq_jax.selection import diversity, methods, quadrants
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """A selection, in the order of the pool.
+
+    Attributes:
+        ranks: (n,) int32 from 1; the first `keep` are selected.
+        selected: (n,) bool.
+        why: n sentences.
+        quadrants: (n,) int8 in 1..4, by `thresholds`: tau_d and m_dot, nan where the pool lacks the
+            perspective. m_dot is of the residual with length_residual.
+        orders: {method: ranks (n,)} of every method whose scores are there, without source_cap.
+    """
+
+    ranks: np.ndarray
+    selected: np.ndarray
+    why: list[str]
+    quadrants: np.ndarray
+    thresholds: tuple[float, float]
+    orders: dict[str, np.ndarray]
+
+    @property
+    def keep(self) -> int:
+        """The size of the subset."""
+        return int(self.selected.sum())
+
+
+def select(
+    scores: Any,
+    difficulty: Any = None,
+    *,
+    perspective: str = "overall",
+    percentile: float = 50.0,
+    sources: Sequence[str] | None = None,
+    removed: Sequence[str] | None = None,
+    **settings: Any,
+) -> Selected:
+    """Orders a pool by a selection method and takes the first of it. Writes nothing.
+
+    Args:
+        scores: what influence.score returns, or {name: n values} with example_ids, influence,
+            tokens (of the answer), and what there is for other methods (methods.ranks).
+        difficulty: {perspective: (n,) levels in [1, 5]}, or the levels of `perspective` alone; nan
+            where unknown.
+        perspective, percentile: as difficulty.perspective and difficulty.percentile.
+        sources: of each row, for source_cap.
+        removed: why hygiene ranks a row last, "" where it does not.
+        settings: fields of config.Selection, such as method and retention_ratio.
+
+    Raises:
+        UserError: a field out of range, a score that the method needs is missing, or source_cap
+            leaves fewer examples than the budget.
+    """
+    cfg = config.Selection(**settings)
+    errors.check_choice("selection.method", cfg.method, methods.METHODS)
+    if not isinstance(scores, Mapping):
+        scores = {name: getattr(scores, name) for name in ("example_ids", "influence", "tokens")}
+    if not isinstance(difficulty, Mapping):
+        difficulty = {} if difficulty is None else {perspective: difficulty}
+    ids = list(scores["example_ids"])
+    order = methods.OrderSettings(
+        perspective, percentile, cfg.seed, cfg.quadrants, cfg.length_residual
+    )
+    given = _given(scores, difficulty, order)
+    _check_scores(cfg.method, given, order)
+    removed = list(removed or [""] * len(ids))
+    last = np.array([bool(reason) for reason in removed])
+    orders = {
+        name: demote(np.asarray(methods.ranks(name, given, order)), last)
+        for name in methods.METHODS
+        if not methods.missing(name, given, order)
+    }
+    keep = budget(cfg.retention_ratio, len(ids))
+    own = ranks = orders[cfg.method]
+    endings = [
+        f"; {reason}" if reason else f"; beyond the budget of {keep:,}" for reason in removed
+    ]
+    if cfg.source_cap < 1:
+        limit = source_limit(cfg.source_cap, keep)
+        sources = list(sources or [""] * len(ids))
+        _check_room(cfg.source_cap, sources, last, keep, limit)
+        ranks, passed = capped(own, sources, keep, limit)
+        for i in np.flatnonzero(passed & ~last):
+            source = sources[i] or "(none)"
+            endings[i] = f"; passed over, as source {source!r} has its {limit:,} already"
+    selected = ranks <= keep
+    unknown = jnp.full(len(ids), jnp.nan)
+    quadrant, (tau_d, m_dot) = quadrants.of({perspective: unknown, **given}, order)
+    sentences = methods.why(cfg.method, given, order, own)
+    ended = zip(sentences, endings, selected, strict=True)
+    return Selected(
+        ranks=ranks,
+        selected=selected,
+        why=[sentence if taken else sentence + ending for sentence, ending, taken in ended],
+        quadrants=np.asarray(quadrant),
+        thresholds=(float(tau_d), float(m_dot)),
+        orders=orders,
+    )
+
+
+def _given(scores, difficulty, order) -> dict[str, Any]:
+    """Returns the scores by the names that methods read, without perspectives that have unknown
+    levels.
+    """
+    id_order = methods.id_order(scores["example_ids"])
+    found = {name: values for name, values in scores.items() if name != "example_ids"}
+    found |= {"id_order": id_order, "answer_tokens": np.asarray(found.pop("tokens"))}
+    if order.residual:
+        influence = np.asarray(found["influence"])
+        found["influence"] = length_residual(influence, found["answer_tokens"], id_order)
+    found |= {p: values for p, values in difficulty.items() if np.isfinite(values).all()}
+    return {name: jnp.asarray(values) for name, values in found.items()}
+
+
+def _check_scores(method, scores, settings):
+    lacking = methods.missing(method, scores, settings)
+    if not lacking:
+        return
+    if lacking in methods.PARTS["difficulty"]:
+        known = ", ".join(p for p in config.PERSPECTIVES if p in scores)
+        raise errors.UserError(
+            f"selection.method={method} needs the difficulty perspective {lacking!r}, which the "
+            f"pool lacks; it has {known or 'none'}."
+        )
+    if lacking in methods.PARTS["store"]:
+        raise errors.UserError(
+            f"selection.method={method} needs influence/store, the gradients of the base model "
+            "(influence.engine=projected or factored, no warm-up), and a pool of at most "
+            f"{diversity.MOST_ROWS:,} examples."
+        )
+    raise errors.UserError(
+        f"selection.method={method} needs difficulty/model_scores.parquet: set "
+        "difficulty.model_scores=True and redo the stage difficulty."
+    )
+
+
+def budget(retention_ratio: float, pool: int) -> int:
+    """Returns how many examples to keep: the nearest whole number, at least 1."""
+    return max(1, int(retention_ratio * pool + 0.5))
+
+
+def source_limit(source_cap: float, keep: int) -> int:
+    """Returns how many examples of one source a budget may hold, at least 1."""
+    return max(1, math.floor(source_cap * keep + 1e-9))  # 0.29 * 100 is a little below 29
+
+
+def capped(
+    ranks: np.ndarray, sources: Sequence[str], keep: int, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds a total order whose first `keep` hold at most `limit` examples of a source.
+
+    Examples are taken by rank; one whose source is full is passed over; all that are not taken
+    follow by rank. The fill depends on the budget: orders of two budgets need not nest.
+
+    Returns:
+        (ranks (n,) int32, passed over (n,) bool). Fewer than `keep` are taken where the limit
+        leaves no more; the caller refuses that.
+    """
+    taken: dict[str, int] = collections.Counter()
+    places, passed = [], np.zeros(len(ranks), bool)
+    for i in np.argsort(ranks):
+        if len(places) == keep:
+            break
+        if taken[sources[i]] == limit:
+            passed[i] = True
+        else:
+            taken[sources[i]] += 1
+            places.append(i)
+    rest = np.ones(len(ranks), bool)
+    rest[places] = False
+    return demote(ranks, rest), passed
+
+
+def _check_room(source_cap, sources, last, keep, limit):
+    counts = collections.Counter(s for s, out in zip(sources, last, strict=True) if not out)
+    room = sum(min(limit, count) for count in counts.values())
+    if room < keep:
+        raise errors.UserError(
+            f"selection.source_cap={source_cap} leaves room for {room} of the budget of {keep} "
+            f"examples, at most {limit} from each of {len(set(sources))} sources: raise it."
+        )
+
+
+def demote(ranks: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Puts the rows of `last` (n,) bool after all others, their order kept: ranks from 1."""
+    out = np.empty_like(ranks)
+    out[np.lexsort((ranks, last))] = np.arange(1, len(ranks) + 1)
+    return out
+
+
+def length_residual(
+    influence: np.ndarray, answer_tokens: np.ndarray, id_order: np.ndarray
+) -> np.ndarray:
+    """Returns what least squares on (1, log answer tokens) leave of the influence, (n,) float32.
+
+    Sums run in the order of ids, so that the order of the file changes no bit.
+    """
+    order = np.argsort(id_order)
+    y, x = influence.astype(np.float64), np.log(answer_tokens.astype(np.float64))
+    y, x = y - y[order].mean(), x - x[order].mean()
+    spread = np.sum(x[order] ** 2)
+    slope = np.sum((x * y)[order]) / spread if spread > 0 else 0.0
+    return (y - slope * x).astype(np.float32)
