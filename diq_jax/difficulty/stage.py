@@ -82,8 +82,7 @@ def check(context: stages.Context, needed: Sequence[tuple[str, str]] = ()) -> No
 
 
 def _known_columns(context) -> np.ndarray:
-    """Returns (3,) bool: the perspectives that the pool has, as far as is known before the stage.
-    """
+    """Returns (3,) bool: the perspectives that the pool has, as far as is known by now."""
     settings = context.config.difficulty
     names = labels.column_names(settings.source, settings.perspective)
     if context.path(POOL).is_file() and not context.path(LEVELS).is_file():
