@@ -64,7 +64,7 @@ class Group:
 
 
 def bucket_edges(lengths: Sequence[int], max_shapes: int = 8) -> list[int]:
-    """At most `max_shapes` lengths to pad to, ascending, with the fewest padding tokens in all.
+    """Chooses at most `max_shapes` lengths to pad to, ascending, with the fewest padding tokens.
 
     Edges are 32 or more, multiples of 16 and of a sixteenth of the power of two below them. (Eight
     edges leave 14.3 % padding on a pool of 3,151 medical examples; of quarters, 14.9 %.)
@@ -100,7 +100,7 @@ def plan(
 
 
 def padding_share(groups: Sequence[Group], encoded: Sequence[example_lib.Encoded]) -> float:
-    """The share of padding among all tokens of the batches, padding rows included."""
+    """Returns the share of padding among all tokens of the batches, padding rows included."""
     real = sum(len(encoded[i].input_ids) for group in groups for i in group.indices)
     return 1 - real / _padded_tokens(groups)
 
@@ -169,9 +169,10 @@ def iterate(
 
 
 def _edges_by_count(lengths: Sequence[int], max_shapes: int) -> list[list[int]]:
-    """The best edges, if there may be 1, 2, ... `max_shapes` of them, by dynamic programming.
+    """Finds the best edges, if there may be 1, 2, ... `max_shapes` of them.
 
-    cost[j] is the least number of padded tokens that the examples up to grid[j] take.
+    By dynamic programming: cost[j] is the least number of padded tokens that the examples up to
+    grid[j] take.
     """
     if max_shapes < 1:
         raise ValueError(f"max_shapes must be at least 1, got {max_shapes}.")

@@ -62,14 +62,14 @@ def _medqa(row):
 
 
 def _medmcqa(row):
-    """cop: 0 to 3 on the hub, 1 to 4 in the files of the authors; -1 where it is withheld."""
+    """Reads cop: 0 to 3 on the hub, 1 to 4 in the files of the authors, -1 where it is withheld."""
     options = [row[f"op{letter}"] for letter in "abcd"]
     known = {"id": row["id"], "subject": row["subject_name"]}
     return _row(row["question"], options, row["cop"]) | known
 
 
 def _told_medmcqa(row):
-    """The letter that most explanations begin with: "Ans. is 'c' i.e. ..."."""
+    """Returns the letter that most explanations begin with: "Ans. is 'c' i.e. ..."."""
     found = re.match(
         r"\s*(?:ans(?:wer)?|correct)\b[\W_]*(?:is\b)?[\W_]*([a-d])\b", str(row.get("exp")), re.I
     )
@@ -83,7 +83,7 @@ def _mmlu_med(row):
 
 
 def _pubmedqa(row):
-    """The abstract without its conclusion, then the question."""
+    """Puts the abstract, without its conclusion, before the question."""
     decisions = ("yes", "no", "maybe")
     question = "\n\n".join([*row["context"]["contexts"], row["question"]])
     right = decisions.index(row["final_decision"])
@@ -103,14 +103,14 @@ def _mmlu_pro_health(row):
 
 
 def _medxpertqa(row):
-    """The published question ends with the options, which are ours to write."""
+    """Cuts the options off the end of the published question: writing them is ours."""
     question = row["question"].partition("\nAnswer Choices:")[0]
     known = {"id": row["id"], "subject": row["medical_task"], "answer_idx": row["label"]}
     return {"question": question, "options": row["options"]} | known
 
 
 def _biomed_eval(row):
-    """Options are a text: JSON, or a dict as Python prints it."""
+    """Reads options that are a text: JSON, or a dict as Python prints it."""
     options = row["options"]
     if isinstance(options, str):
         try:
@@ -132,7 +132,7 @@ def _row(question, options, right):
 
 
 def _hub(name: str, *splits: str) -> tuple[str, str]:
-    """The sources of tests and targets; of one split, the same."""
+    """Returns the sources of tests and targets, which are the same where there is one split."""
     return f"hub:{name}:{splits[0]}", f"hub:{name}:{splits[-1]}"
 
 
@@ -165,7 +165,7 @@ BENCHMARKS = {
 
 
 def expand(spec: str, field: str) -> list[tuple[str, str]]:
-    """(name, file or "") of each benchmark that `benchmark:NAME[:FILE]` names.
+    """Returns (name, file or "") of each benchmark that `benchmark:NAME[:FILE]` names.
 
     Raises:
         UserError: no such name, with the nearest; or a list of names with a file.
@@ -183,8 +183,9 @@ def expand(spec: str, field: str) -> list[tuple[str, str]]:
 def convert_all(
     name: str, rows: Iterable[tuple[dict, str]], is_target: bool, is_hub: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Our rows of a benchmark's, each with its place, as `convert` makes them. Rows whose answer is
-    withheld (-1) are left out, and their number is said.
+    """Converts the rows of a benchmark, each with its place, as `convert` does.
+
+    Rows whose answer is withheld (-1) are left out, and their number is said.
 
     Args:
         is_hub: the rows are the hub's, known to count answers from 0; copies may count from 1.
@@ -213,7 +214,7 @@ def convert_all(
 def convert(
     name: str, row: Mapping[str, Any], where: str, index: int, is_target: bool
 ) -> dict[str, Any] | None:
-    """Our row, or None for one that does not belong; its id begins with the benchmark's name.
+    """Converts a row, to None where it does not belong; its id begins with the benchmark's name.
 
     Args:
         index: stands for an id where the benchmark has none.
@@ -264,6 +265,6 @@ def _check_counting(name: str, rows: list[tuple[dict, str]]) -> None:
 
 
 def _held_out(question: str) -> bool:
-    """By the question, so that repeats stand on one side."""
+    """Returns whether a question is a target; equal questions stand on one side."""
     digest = hashlib.sha256(str(question).strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT == 0

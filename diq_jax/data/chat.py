@@ -79,12 +79,12 @@ class Layout:
 
 
 def question_text(example: example_lib.Example) -> str:
-    """The question; for multiple choice, a blank line and a line "A. text" for each option."""
+    """Returns the question, with a line "A. text" for each option of a multiple-choice one."""
     return example_lib.ask(example.question, example.options)
 
 
 def completion_text(example: example_lib.Example, template: str) -> str:
-    """Reasoning and answer in `template`, a name of `TEMPLATES` or a text with {answer}.
+    """Writes reasoning and answer in `template`, a name of `TEMPLATES` or a text with {answer}.
 
     An example without reasoning gets its answer alone where the template has {reasoning}.
     Reasoning that brings its own tags is not tagged twice. The answer of a multiple-choice example
@@ -156,7 +156,7 @@ def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) ->
 
 
 def prompt_ids(examples: Sequence[example_lib.Example], layout: Layout) -> list[list[int]]:
-    """Token ids of each prompt, up to where the model is to answer: what `encode_all` scores after.
+    """Tokenises each prompt, up to where the model is to answer: `encode_all` scores what follows.
 
     Raises:
         UserError: the model has no embedding for a token.
@@ -170,8 +170,9 @@ def prompt_ids(examples: Sequence[example_lib.Example], layout: Layout) -> list[
 def write_conversation(
     messages: Sequence[dict], layout: Layout, add_generation_prompt: bool
 ) -> str:
-    """Messages with role and content, a text, as the chat template writes them: up to where the
-    assistant is to answer, or else to the end of the last message's content.
+    """Writes messages with role and content, a text, as the chat template does.
+
+    The text ends where the assistant is to answer, or else with the last message's content.
 
     Raises:
         UserError: the model has no chat template, or it fails.
@@ -198,12 +199,12 @@ def check_tokens(ids: Sequence[int], layout: Layout, where: str) -> None:
 
 
 def count_tokens(texts: Sequence[str], layout: Layout) -> list[int]:
-    """The tokens of each text where it stands inside of another."""
+    """Counts the tokens of each text where it stands inside of another."""
     return [len(_inside(text, layout)) for text in texts]
 
 
 def _readable(layout: Layout) -> tuple[Layout, str, str]:
-    """The layout with `parts` set, the prompt and the whole of a conversation of marks."""
+    """Returns the layout with `parts` set, the prompt and the whole of a conversation of marks."""
     problem = None
     for parts in (False, True):
         try:
@@ -233,14 +234,15 @@ def _as_parts(messages: Sequence[dict], parts: bool) -> list[dict]:
 
 
 def _around(whole: str) -> tuple[str, str]:
-    """What a rendered conversation has before and after the assistant's message."""
+    """Returns what a rendered conversation has before and after the assistant's message."""
     before, _, after = whole.rpartition(_ASSISTANT)
     return before, after
 
 
 def _end_text(after: str, tokenizer: Tokenizer) -> str:
-    """What ends a message of the assistant: up to the first special token, or all but white space
-    at its end where there is none.
+    """Returns what ends a message of the assistant: up to the first special token.
+
+    Without one, that is all but white space at its end.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= {tokenizer.eos_token} - {None}
@@ -265,7 +267,7 @@ def _prompts(questions: Sequence[str], layout: Layout) -> list[str]:
 
 
 def _ask(messages: list[dict], layout: Layout) -> str:
-    """The text up to where the assistant is to answer."""
+    """Writes the text up to where the assistant is to answer."""
     if not layout.derived:
         return layout.render(_as_parts(messages, layout.parts), True)
     messages = [*messages, {"role": "assistant", "content": _ASSISTANT}]
@@ -275,7 +277,7 @@ def _ask(messages: list[dict], layout: Layout) -> str:
 
 
 def _completion(text: str, layout: Layout) -> str:
-    """A completion as it stands after a prompt."""
+    """Writes a completion as it stands after a prompt."""
     if not layout.opened:
         return layout.lead + text
     if text.lstrip().startswith(OPEN):
@@ -306,21 +308,19 @@ def pairs(
 
 
 def _between(prompt: list[int], ids: list[int], end: list[int]) -> list[int]:
-    """What stands between the two in `ids`; nothing where `ids` do not begin and end with them."""
+    """Cuts out what `ids` have between the two; nothing where they do not begin and end so."""
     stop = len(ids) - len(end)
     return ids[len(prompt) : stop] if ids[: len(prompt)] == prompt and ids[stop:] == end else []
 
 
 def _after(before: str, text: str, layout: Layout) -> list[int]:
-    """The tokens of `text` after `before`; none where a token stands across."""
+    """Tokenises `text` after `before`; gives nothing where a token stands across."""
     head, whole = _tokenize([before, before + text], layout)
     return _between(head, whole, [])
 
 
 def _inside(text: str, layout: Layout) -> list[int]:
-    """The tokens of a text that does not begin a text, as a sentence's start has its own in some
-    vocabularies.
-    """
+    """Tokenises a text that stands inside another: some vocabularies have tokens for a start."""
     for anchor in ANCHORS:
         if found := _after(anchor, text, layout):
             return found
@@ -342,6 +342,6 @@ def _tokenize(texts: Sequence[str], layout: Layout) -> list[list[int]]:
 
 
 def _bos(layout: Layout) -> tuple[int, ...]:
-    """The token that a prompt without a chat template begins with."""
+    """Returns the token that a prompt without a chat template begins with."""
     bos = layout.tokenizer.bos_token_id
     return (bos,) if bos is not None and layout.tokenizer("a")["input_ids"][:1] == [bos] else ()

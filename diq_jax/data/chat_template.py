@@ -83,7 +83,7 @@ class ChatTemplate:
         self._process.stdin.write(json.dumps(self._first) + "\n")
 
     def _ask(self, request) -> str:
-        """The reply's line; "" from a process that ended."""
+        """Returns the reply's line, "" from a process that ended."""
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -95,7 +95,7 @@ class ChatTemplate:
 def of_tokenizer(
     tokenizer: transformers.PreTrainedTokenizerBase, date: str, field: str
 ) -> ChatTemplate | None:
-    """The template that a tokenizer brings, None where it brings none.
+    """Returns the template that a tokenizer brings, None where it brings none.
 
     Raises:
         UserError: it brings several, and none of the name "default".

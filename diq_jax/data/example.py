@@ -61,7 +61,7 @@ class Encoded:
 
 
 def from_row(row: dict, where: str, example_id: str, task: str, columns: Mapping) -> Example:
-    """An example of token ids, of choices, or of texts, by what the row has."""
+    """Makes an example of token ids, of choices, or of texts, by what the row has."""
     if row.get("input_ids") is not None:
         return from_tokens(row, where, example_id, task)
     mapped = "+".join(columns.values()).split("+")  # such as question=question+options
@@ -71,7 +71,7 @@ def from_row(row: dict, where: str, example_id: str, task: str, columns: Mapping
 
 
 def from_text(row: dict, where: str, example_id: str, task: str, columns: Mapping) -> Example:
-    """An example of the mapped columns question, answer and, which may be empty, reasoning."""
+    """Makes an example of the mapped columns question, answer and reasoning, which may be empty."""
     return Example(
         example_id,
         question=_text(row, columns["question"], where),
@@ -85,7 +85,7 @@ def from_text(row: dict, where: str, example_id: str, task: str, columns: Mappin
 def from_choices(
     row: dict, where: str, example_id: str, task: str, columns: Mapping = CONTRACT
 ) -> Example:
-    """A question with options {letter: text}, or a list that is lettered from A.
+    """Makes an example of a row with options {letter: text}, or a list that is lettered from A.
 
     The right one is `answer_idx`, a letter, or else what the answer's column names: a letter or the
     text of one option. An answer in words of its own is kept as it is.
@@ -126,6 +126,7 @@ def from_choices(
 
 
 def has_options(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row is multiple choice."""
     options = options_of(row)
     return bool(options.strip() if isinstance(options, str) else options)
 
@@ -146,7 +147,7 @@ def options_of(row: Mapping[str, Any]) -> Any:
 
 
 def lettered(options: Any, where: str) -> dict[str, str]:
-    """The options {letter: text} of a row, without the fillers at their end.
+    """Reads the options {letter: text} of a row, without the fillers at their end.
 
     Args:
         options: an object or a list, also as JSON in a text, since CSV knows nothing else.
@@ -189,8 +190,9 @@ def lettered(options: Any, where: str) -> dict[str, str]:
 
 
 def from_tokens(row: dict, where: str, example_id: str, task: str) -> Example:
-    """Token ids and labels without the padding that `attention_mask`, where there is one, marks; at
-    least one label after the first is scored.
+    """Makes an example of token ids and labels, without the padding that `attention_mask` marks.
+
+    At least one label after the first is scored.
     """
     names = ["input_ids", "labels"]
     names += [name for name in ("attention_mask", "position_ids") if row.get(name) is not None]
@@ -221,16 +223,14 @@ def from_tokens(row: dict, where: str, example_id: str, task: str) -> Example:
 
 
 def draw(rows: Sequence, count: int, seed: int) -> list[int]:
-    """Indices of `count` rows, or all if there are fewer, drawn over the order of their
-    example_ids: the order of the file does not matter.
-    """
+    """Draws indices of `count` rows, or all if there are fewer, whatever the order of the file."""
     by_id = sorted(range(len(rows)), key=lambda i: rows[i].example_id)
     rng = np.random.Generator(np.random.PCG64(seed))
     return sorted(by_id[i] for i in rng.permutation(len(rows))[:count])
 
 
 def row_id(row: dict, where: str, position: int, column: str = "id") -> str:
-    """The row's id as a text; "row-000017" for a row without one at position 17."""
+    """Returns the row's id as a text, "row-000017" for a row without one at position 17."""
     value = row.get(column)
     if value is None or value == "":
         return f"row-{position:06d}"
@@ -242,7 +242,9 @@ def row_id(row: dict, where: str, position: int, column: str = "id") -> str:
 
 
 def _text(row: dict, columns: str, where: str, required: bool = True) -> str:
-    """The text of a column, or of "a+b" joined by a blank line; the first may be required."""
+    """Reads the text of a column, or of "a+b" joined by a blank line, of which the first may be
+    required.
+    """
     parts = []
     for column in columns.split("+"):
         value = row.get(column)
@@ -259,14 +261,14 @@ def _text(row: dict, columns: str, where: str, required: bool = True) -> str:
 
 
 def ask(question: str, options: Mapping[str, str] | None) -> str:
-    """The question; for multiple choice, a blank line and a line "A. text" for each option."""
+    """Writes the question, with a line "A. text" for each option of a multiple-choice one."""
     if options is None:
         return question
     return question + "\n\n" + "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
 def _named(options: Mapping[str, str], told: Any) -> list[str]:
-    """The letters of the options that an answer names by letter, by text, or by both."""
+    """Returns the letters of the options that an answer names by letter, by text, or by both."""
     words = told.strip().casefold() if isinstance(told, str) else ""
     return [
         letter
@@ -281,7 +283,7 @@ def _is_filler(text: Any) -> bool:
 
 
 def _unpadded(row: dict, where: str) -> slice:
-    """Which positions of a pre-tokenised row are no padding."""
+    """Returns which positions of a pre-tokenised row are no padding."""
     mask = row.get("attention_mask")
     if mask is None:
         mask = [1] * len(row["input_ids"])

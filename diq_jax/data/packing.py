@@ -11,8 +11,7 @@ def plan(
     batch_tokens: int,
     rows_multiple: int = 1,
 ) -> list[batches.Group]:
-    """Packs examples into rows as long as the longest, longest first, each into the fullest row
-    that still has room (ties by example_id).
+    """Packs examples into rows as long as the longest (`fill`).
 
     Returns:
         Groups of one shape: at most batch_tokens / T rows, a multiple of `rows_multiple`.
@@ -32,8 +31,9 @@ def plan(
 def fill(
     encoded: Sequence[example_lib.Encoded], indices: Sequence[int], tokens: int
 ) -> list[list[int]]:
-    """Rows of at most so many tokens, as indices: longest first, each into the fullest row that
-    still has room (ties by example_id).
+    """Packs examples into rows of at most so many tokens, as indices.
+
+    The longest goes first, each into the fullest row that still has room (ties by example_id).
     """
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # {tokens left: rows}
@@ -53,7 +53,7 @@ def fill(
 def room(
     encoded: Sequence[example_lib.Encoded], rows: Sequence[Sequence[int]], tokens: int
 ) -> tuple[int, int]:
-    """The answer positions A and the examples S of a row that every one of `rows` fits."""
+    """Returns the answer positions A and the examples S of a row that every one of `rows` fits."""
     answers = max(sum(encoded[i].answer_tokens for i in row) for row in rows)
     answers = -(-answers // batches.ANSWER_STEP) * batches.ANSWER_STEP
     return min(answers, tokens), max(map(len, rows))

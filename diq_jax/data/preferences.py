@@ -109,7 +109,7 @@ def _from_row(row, where, position):
 
 
 def _side(row, name, where, example_id):
-    """One side as an example of the row's question; it may be a text or an object."""
+    """Makes one side an example of the row's question; it may be a text or an object."""
     columns = {"question": "question", "answer": name}
     side = row.get(name)
     # A side answers for itself: which option is right says nothing about the other one.
@@ -122,7 +122,7 @@ def _side(row, name, where, example_id):
 
 
 def _from_messages(row, where):
-    """The row with a question and two objects instead of messages."""
+    """Returns the row with a question and two objects instead of messages."""
     made, contexts = dict(row), []
     given = row.get("prompt") or row.get("question")
     if given is not None:
@@ -151,7 +151,7 @@ def _from_messages(row, where):
 
 
 def _messages(value, where) -> list[tuple[str, str]]:
-    """(role, content) of each message."""
+    """Returns (role, content) of each message."""
     if not isinstance(value, list) or not value:
         raise errors.UserError(
             f"{where} must be a list of messages, as the other side is; got "

@@ -60,7 +60,7 @@ def read_rows(spec: str, field: str, sample: str = "") -> list[tuple[dict, str]]
 
 
 def fingerprint(spec: str, field: str, sample: str = "") -> str:
-    """A hash of the files that `spec` names; of a hub data set or a benchmark, its name.
+    """Hashes the files that `spec` names, and the names of its hub data sets and benchmarks.
 
     Args:
         sample: the shipped file that the word `sample` stands for: pool, targets or tests.
@@ -185,6 +185,7 @@ def _task_name(source: Source) -> str:
 def check_ids(
     examples: list[example_lib.Example], places: list[str], spec: str, field: str
 ) -> None:
+    """Raises UserError where there is no example, or two have one id."""
     if not examples:
         raise errors.UserError(f"{field} holds no rows: {spec}.")
     first: dict[str, str] = {}
@@ -216,7 +217,7 @@ def _mapping(columns: str) -> dict[str, str]:
 
 
 def _check_columns(mapping: dict[str, str], rows: list[tuple[dict, str]]) -> None:
-    """A mapped column that no row has is a typo; the contract is checked row by row."""
+    """Refuses a mapped column that no row has: a typo. The contract is checked row by row."""
     known = {column for row, _ in rows for column in row}
     if mapping is CONTRACT or not known or "input_ids" in known:
         return
@@ -236,7 +237,7 @@ def _from_row(
 
 
 def _from_test(row: dict, where: str, position: int, task: str) -> example_lib.Example:
-    """A row of choices with one right letter, which is what tests ask for."""
+    """Makes an example of a row of choices with one right letter, which tests ask for."""
     example_id = example_lib.row_id(row, where, position)
     example = example_lib.from_choices(row, where, example_id, task)
     if not example.answer_idx:

@@ -43,7 +43,7 @@ def plan(
     seed: int,
     rows_multiple: int,
 ) -> dict[str, list[Step]]:
-    """All steps of each arm, with a few shapes that all arms share.
+    """Plans all steps of each arm, with a few shapes that all arms share.
 
     An epoch's order is a permutation of the arm's examples, sorted by id, that depends on (seed,
     epoch) and the ids alone. Its last step may hold fewer examples. Inside a step, examples go to
@@ -93,7 +93,7 @@ def plan_packed(
     seed: int,
     rows_multiple: int,
 ) -> dict[str, list[Step]]:
-    """The steps of `plan`, the same examples in each, with several examples in a row and one shape.
+    """Plans the steps of `plan` with several examples in a row and one shape.
 
     A step's examples are packed into rows as long as the longest example of all, and the rows are
     cut into `accumulation_steps` microbatches at most.
@@ -131,7 +131,7 @@ def microbatches(encoded: Sequence[example.Encoded], step: Step) -> list[Microba
 
 
 def _batches(encoded, chosen, epochs, batch_size, seed):
-    """(epoch, indices) of each optimiser step."""
+    """Yields (epoch, indices) of each optimiser step."""
     for epoch in range(epochs):
         for batch in _split(_order(encoded, chosen, seed, epoch), batch_size):
             yield epoch, batch

@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -23,7 +24,8 @@ class Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-    def parse(self, parser):
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Parses the tag as a block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)
@@ -40,30 +42,35 @@ def environment(date: datetime.datetime) -> jinja2.Environment:
     return made
 
 
-def raise_exception(message: str):
+def raise_exception(message: str) -> None:
+    """Gives templates a way to refuse a conversation."""
     raise jinja2.TemplateError(message)
 
 
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Writes JSON without the escapes for HTML that jinja2's own filter makes."""
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-def reply(**fields) -> None:
+def reply(**fields: Any) -> None:
+    """Writes a line of JSON."""
     print(json.dumps(fields), flush=True)
 
 
-def report(kind: type[BaseException], value: BaseException, _) -> None:
+def report(kind: type[BaseException], value: BaseException, _: Any) -> None:
     """Replies with an exception that ends the process."""
     reply(error=" ".join(f"{kind.__name__}: {value}".split())[:300])
 
 
 def limit_memory(most_bytes: int) -> None:
+    """Limits the address space of this process."""
     if sys.platform == "darwin":
         return  # macOS knows the limit and does not hold it
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -72,6 +79,7 @@ def limit_memory(most_bytes: int) -> None:
 
 
 def main() -> None:
+    """Replies to requests until one fails."""
     sys.excepthook = report
     first = json.loads(sys.stdin.readline())
     limit_memory(first["most_bytes"])

@@ -7,13 +7,18 @@ others go on; what a row computes depends on P, S and its own tokens only.
 Dims: N layers, B rows, K kv heads, S columns, C head, P columns of the prompt.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from diq_jax.models import config, decoder, layers, sampling
 
+Tree = dict[str, Any]  # nested dicts of arrays
 CHUNK = 16  # decode steps between two looks of the host
 NOTHING = -1  # emitted by a row that has ended
 
@@ -43,8 +48,8 @@ class Prompts:
     sample: jax.Array  # (R,) int32
 
 
-def shapes(cfg: config.DecoderConfig, rows: int, columns: int, dtype) -> State:
-    """The state's leaves as jax.ShapeDtypeStruct."""
+def shapes(cfg: config.DecoderConfig, rows: int, columns: int, dtype: DTypeLike) -> State:
+    """Returns the state's leaves as jax.ShapeDtypeStruct."""
     cache = jax.ShapeDtypeStruct(
         (cfg.num_layers, rows, cfg.num_kv_heads, columns, cfg.head_dim), dtype
     )
@@ -55,17 +60,24 @@ def shapes(cfg: config.DecoderConfig, rows: int, columns: int, dtype) -> State:
 
 
 def specs(cfg: config.DecoderConfig, model_devices: int) -> State:
-    """Rows over the data axis, and kv heads over the model axis where it divides them."""
+    """Splits rows over the data axis, and kv heads over the model axis where it divides them."""
     heads = "model" if cfg.num_kv_heads % model_devices == 0 else None
     cache, row = PartitionSpec(None, "data", heads, None, None), PartitionSpec("data")
     return State(cache, cache, row, row, row, row, row, row)
 
 
-def begin(params, adapter, state, batch, cfg, settings, ends):
+def begin(
+    params: Tree,
+    adapter: Tree | None,
+    state: State,
+    batch: Prompts,
+    cfg: config.DecoderConfig,
+    settings: sampling.Sampling,
+    ends: Sequence[int],
+) -> tuple[State, jax.Array]:
     """Reads prompts into rows of the state.
 
     Args:
-        batch: Prompts.
         ends: the tokens that end an answer.
 
     Returns:
@@ -104,7 +116,14 @@ def begin(params, adapter, state, batch, cfg, settings, ends):
     return state, first
 
 
-def decode(params, adapter, state, cfg, settings, ends):
+def decode(
+    params: Tree,
+    adapter: Tree | None,
+    state: State,
+    cfg: config.DecoderConfig,
+    settings: sampling.Sampling,
+    ends: Sequence[int],
+) -> tuple[State, jax.Array]:
     """Continues all rows by up to CHUNK tokens; fewer where every row has ended.
 
     What the chunk adds is kept apart until its end, in columns that all rows share: rows stand at
@@ -148,7 +167,16 @@ def decode(params, adapter, state, cfg, settings, ends):
     return state.replace(k=k, v=v), tokens
 
 
-def next_logits(params, adapter, state, recent, i, start, cfg, settings):
+def next_logits(
+    params: Tree,
+    adapter: Tree | None,
+    state: State,
+    recent: tuple[jax.Array, jax.Array],
+    i: jax.Array | int,
+    start: jax.Array,
+    cfg: config.DecoderConfig,
+    settings: sampling.Sampling,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Runs the last token of every row, step i of a chunk.
 
     Args:
@@ -182,7 +210,7 @@ def next_logits(params, adapter, state, recent, i, start, cfg, settings):
 
 
 def columns(prompt_columns: int, settings: sampling.Sampling) -> int:
-    """S: a row that ends early still goes through the rest of its chunk."""
+    """Returns S: a row that ends early still goes through the rest of its chunk."""
     return prompt_columns + _room(settings)
 
 

@@ -66,11 +66,11 @@ class Checkpoint:
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
-        """The numpy dtype that `read` gives, or the format's name of a type that numpy lacks."""
+        """Returns the dtype that `read` gives, or the format's name of a type that numpy lacks."""
         return self._tensor(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        """A fresh array, dtype as stored (ml_dtypes.bfloat16); quantised GGUF types as float32."""
+        """Reads a fresh array of the stored dtype; quantised GGUF types as float32."""
         return self._tensor(name).read()
 
     def _tensor(self, name: str) -> stored.Tensor:
@@ -82,13 +82,13 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over the content of all files, whatever their names and place."""
+        """Hashes (sha256) the content of all files, whatever their names and place."""
         digests = "".join(artifacts.sha256(file) for file in self.files)
         return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
-    """The local folder or .gguf file that a config field such as model.path means.
+    """Finds the local folder or .gguf file that a config field such as model.path means.
 
     Args:
         path: a local folder or .gguf file, package:NAME/FILE (found without importing the package),
@@ -133,7 +133,7 @@ def open_checkpoint(path: str | os.PathLike, field: str) -> Checkpoint:
 
 
 def _with_its_head(path, config, tensors):
-    """The config, untied where it says tied and the file has a head that is not the embedding.
+    """Returns the config, untied where it says tied and the file has a head of its own.
 
     transformers decides alike. A config that says untied without a head in the file is refused when
     the tensors are checked.
@@ -266,7 +266,7 @@ def _check_model(path: pathlib.Path, field: str) -> None:
 
 
 def _open_shards(index: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, stored.Tensor]]:
-    """The shards, and the tensors of an index. Every entry of it is checked."""
+    """Opens the shards and tensors of an index. Every entry of it is checked."""
     shard_of = reading.read_record(index, {"weight_map": dict})["weight_map"]
     names = collections.defaultdict(list)
     for name, shard in shard_of.items():

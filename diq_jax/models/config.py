@@ -198,7 +198,7 @@ class _Reader:
                 )
 
     def get(self, key: str, kinds: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The value, of one of JSON's types `kinds`. Null is as good as no value."""
+        """Returns the value, of one of JSON's types `kinds`. Null is as good as no value."""
         value = self.config.get(key)
         if value is None:
             if key in self.config and default is not _REQUIRED:
@@ -211,7 +211,7 @@ class _Reader:
         return value
 
     def size(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A whole number from 1 to LARGEST."""
+        """Returns a whole number from 1 to LARGEST."""
         value = self.get(key, int, default)
         if value is not None and not 1 <= value <= LARGEST[key]:
             raise self.wrong(key, f"between 1 and {LARGEST[key]:,}")

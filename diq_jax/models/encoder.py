@@ -8,15 +8,18 @@ Parameters, with layers stacked on a leading axis N and kernels stored (in, out)
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diq_jax.models import config, layers
 
+Params = dict[str, Any]  # nested dicts of arrays
+
 
 def shapes(cfg: config.EncoderConfig) -> dict:
-    """The parameter tree with a shape tuple at each leaf."""
+    """Returns the parameter tree with a shape tuple at each leaf."""
     N, D, F = cfg.num_layers, cfg.model_dim, cfg.ffn_dim
 
     def linear(n_in, n_out):
@@ -39,8 +42,10 @@ def shapes(cfg: config.EncoderConfig) -> dict:
     }
 
 
-def apply(params, cfg, tokens, mask):
-    """Hidden states of the last layer, token type 0 throughout.
+def apply(
+    params: Params, cfg: config.EncoderConfig, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Computes the hidden states of the last layer, token type 0 throughout.
 
     Args:
         tokens: (B, T) int32.
@@ -52,16 +57,19 @@ def apply(params, cfg, tokens, mask):
     return _layers(params, cfg, tokens, mask, lambda x: None)[0]
 
 
-def layer_means(params, cfg, tokens, mask):
-    """Every layer's hidden states, each mean-pooled, side by side from the bottom: (B, N * D)
-    float32. See `apply`.
+def layer_means(
+    params: Params, cfg: config.EncoderConfig, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Computes every layer's mean-pooled hidden states, side by side from the bottom.
+
+    See `apply`. Returns (B, N * D) float32.
     """
     pooled = _layers(params, cfg, tokens, mask, lambda x: mean_pool(x, mask))[1]  # (N, B, D)
     return jnp.moveaxis(pooled, 0, 1).reshape(len(tokens), -1)
 
 
 def _layers(params, cfg, tokens, mask, keep):
-    """(hidden states of the last layer, keep(hidden states) of each, stacked)."""
+    """Returns the hidden states of the last layer, and keep(hidden states) of each, stacked."""
     B, T = tokens.shape
     embed = params["embed"]
     x = embed["word"]["embedding"][tokens] + embed["position"]["embedding"][None, :T]
@@ -86,8 +94,8 @@ def _layers(params, cfg, tokens, mask, keep):
     return jax.lax.scan(layers.checkpointed(layer), x, params["layers"])
 
 
-def mean_pool(hidden, mask):
-    """Mean of the hidden states over real tokens: (B, T, D) and (B, T) -> (B, D) float32."""
+def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Averages the hidden states over real tokens: (B, T, D) and (B, T) -> (B, D) float32."""
     weights = mask.astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
     return total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)

@@ -13,7 +13,9 @@ from diq_jax.run import artifacts
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def save_model(folder: str | os.PathLike, params, hf_config: dict[str, Any], base: str, field: str):
+def save_model(
+    folder: str | os.PathLike, params: hf.Params, hf_config: dict[str, Any], base: str, field: str
+) -> None:
     """Writes a whole model beside the tokenizer of `base`, a model path that `field` names.
 
     config.json comes last (checkpoint.save_checkpoint): a folder that has one is whole.
@@ -33,8 +35,8 @@ def save_model(folder: str | os.PathLike, params, hf_config: dict[str, Any], bas
 
 
 @jax.jit
-def merge_adapter(params, adapter):
-    """The parameters with W + A B scale in place of each adapted W, summed in float32."""
+def merge_adapter(params: hf.Params, adapter: dict[str, Any]) -> hf.Params:
+    """Returns the parameters with W + A B scale in place of each adapted W, summed in float32."""
     merged = jax.tree.map(lambda x: x, params)
     for group, linears in adapter["layers"].items():
         for name, leaves in linears.items():

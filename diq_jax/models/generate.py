@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def make_generator(
 def plan(
     prompts: Sequence[Prompt], edges: Sequence[int], max_new_tokens: int, tokens: int, multiple: int
 ) -> list[Stream]:
-    """One stream for each edge that has prompts; shortest first, ties by id and sample.
+    """Plans one stream for each edge that has prompts; shortest first, ties by id and sample.
 
     Args:
         edges: lengths to pad to, ascending; the last takes the longest prompt.
@@ -111,7 +112,11 @@ def plan(
 
 
 def run(
-    generator: Generator, params, adapter, prompts: Sequence[Prompt], stream: Stream
+    generator: Generator,
+    params: dict[str, Any],
+    adapter: dict[str, Any] | None,
+    prompts: Sequence[Prompt],
+    stream: Stream,
 ) -> Iterator[tuple[int, Answer]]:
     """Answers the prompts of a stream; yields (index, answer) as they end.
 
@@ -147,8 +152,8 @@ def run(
                 at[row] = None
 
 
-def empty_state(generator: Generator, params, stream: Stream) -> cache.State:
-    """A placed state in which no row is under way."""
+def empty_state(generator: Generator, params: dict[str, Any], stream: Stream) -> cache.State:
+    """Makes a placed state in which no row is under way."""
     placement, cfg = generator.placement, generator.cfg
     columns = cache.columns(stream.columns, generator.settings)
     dtype = params["embed"]["embedding"].dtype
@@ -164,7 +169,7 @@ def make_batch(
     places: Sequence[int | None],
     stream: Stream,
 ) -> cache.Prompts:
-    """A placed batch of prompts for the rows `places`; None where there is none."""
+    """Makes a placed batch of prompts for the rows `places`; None where there is none."""
     count = len(prompts)
     tokens = np.zeros((count, stream.columns), np.int32)
     length, sample = np.ones(count, np.int32), np.zeros(count, np.int32)
@@ -200,7 +205,7 @@ def _places(at, waiting, multiple) -> list[int | None]:
 
 
 def _finished(tokens: list[int], generator: Generator, prompt: Prompt) -> Answer | None:
-    """The answer, or None while it goes on."""
+    """Returns the answer, or None while it goes on."""
     last = tokens[-1]
     if last == sampling.BROKEN:
         raise errors.UserError(

@@ -147,7 +147,9 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
 def _rope_scaling(
     path: pathlib.Path, optional: Callable, header: gguf_header.Header, config: dict
 ) -> dict | None:
-    """Linear and YaRN scaling are metadata; Llama 3's is a tensor of divisors, one a frequency.
+    """Reads the scaling of rotary frequencies.
+
+    Linear and YaRN scaling are metadata; Llama 3's is a tensor of divisors, one a frequency.
 
     Published Llama 3.1 to 3.3 are recognised by their divisors and get rope_type "llama3", which
     transformers knows. Others get {"rope_type": "gguf_factors", "factors": [...]} with
@@ -184,7 +186,7 @@ def _rope_scaling(
 
 
 def _llama3_factors(theta: float, head_dim: int, scaling: dict) -> np.ndarray:
-    """The divisors (head_dim / 2,) that llama.cpp's converter writes for a Llama 3 config."""
+    """Returns the divisors (head_dim / 2,) that llama.cpp writes for a Llama 3 config."""
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / wavelengths
@@ -193,12 +195,12 @@ def _llama3_factors(theta: float, head_dim: int, scaling: dict) -> np.ndarray:
 
 
 def _shortest_float(value: float) -> float:
-    """1e-05 for a float32 that Python shows as 9.999999747378752e-06."""
+    """Gives 1e-05 for a float32 that Python shows as 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _name(path: pathlib.Path, stored: str) -> str:
-    """The Hugging Face name: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
+    """Renames blk.3.attn_q.weight to model.layers.3.self_attn.q_proj.weight."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", stored)
     if match is not None:
         layer, module, kind = match.groups()
@@ -212,7 +214,7 @@ def _name(path: pathlib.Path, stored: str) -> str:
 
 
 def _dtype(kind: gguf.GGMLQuantizationType) -> str:
-    """The dtype that `_values` gives; the name of a type that is neither plain nor quantised."""
+    """Returns the dtype that `_values` gives, or the name of a type that it does not read."""
     if kind in PLAIN:
         return PLAIN[kind].name
     block, _ = gguf.GGML_QUANT_SIZES[kind]
@@ -239,6 +241,6 @@ def _values(
 
 
 def _half_split_rows(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (or a bias) of each head from pairs (0, C/2, 1, C/2 + 1, ...) back to (0, 1, 2, ...)."""
+    """Puts the rows (or bias) of each head, (0, C/2, 1, C/2 + 1, ...), in order (0, 1, 2, ...)."""
     pairs = array.reshape(heads, -1, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -159,7 +159,7 @@ def _parse(cursor: _Cursor) -> Header:
 
 
 def _listed(cursor: _Cursor) -> Listed:
-    """A tensor whose start counts from where the data begins."""
+    """Reads a tensor whose start counts from where the data begins."""
     name, dimensions = cursor.text(), cursor.whole(4)
     if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise ValueError(f"the tensor {reading.shorten(name)} has {dimensions:,} dimensions")

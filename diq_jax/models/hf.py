@@ -9,10 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from diq_jax import errors, trees
-from diq_jax.models import checkpoint, decoder, encoder, stored
+from diq_jax.models import checkpoint, config, decoder, encoder, stored
 from diq_jax.run import reading
+
+Params = dict[str, Any]  # nested dicts of arrays
 
 # Path in the tree -> tensor name; {i} is the layer. Kernels are stored (out, in) on their side.
 DECODER_NAMES = {
@@ -64,10 +67,13 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq|position_ids$|^pooler\.|^cls\.|^clas
 
 
 def load_decoder(
-    source: checkpoint.Checkpoint, cfg, dtype, field: str, place: Callable | None = None
-):
-    """The parameters of a decoder; `place(path, array)` puts each leaf on its devices as it is
-    read.
+    source: checkpoint.Checkpoint,
+    cfg: config.DecoderConfig,
+    dtype: DTypeLike,
+    field: str,
+    place: Callable | None = None,
+) -> Params:
+    """Loads a decoder; `place(path, array)` puts each leaf on its devices as it is read.
 
     Raises:
         UserError: as `check_decoder`; or a weight is not finite in `dtype`.
@@ -76,13 +82,17 @@ def load_decoder(
     return _load(source, decoder.shapes(cfg), names, dtype, field, place)
 
 
-def load_encoder(source: checkpoint.Checkpoint, cfg, dtype, field: str):
-    """The parameters of an encoder, whether its tensors carry the prefix `bert.` or not."""
+def load_encoder(
+    source: checkpoint.Checkpoint, cfg: config.EncoderConfig, dtype: DTypeLike, field: str
+) -> Params:
+    """Loads an encoder, whether its tensors carry the prefix `bert.` or not."""
     names = check_encoder(source, cfg, field)
     return _load(source, encoder.shapes(cfg), names, dtype, field, None)
 
 
-def check_decoder(source: checkpoint.Checkpoint, cfg, field: str) -> dict[str, list[str]]:
+def check_decoder(
+    source: checkpoint.Checkpoint, cfg: config.DecoderConfig, field: str
+) -> dict[str, list[str]]:
     """Holds the tensors of a decoder against its config, without reading one.
 
     Returns:
@@ -95,25 +105,28 @@ def check_decoder(source: checkpoint.Checkpoint, cfg, field: str) -> dict[str, l
     return _check(source, decoder.shapes(cfg), DECODER_NAMES, "", {}, ignored, field)
 
 
-def check_encoder(source: checkpoint.Checkpoint, cfg, field: str) -> dict[str, list[str]]:
+def check_encoder(
+    source: checkpoint.Checkpoint, cfg: config.EncoderConfig, field: str
+) -> dict[str, list[str]]:
     """Holds the tensors of an encoder against its config. See `check_decoder`."""
     prefix = "bert." if any(name.startswith("bert.") for name in source.names) else ""
     old = {_modern(name): name for name in source.names}
     return _check(source, encoder.shapes(cfg), ENCODER_NAMES, prefix, old, set(), field)
 
 
-def decoder_tensors(params) -> Iterator[tuple[str, np.ndarray]]:
-    """(tensor name, array) of a decoder, one at a time, as transformers names and turns them."""
+def decoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (tensor name, array) of a decoder, as transformers names and turns them."""
     return _tensors(params, DECODER_NAMES)
 
 
-def encoder_tensors(params) -> Iterator[tuple[str, np.ndarray]]:
+def encoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (tensor name, array) of an encoder, as transformers names and turns them."""
     return _tensors(params, ENCODER_NAMES)
 
 
 def save_decoder(
-    folder: str | os.PathLike, params, hf_config: dict[str, Any], max_shard_bytes: int
-):
+    folder: str | os.PathLike, params: Params, hf_config: dict[str, Any], max_shard_bytes: int
+) -> None:
     """Writes a folder that transformers' AutoModelForCausalLM loads."""
     dtype = str(params["embed"]["embedding"].dtype)
     settings = {**hf_config, "dtype": dtype, "torch_dtype": dtype}
@@ -179,7 +192,7 @@ def _modern(name):
 
 
 def _parts(name, path, shape):
-    """(tensor name, its shape as stored) for each layer of a leaf."""
+    """Returns (tensor name, its shape as stored) for each layer of a leaf."""
     stacked = path.startswith("layers/")
     part = shape[1:] if stacked else shape
     part = part[::-1] if path.endswith("/kernel") else part

@@ -49,14 +49,14 @@ def open_safetensors(file: pathlib.Path) -> dict[str, stored.Tensor]:
 
 
 def _header_names(file: pathlib.Path) -> list[str]:
-    """The names in the header, which the library has checked, and which may be there twice."""
+    """Reads the names in a header that the library has checked; one may be there twice."""
     with open(file, "rb") as f:
         header = f.read(int.from_bytes(f.read(8), "little"))
     return [name for name, _ in json.loads(header, object_pairs_hook=list)]
 
 
 def _length_mismatch(file: pathlib.Path) -> str | None:
-    """What a too short or too long file is, from its header: 8 bytes of length, then JSON."""
+    """Says what a too short or too long file is, from its header: 8 bytes of length, then JSON."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         promised = 8 + int.from_bytes(f.read(8), "little")

@@ -20,12 +20,18 @@ class Sampling:
 
 
 def prompt_number(prompt_id: str) -> int:
-    """What a prompt's draws depend on, beside the seed, the sample and the token's index."""
+    """Returns what a prompt's draws depend on, beside seed, sample and the token's index."""
     return zlib.crc32(prompt_id.encode())
 
 
-def pick(logits, prompts, samples, indices, settings: Sampling):
-    """The next token of each row.
+def pick(
+    logits: jax.Array,
+    prompts: jax.Array,
+    samples: jax.Array,
+    indices: jax.Array,
+    settings: Sampling,
+) -> jax.Array:
+    """Picks the next token of each row.
 
     A draw depends on nothing but (seed, prompt, sample, index): not on the rows beside it, on the
     devices or on the order.
@@ -48,9 +54,10 @@ def pick(logits, prompts, samples, indices, settings: Sampling):
     return jnp.where(finite, jnp.argmax(scores, axis=-1), BROKEN).astype(jnp.int32)
 
 
-def in_nucleus(scores, top_p: float):
-    """The fewest likeliest tokens that have at least the probability top_p together: (B, V) bool.
-    Tokens as likely as the last of them belong too.
+def in_nucleus(scores: jax.Array, top_p: float) -> jax.Array:
+    """Marks the fewest likeliest tokens that have at least the probability top_p together.
+
+    Returns (B, V) bool. Tokens as likely as the last of them belong too.
 
     The threshold is found by bisection over the bits of a float, which are ordered as the floats
     are: 31 sums over the vocabulary, exact, and cheaper than sorting it.

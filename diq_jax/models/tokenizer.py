@@ -70,9 +70,9 @@ PRE_TOKENIZERS = {
 
 
 def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer of a model path (see checkpoint.resolve); `save_pretrained` keeps it as it is.
+    """Loads the tokenizer of a model path (see checkpoint.resolve).
 
-    `chat_template` is None where the checkpoint has none.
+    `save_pretrained` keeps it as it is. `chat_template` is None where the checkpoint has none.
 
     Raises:
         UserError: no tokenizer there, a damaged one, or one of a kind that would give other ids.
@@ -107,7 +107,7 @@ def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrain
 
 
 def fingerprints(path: str | os.PathLike, field: str) -> dict[str, str]:
-    """Hashes of what decides token ids beside a text: the tokenizer, and its chat templates.
+    """Hashes what decides token ids beside a text: the tokenizer, and its chat templates.
 
     A GGUF file holds both, and checkpoint.Checkpoint.fingerprint covers it: it has none here.
     """
@@ -128,7 +128,7 @@ def fingerprints(path: str | os.PathLike, field: str) -> dict[str, str]:
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """tokenizer_config.json, {} where there is none; the files beside it are checked too."""
+    """Reads tokenizer_config.json, {} where there is none; the files beside it are checked too."""
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (path / name).exists():
             reading.read_record(path / name, {})
@@ -208,7 +208,7 @@ def _from_gguf(
 def _byte_level(
     path: pathlib.Path, ggml: dict[str, Any], field: str
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """Byte-level BPE with the merges of the file."""
+    """Builds a byte-level BPE with the merges of the file."""
     name = ggml.get("pre", "")
     if name not in PRE_TOKENIZERS:
         raise errors.UserError(
@@ -239,7 +239,7 @@ def _byte_level(
 def _sentencepiece(
     path: pathlib.Path, ggml: dict[str, Any], field: str
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """SentencePiece BPE.
+    """Builds a SentencePiece BPE.
 
     The prefix space stands at the start of the text and after each added token, as in llama.cpp.
     transformers' own reading of GGUF puts it at the start only, and loses one leading space.
@@ -272,7 +272,7 @@ def _sentencepiece(
 def merges_from_scores(
     tokens: list[str], scores: list[float], token_types: list[int]
 ) -> list[tuple[str, str]]:
-    """Merges that rebuild a SentencePiece BPE vocabulary, best score first.
+    """Finds merges that rebuild a SentencePiece BPE vocabulary, best score first.
 
     SentencePiece joins the two neighbours whose union has the best score, so every cut of a token
     into two tokens is a merge with that token's score. Control and byte tokens are never merged.

@@ -125,7 +125,7 @@ def open_torch(file: pathlib.Path) -> dict[str, stored.Tensor]:
 
 
 def _open_zip(file, data):
-    """The views by name, and (offset, bytes) of each storage by key."""
+    """Returns the views by name, and (offset, bytes) of each storage by key."""
     entries = {}
     for entry in _entries(file):
         if entry.filename in entries:
@@ -162,7 +162,7 @@ def _entries(file: pathlib.Path) -> list[zipfile.ZipInfo]:
 
 
 def _place(entry: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
-    """(offset, bytes) of an entry's content, which torch stores as it is."""
+    """Returns (offset, bytes) of an entry's content, which torch stores as it is."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise Refused(f"its archive compresses or encrypts {entry.filename!r}, as torch never does")
     header = data[entry.header_offset : entry.header_offset + 30]
@@ -175,7 +175,7 @@ def _place(entry: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
 
 
 def _open_legacy(data):
-    """As `_open_zip`, for the format before torch 1.6."""
+    """Does as `_open_zip`, for the format before torch 1.6."""
     stream = io.BytesIO(data[:MOST_PICKLE])
     try:
         known = _unpickle(stream) == LEGACY_MAGIC
@@ -235,7 +235,7 @@ def _check(views: dict[str, _View], places: dict[str, tuple[int, int]]) -> None:
 
 
 def _storage(identity: Any) -> _Storage:
-    """The storage of a persistent id: ("storage", type, key, device, count[, None])."""
+    """Returns the storage of a persistent id: ("storage", type, key, device, count[, None])."""
     match identity:
         case ("storage", _Name(text), str(key), str(), int(count), *rest) if text in DTYPES:
             if count >= 0 and rest in ([], [None]):
