@@ -11,7 +11,7 @@ import pytest
 import scripts
 
 from diq_jax.difficulty import labels
-from diq_jax.run import reading
+from diq_jax.run import parts, reading
 
 
 @pytest.fixture(scope="module", name="made")
@@ -63,7 +63,7 @@ def pass_rate_flags(made, out):
 KILLED = """
 import os, signal, sys
 from diq_jax.commands import cli
-from diq_jax.run import parts
+from diq_jax.run import parts, parts
 add = parts.Parts.add
 def add_and_die(self, *batch):
     add(self, *batch)
@@ -177,12 +177,11 @@ def test_lds_is_measured_and_a_second_call_trains_nothing(made, tmp_path):
     found = json.loads((tmp_path / "lds.json").read_text())
     assert {"exact, mean", "exact, gauss_newton", "random"} <= {r["name"] for r in found["rows"]}
     assert all(-1 <= r["low"] <= r["lds"] <= r["high"] <= 1 for r in found["rows"])
-    [journal] = tmp_path.glob("trainings-*.jsonl")
-    before = journal.read_bytes()
-    assert len(before.splitlines()) == 4 * 2
+    trained = {path: path.read_bytes() for path in tmp_path.glob("trainings-*/seed-*/*")}
+    assert sum(len(parts.Parts(tmp_path / seed).done) for seed in {p.parent for p in trained}) == 8
     (tmp_path / "lds.json").unlink()
     assert scripts.on_data("measure_lds", made, tmp_path, *flags).returncode == 0
-    assert journal.read_bytes() == before
+    assert {p: p.read_bytes() for p in tmp_path.glob("trainings-*/seed-*/*")} == trained
     assert json.loads((tmp_path / "lds.json").read_text()) == found
 
 
