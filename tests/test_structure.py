@@ -12,7 +12,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ROOMS,
-    ("clients", "pipeline"),
+    ("api", "clients", "pipeline"),
     ("preflight",),
     ("commands",),
     ("__main__",),
