@@ -24,6 +24,7 @@ class Act:
     delay_s: float = 0.0
     hang: bool = False  # no reply until the server closes
     close: bool = False  # the connection, without a word
+    close_after: bool = False  # the connection, after a part of the reply
 
     def __str__(self) -> str:
         """What is not as usual, for the names of tests."""
@@ -110,8 +111,10 @@ class Server:
         data = json.dumps(completion).encode() if act.raw is None else act.raw
         handler.send_response(act.status)
         handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(data)))
+        if not act.close_after:
+            handler.send_header("Content-Length", str(len(data)))
         for name, value in act.headers:
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(data)
+        handler.close_connection = handler.close_connection or act.close_after

@@ -60,7 +60,7 @@ def test_a_run_is_a_mapping_of_verified_tables(made, tmp_path):
     assert set(run.records) == {"prepare", "difficulty", "influence"}
     assert "prepare/pool.parquet" in run and len(run) == len(list(run)) > 3
     assert all(run[name].num_rows > 0 for name in run)
-    with pytest.raises(KeyError, match="Did you mean 'influence/influence.parquet'"):
+    with pytest.raises(KeyError, match=r"Did you mean 'influence/influence\.parquet'"):
         run["influence/influence.parqet"]
     with pytest.raises(errors.UserError, match="holds no finished stage"):
         diq_jax.open_run(tmp_path)

@@ -1,30 +1,32 @@
 """Asks many questions of a language model behind any OpenAI-compatible endpoint.
 
-Requests run side by side up to a bound; a passing fault is waited out; every reply that was paid
-for is on the disk before anything else happens, so that a killed run asks only for what is missing.
+Requests run side by side up to a bound; the openai client tries again what another try may mend,
+and waits as long as a server asks, up to two minutes. Every reply that was paid for is on the disk
+before anything else happens, so that a killed run asks only for what is missing.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
-import itertools
+import logging
 import math
 import os
-import random
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from diq_jax import errors
 from diq_jax.clients import answers, replies
 
+if TYPE_CHECKING:
+    import openai
+
 GIVE_UP_AFTER = 5  # requests in a row, each with all its tries, that got no reply;
-GIVE_UP_UNHEARD = 2  # fewer where nobody got one yet, but not at the first: it may be its own fault
-PASSING = (408, 409, 429)  # with all from 500, the statuses that another try may mend
+GIVE_UP_UNHEARD = 2  # fewer before any reply, but not the first: it may be that request's own fault
 REFUSES_SCHEMA = (400, 422)
-MOST_BYTES = 2**24  # of a reply's body
 FATAL = (401, 403, 404)  # no request will fare better: key, rights, path or model
+MOST_BYTES = 2**24  # of a reply's body
+BACKOFF_S = 0.5  # before an unreadable reply is asked for again; doubles each time
 KEPT = "replies so far are kept, and the same command continues"
 
 
@@ -39,11 +41,9 @@ class Settings:
     base_url: str  # http://localhost:8000/v1, as servers print it
     api_key_env: str  # the name of the environment variable that holds the key
     concurrency: int  # requests under way at once
-    timeout_s: float  # of one request, from sending to the last byte
+    timeout_s: float  # of one try, to the first byte and from there to the last
     answer_tries: int  # replies to ask for until one is an answer
-    tries: int = 6  # to get a reply; 5 waits of 1, 2, 4, 8, 16 s, each less up to half
-    backoff_s: float = 1.0  # the first wait; each is twice the last
-    longest_wait_s: float = 120.0  # a server that asks for more is given up
+    tries: int = 6  # to get a reply
 
     def __post_init__(self):
         if not self.base_url.startswith(("http://", "https://")):
@@ -53,13 +53,12 @@ class Settings:
         for name in ("concurrency", "tries", "answer_tries"):
             if getattr(self, name) < 1:
                 raise errors.UserError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("timeout_s", "backoff_s", "longest_wait_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise errors.UserError(f"{name} must be above 0; got {getattr(self, name)}.")
+        if not 0 < self.timeout_s < math.inf:
+            raise errors.UserError(f"timeout_s must be above 0; got {self.timeout_s}.")
 
 
-def connect(settings: Settings):
-    """An openai.AsyncOpenAI client; nothing is sent yet.
+def connect(settings: Settings) -> "openai.AsyncOpenAI":
+    """Makes a client; nothing is sent yet.
 
     Raises:
         UserError: the client is not installed, or the key is not set.
@@ -78,14 +77,16 @@ def connect(settings: Settings):
             f"the API key is missing: set the environment variable {settings.api_key_env} (a "
             "server without keys takes any text), or name another one."
         )
-    # Retries are ours: the client's own know nothing of a whole run.
     return openai.AsyncOpenAI(
-        api_key=key, base_url=settings.base_url, timeout=settings.timeout_s, max_retries=0
+        api_key=key,
+        base_url=settings.base_url,
+        timeout=settings.timeout_s,
+        max_retries=settings.tries - 1,
     )
 
 
 def ask_all(
-    client,
+    client: "openai.AsyncOpenAI",
     requests: Sequence[answers.Request],
     settings: Settings,
     cache: replies.Cache,
@@ -97,7 +98,7 @@ def ask_all(
     On Ctrl-C requests already sent are waited for and kept; a second Ctrl-C drops them.
 
     Args:
-        client: of `connect`.
+        client: from `connect`.
         requests: all different, as from `answers.split`.
         done: called with each outcome as it comes.
         say: called with a sentence that the user should see.
@@ -106,14 +107,14 @@ def ask_all(
         The outcomes in the order of the requests.
 
     Raises:
-        UserError: the endpoint takes nobody, or has stopped to answer. Replies are kept.
+        UserError: the endpoint rejects every request, or stopped answering. Replies are kept.
     """
     return asyncio.run(_ask_all(client, requests, settings, cache, done, say))
 
 
 async def _ask_all(client, requests, settings, cache, done, say) -> list[answers.Outcome]:
     session = _Session(client, settings, cache, say)
-    outcomes: list[answers.Outcome | None] = [None] * len(requests)
+    outcomes: list[Any] = [None] * len(requests)
     left = iter(enumerate(requests))
 
     async def work() -> None:
@@ -124,6 +125,9 @@ async def _ask_all(client, requests, settings, cache, done, say) -> list[answers
             if session.stopped is not None:
                 return
 
+    log = logging.getLogger("openai._base_client")
+    log.handlers, log.propagate = [session], False
+    log.setLevel(logging.INFO)
     async with client:
         with _first_interrupt(session):
             await asyncio.gather(*(work() for _ in range(settings.concurrency)))
@@ -134,12 +138,12 @@ async def _ask_all(client, requests, settings, cache, done, say) -> list[answers
 
 @contextlib.contextmanager
 def _first_interrupt(session) -> Iterator[None]:
-    """The first Ctrl-C inside stops the session; the next is as usual."""
+    """Lets the first Ctrl-C stop the session; the next is as usual."""
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         loop.remove_signal_handler(signal.SIGINT)
-        session.stop(KeyboardInterrupt())
+        session.stopped = KeyboardInterrupt()
         session.say("Waiting for the requests already sent; Ctrl-C again drops them.")
 
     loop.add_signal_handler(signal.SIGINT, stop)
@@ -150,34 +154,43 @@ def _first_interrupt(session) -> Iterator[None]:
 
 
 class _Fault(Exception):
-    """A request got no reply. `passing`: another try may; `wait_s`: what the server asked for."""
+    """Says why a request got no reply; `status`: the server's, `again`: whether to ask again."""
 
-    def __init__(self, sentence: str, passing: bool, wait_s: float = 0.0, status: int = 0):
+    def __init__(self, sentence: str, status: int = 0, again: bool = False):
         super().__init__(answers.shorten(sentence))
-        self.passing, self.wait_s, self.status = passing, wait_s, status
+        self.status, self.again = status, again
 
 
-class _Session:
-    """One run over one endpoint: its cache, what it learnt of the server, and whether to stop."""
+class _Session(logging.Handler):
+    """One run over one endpoint: its cache, what it learnt of the server, and whether to stop.
+
+    It handles the client's log, where alone the client says that it tries again.
+    """
 
     def __init__(self, client, settings, cache, say):
+        super().__init__()
         self.client, self.settings, self.cache, self.say = client, settings, cache, say
         self.stopped: BaseException | None = None
-        self._stop = asyncio.Event()
-        self._structured: bool | None = None  # None until the server has shown it
+        self._structured: bool | None = None  # whether the server takes a JSON schema
         self._deciding = asyncio.Lock()
-        self._unanswered = 0  # in a row
-        self._warned = False
+        self._unanswered, self._warned = 0, False
 
-    def stop(self, reason: BaseException) -> None:
-        """Nothing more is sent; the first reason counts."""
-        self.stopped = self.stopped or reason
-        self._stop.set()
+    def emit(self, record: logging.LogRecord) -> None:
+        """Passes on what the client says of retries."""
+        if str(record.msg).startswith("Retrying"):
+            self._warn("a request got no reply")
+
+    def _warn(self, fault: str) -> None:
+        if not self._warned:
+            self.say(f"{fault}: trying again; later faults are waited out in silence.")
+        self._warned = True
 
     async def ask(self, request: answers.Request) -> answers.Outcome | None:
-        """None where the session stopped first."""
+        """Asks until replies settle the request; None where the session stopped first."""
         tries = self.settings.answer_tries
         while isinstance(step := answers.settle(request, self.cache, tries), answers.Request):
+            if self.stopped is not None:
+                return None
             try:
                 reply = await self._send(step)
             except _Fault as fault:
@@ -191,108 +204,73 @@ class _Session:
 
     def _count_unanswered(self, fault: _Fault) -> None:
         self._unanswered += 1
-        unheard = fault.passing and self._structured is None
+        own = fault.status and fault.status < 500 and fault.status != 429
+        unheard = self._structured is None and not own
         limit = GIVE_UP_UNHEARD if unheard else GIVE_UP_AFTER
-        if self._unanswered >= limit or self._is_fatal(fault):
-            self.stop(errors.UserError(f"{self.settings.base_url}: {fault}; {KEPT}."))
-
-    def _is_fatal(self, fault: _Fault) -> bool:
-        return fault.status in FATAL or fault.wait_s > self.settings.longest_wait_s
+        if self._unanswered >= limit or fault.status in FATAL:
+            self.stopped = errors.UserError(f"{self.settings.base_url}: {fault}; {KEPT}.")
 
     async def _send(self, request) -> replies.Reply:
-        """The first request finds out alone whether the server takes a schema."""
+        """Sends a request; the first one finds out alone whether the server takes a schema."""
         if self._structured is None:
             async with self._deciding:
                 if self._structured is None:
-                    return await self._persist(lambda: self._decide(request))
-        return await self._persist(lambda: self._create(request, self._structured))
-
-    async def _persist(self, send) -> replies.Reply:
-        """Tries until there is a reply, or raises the last fault."""
-        for number in itertools.count(1):
-            try:
-                return await send()
-            except _Fault as fault:
-                last = number == self.settings.tries or self.stopped is not None
-                if last or not fault.passing or self._is_fatal(fault):
-                    raise
-                # Jitter, so that requests refused together do not come back together.
-                backoff = self.settings.backoff_s * 2 ** (number - 1) * random.uniform(0.5, 1.0)
-                wait = fault.wait_s + backoff
-                if not self._warned:
-                    self.say(f"{fault}: trying again; later faults are waited out in silence.")
-                self._warned = True
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), wait)
+                    return await self._decide(request)
+        return await self._read(request, self._structured)
 
     async def _decide(self, request) -> replies.Reply:
         try:
-            reply = await self._create(request, structured=True)
+            reply = await self._read(request, structured=True)
         except _Fault as fault:
             if fault.status not in REFUSES_SCHEMA:
                 raise
-            reply = await self._create(request, structured=False)
+            reply = await self._read(request, structured=False)
             self._structured = False
             self.say(f"The server refuses a JSON schema ({fault}): JSON is asked for in words.")
             return reply
         self._structured = True
         return reply
 
-    async def _create(self, request, structured: bool) -> replies.Reply:
-        """One HTTP request.
+    async def _read(self, request, structured: bool) -> replies.Reply:
+        """Asks until a reply can be read, or raises the last fault."""
+        for number in range(self.settings.tries):
+            try:
+                return await self._create(answers.body(request, structured))
+            except _Fault as fault:
+                last = number + 1 == self.settings.tries or self.stopped is not None
+                if last or not fault.again:
+                    raise
+                self._warn(str(fault))
+            await asyncio.sleep(BACKOFF_S * 2**number)
+        raise AssertionError("unreachable")
 
-        Raises:
-            _Fault: no reply came of it.
-        """
+    async def _create(self, fields: dict[str, Any]) -> replies.Reply:
+        """Sends one request, which the client repeats until it is answered."""
+        import httpx2  # what the client is made of
         import openai
 
-        if self.stopped is not None:
-            raise _Fault("stopped", passing=False)
-        fields = answers.body(request, structured)
+        seconds, body = self.settings.timeout_s, b""
         try:
-            async with asyncio.timeout(self.settings.timeout_s):
-                body = await self._receive(fields)
-        except (TimeoutError, openai.APITimeoutError):
-            raise _Fault(f"no reply within {self.settings.timeout_s:g} s", passing=True) from None
+            sent = self.client.chat.completions.with_streaming_response.create(**fields)
+            async with sent as response, asyncio.timeout(seconds):
+                async for part in response.iter_bytes():
+                    body += part
+                    if len(body) > MOST_BYTES:
+                        raise _Fault(f"the reply is longer than {MOST_BYTES:,} bytes")
         except openai.APIStatusError as e:
-            raise _status_fault(e) from None
+            told = e.body.get("message") if isinstance(e.body, dict) else None
+            raise _Fault(f"status {e.status_code}: {told or e.message}", e.status_code) from None
+        except openai.APITimeoutError:
+            raise _Fault(f"no reply within {seconds:g} s") from None
         except openai.APIConnectionError as e:
-            raise _Fault(f"no connection ({e.__cause__ or e})", passing=True) from None
+            raise _Fault(f"no connection ({e.__cause__ or e})") from None
+        except TimeoutError:
+            raise _Fault(f"no reply within {seconds:g} s", again=True) from None
+        except httpx2.HTTPError as e:
+            raise _Fault(f"the connection broke off ({e})", again=True) from None
         try:
             return replies.read_completion(body.decode())
         except UnicodeDecodeError as e:
-            raise _Fault(f"the reply is not UTF-8 ({e.reason})", passing=True) from None
+            raise _Fault(f"the reply is not UTF-8 ({e.reason})", again=True) from None
         except errors.UserError as e:
-            raise _Fault(str(e), passing=True) from None
-
-    async def _receive(self, fields) -> bytes:
-        """Sends one request and returns the body of its reply."""
-        body = b""
-        sent = self.client.chat.completions.with_streaming_response.create(**fields)
-        async with sent as response:
-            async for part in response.iter_bytes():
-                body += part
-                if len(body) > MOST_BYTES:
-                    raise _Fault(f"the reply is longer than {MOST_BYTES:,} bytes", passing=False)
-        return body
-
-
-def _status_fault(error) -> _Fault:
-    status, told = error.status_code, error.body if isinstance(error.body, dict) else {}
-    told = told.get("message") or error.message
-    wait_s = retry_after(error.response.headers.get("retry-after", ""), time.time())
-    asked = f" (asks to wait {wait_s:,.0f} s)" if wait_s else ""
-    sentence = f"status {status}: {told}{asked}"
-    return _Fault(sentence, status in PASSING or status >= 500, wait_s, status)
-
-
-def retry_after(header: str, now: float) -> float:
-    """Seconds that a Retry-After header asks for, a number or a date; 0 where it says nothing."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
-            return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+            raise _Fault(str(e), again=True) from None
