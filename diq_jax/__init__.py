@@ -19,21 +19,22 @@ if importlib.metadata.version("jaxlib") in ("0.10.2", "0.11.0"):
         os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_cpu_experimental_ynn_fusion_type=".strip()
 
 _PUBLIC = {
-    "load_examples": "diq_jax.data.sources",
-    "load_model": "diq_jax.models.load",
-    "open_run": "diq_jax.api",
-    "open_store": "diq_jax.data.gradient_store",
-    "score": "diq_jax.api",
-    "Scores": "diq_jax.influence.score",
-    "select": "diq_jax.selection.select",
-    "Selection": "diq_jax.selection.select",
+    "load_examples": "data.sources.load_examples",
+    "load_model": "models.load.load_model",
+    "open_run": "api.open_run",
+    "open_store": "data.gradient_store.open_store",
+    "score": "api.score",
+    "Scores": "influence.score.Scores",
+    "select": "selection.select.select",
+    "Selection": "selection.select.Selected",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'diq_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, _, attribute = _PUBLIC[name].rpartition(".")
+    return getattr(importlib.import_module(f"diq_jax.{module}"), attribute)
 
 
 def __dir__() -> list[str]:
