@@ -61,7 +61,7 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
         "random",
         "Also trains on as many rows by these selection methods, separated by commas; empty = "
         "none.",
-        decides=("finetune", "selection", "evaluate"),
+        decides=("finetune", "evaluate"),
     )
     parameters: str = field(
         "lora",

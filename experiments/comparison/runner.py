@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from comparison import cost, grid
-from diq_jax import finetune_config, pipeline
+from diq_jax import config, finetune_config, pipeline
 from diq_jax.data import encoded, example
 from diq_jax.data import steps as steps_lib
 from diq_jax.evaluate import intervals, measure, options
@@ -32,8 +32,8 @@ FOLDER = "compare/cells"
 # What decides a training beside its examples and seed.
 SETTINGS = tuple(
     name.removeprefix("finetune.")
-    for name in pipeline.TRAINING
-    if name not in ("finetune.baselines", "finetune.seed")
+    for name in sorted(config.decided_by("finetune"))
+    if name.startswith("finetune.") and name not in ("finetune.baselines", "finetune.seed")
 )
 
 
