@@ -63,7 +63,7 @@ def pass_rate_flags(made, out):
 KILLED = """
 import os, signal, sys
 from diq_jax.commands import cli
-from diq_jax.run import parts, parts
+from diq_jax.run import parts
 add = parts.Parts.add
 def add_and_die(self, *batch):
     add(self, *batch)
