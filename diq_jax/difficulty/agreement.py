@@ -13,8 +13,14 @@ SAMPLES = 1000  # of the bootstrap
 TF_IDF = "tf-idf + ridge"
 
 
-def measure(levels, probabilities, questions: Sequence[str], parts, seed: int) -> dict[str, Any]:
-    """Out-of-fold agreement, calibration and confusion.
+def measure(
+    levels: np.ndarray,
+    probabilities: np.ndarray,
+    questions: Sequence[str],
+    parts: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    """Measures out-of-fold agreement, calibration and confusion.
 
     Args:
         levels: (n, 3) labels, nan unknown; probabilities: (n, 3, 5) out of fold.

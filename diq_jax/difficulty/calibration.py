@@ -13,13 +13,13 @@ import scipy.special
 BINS = 10  # of the confidence, equally wide
 
 
-def tempered(log_p, temperature: float) -> np.ndarray:
-    """Log-probabilities (..., 5) at a temperature, float64: above 1 they are less sure."""
+def tempered(log_p: np.ndarray, temperature: float) -> np.ndarray:
+    """Returns log-probabilities (..., 5) at a temperature, float64: above 1 they are less sure."""
     return scipy.special.log_softmax(np.asarray(log_p, np.float64) / temperature, axis=-1)
 
 
-def fit_temperature(log_p, shares) -> float:
-    """The temperature in [1/8, 8] of the least mean negative log-likelihood: (n, 5), (n, 5)."""
+def fit_temperature(log_p: np.ndarray, shares: np.ndarray) -> float:
+    """Finds the temperature in [1/8, 8] of the least mean negative log-likelihood: (n, 5), (n, 5)."""
     found = scipy.optimize.minimize_scalar(
         lambda log_t: nll(tempered(log_p, np.exp(log_t)), shares),
         bounds=(-np.log(8), np.log(8)),
@@ -28,13 +28,14 @@ def fit_temperature(log_p, shares) -> float:
     return float(np.exp(found.x))
 
 
-def nll(log_p, shares) -> float:
-    """Mean negative log-likelihood in nats."""
+def nll(log_p: np.ndarray, shares: np.ndarray) -> float:
+    """Returns the mean negative log-likelihood in nats."""
     return float(-np.mean(np.sum(shares * log_p, axis=-1)))
 
 
-def reliability(log_p, shares) -> list[dict[str, float]]:
-    """For each bin of the confidence that has rows: rows, mean confidence, share that was right.
+def reliability(log_p: np.ndarray, shares: np.ndarray) -> list[dict[str, float]]:
+    """Counts for each bin of the confidence that has rows: rows, mean confidence, share that was
+    right.
 
     The confidence is the probability of the likeliest level; right is the label's share in it.
     """
@@ -53,13 +54,13 @@ def reliability(log_p, shares) -> list[dict[str, float]]:
 
 
 def expected_error(bins: list[dict[str, float]]) -> float:
-    """The expected calibration error (ECE): |right - confidence|, mean over rows."""
+    """Returns the expected calibration error (ECE): |right - confidence|, mean over rows."""
     total = sum(b["rows"] for b in bins)
     return sum(b["rows"] * abs(b["right"] - b["confidence"]) for b in bins) / total
 
 
-def measure(log_p, shares, parts) -> dict[str, Any]:
-    """What the temperature would change, for one perspective.
+def measure(log_p: np.ndarray, shares: np.ndarray, parts: np.ndarray) -> dict[str, Any]:
+    """Measures what the temperature would change, for one perspective.
 
     Each fold is judged at the temperature of the other folds' predictions, so that `after` is not
     flattered by its own labels; `temperature` is that of all of them.

@@ -71,7 +71,8 @@ def run(context: stages.Context) -> dict[str, int]:
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     alone = [without_prompt(row, tok.bos_token_id) for row in pool]
 
-    directions = target_directions(_embed(context, model, encoded.from_table(targets)), tasks)
+    target_rows = encoded.from_table(targets)
+    directions = target_directions(_embed(context, model, target_rows), tasks)
     given, resumed = _with_prompt(context, model, pool, directions)
     spoken = [i for i, row in enumerate(alone) if row is not None]
     direct, resumed_direct = _direct(context, model, [alone[i] for i in spoken])
@@ -80,11 +81,11 @@ def run(context: stages.Context) -> dict[str, int]:
     layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
     reasoning = reasoning_tokens(table["reasoning"].to_pylist(), layout, cfg.data.template)
     # Both losses of an IFD are over the tokens that the completion alone can score.
-    ifd, over = np.full(len(pool), np.nan), losses.copy()
-    cut = [i for i in spoken if alone[i].answer_tokens < answers[i]]
-    over[cut] = given["rest"][cut]
+    ifd = np.full(len(pool), np.nan)
     if spoken:
-        ifd[spoken] = np.exp(over[spoken] - direct["loss"].astype(np.float64))
+        cut = np.array([alone[i].answer_tokens for i in spoken]) < answers[spoken]
+        over = np.where(cut, given["rest"][spoken], losses[spoken])
+        ifd[spoken] = np.exp(over - direct["loss"].astype(np.float64))
     artifacts.write_table(
         context.path(SCORES),
         {
@@ -99,12 +100,8 @@ def run(context: stages.Context) -> dict[str, int]:
         },
         unknown=("ifd",),  # of a row without tokens before its answer
     )
-    rows = [*pool, *(alone[i] for i in spoken)]
-    return {
-        "tokens": sum(len(row.input_ids) for row in rows)
-        + sum(len(ids) for ids in targets["input_ids"].to_pylist()),
-        "resumed_tokens": resumed + resumed_direct,
-    }
+    tokens = sum(len(r.input_ids) for r in (*pool, *(alone[i] for i in spoken), *target_rows))
+    return {"tokens": tokens, "resumed_tokens": resumed + resumed_direct}
 
 
 def embeddings(hidden: jax.Array, batch: batches.Batch) -> jax.Array:

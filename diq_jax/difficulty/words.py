@@ -1,6 +1,6 @@
 """Words beside the encoder: TF-IDF of single words and pairs, fitted on training rows alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn import linear_model
@@ -11,12 +11,14 @@ MOST_TERMS = 200_000  # the most frequent; a kernel has up to 15 numbers for eac
 
 
 def fit(texts: Sequence[str]) -> text.TfidfVectorizer:
-    """Vocabulary and inverse document frequencies of training texts; rows get length 1."""
+    """Fits vocabulary and inverse document frequencies of training texts; rows get length 1."""
     return _vectorizer().fit(texts)
 
 
 def to_arrays(vectorizer: text.TfidfVectorizer) -> dict[str, np.ndarray]:
-    """{"terms": UTF-8 bytes, one term a line; "idf": (V,) float32}, in the order of the columns."""
+    """Returns {"terms": UTF-8 bytes, one term a line; "idf": (V,) float32}, in the order of the
+    columns.
+    """
     terms = "\n".join(vectorizer.get_feature_names_out())
     return {
         "terms": np.frombuffer(terms.encode(), np.uint8),
@@ -24,15 +26,17 @@ def to_arrays(vectorizer: text.TfidfVectorizer) -> dict[str, np.ndarray]:
     }
 
 
-def from_arrays(arrays) -> text.TfidfVectorizer:
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> text.TfidfVectorizer:
     """Undoes `to_arrays`."""
     vectorizer = _vectorizer(vocabulary=arrays["terms"].tobytes().decode().split("\n"))
     vectorizer.idf_ = arrays["idf"]
     return vectorizer
 
 
-def scores(arrays, texts: Sequence[str]) -> np.ndarray:
-    """What words add to a head's scores, (n, 3, S) float32, by `to_arrays` and their "kernel"."""
+def scores(arrays: Mapping[str, np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    """Computes what words add to a head's scores, (n, 3, S) float32, by `to_arrays` and their
+    "kernel".
+    """
     kernel = arrays["kernel"]
     found = from_arrays(arrays).transform(texts) @ kernel.reshape(len(kernel), -1)
     return found.reshape(len(texts), *kernel.shape[1:])
@@ -44,8 +48,8 @@ def _vectorizer(**changes):
     )
 
 
-def ridge(texts: Sequence[str], levels, parts) -> np.ndarray:
-    """What a bag of words knows: ridge on TF-IDF, out of fold.
+def ridge(texts: Sequence[str], levels: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Predicts what a bag of words knows: ridge on TF-IDF, out of fold.
 
     Args:
         levels: (n,) without unknown ones.

@@ -25,8 +25,8 @@ MARKERS = "oDs^vPX<>*"
 RANDOM, FULL, BASE = "random", "full", "base"
 
 
-def draw(results: Mapping[str, Any]):
-    """A panel for each of PANELS; budgets on a logarithmic scale, methods side by side.
+def draw(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
+    """Draws a panel for each of PANELS; budgets on a logarithmic scale, methods side by side.
 
     Args:
         results: compare/results.json.

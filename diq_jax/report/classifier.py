@@ -12,13 +12,15 @@ from diq_jax.report import figures
 
 
 def panels(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The perspectives of difficulty/metrics.json that have what `draw` needs."""
+    """Finds the perspectives of difficulty/metrics.json that have what `draw` needs."""
     every = found.get("perspectives", {})
     return {name: values for name, values in every.items() if "calibration" in values}
 
 
-def draw(perspectives: Mapping[str, Mapping[str, Any]]):
-    """A row for each perspective: reliability before and after the temperature, and confusion."""
+def draw(perspectives: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
+    """Draws a row for each perspective: reliability before and after the temperature, and
+    confusion.
+    """
     figure = matplotlib.figure.Figure((8, 3.3 * len(perspectives)))
     axes = figure.subplots(len(perspectives), 2, squeeze=False)
     for (name, values), (left, right) in zip(perspectives.items(), axes, strict=True):

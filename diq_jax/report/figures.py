@@ -10,7 +10,8 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.figure
@@ -62,7 +63,7 @@ class Picture:
     svg: str
 
 
-def render(draw, *args) -> Picture:
+def render(draw: Callable, *args: Any) -> Picture:
     """Draws `draw(*args)`; the same arguments give the same bytes."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}), _missing_glyphs_pass():
         figure = draw(*args)
@@ -87,9 +88,9 @@ def _missing_glyphs_pass():
         yield
 
 
-def fences(values) -> tuple[float, float]:
-    """The range to draw: that of all values, but where a few would squash the others, that of the
-    middle 90 % and its width again on either side.
+def fences(values: np.ndarray) -> tuple[float, float]:
+    """Finds the range to draw: that of all values, but where a few would squash the others, that of
+    the middle 90 % and its width again on either side.
     """
     low, high = float(np.min(values)), float(np.max(values))
     inner = np.percentile(values, 5, method="higher"), np.percentile(values, 95, method="lower")
@@ -99,8 +100,10 @@ def fences(values) -> tuple[float, float]:
     return max(low, float(inner[0]) - width), min(high, float(inner[1]) + width)
 
 
-def shown(selected, rank, most: int):
-    """Indices of at most `most` examples to draw, by rank: selected ones first, spread evenly."""
+def shown(selected: np.ndarray, rank: np.ndarray, most: int) -> np.ndarray:
+    """Finds at most `most` examples to draw, by rank, as indices: selected ones first, spread
+    evenly.
+    """
     order = np.argsort(rank, kind="stable")
     chosen, others = order[selected[order]], order[~selected[order]]
     chosen = _spread(chosen, max(most // 2, most - len(others)))
@@ -112,15 +115,21 @@ def _spread(items, most):
     return items[places]
 
 
-def quadrants(difficulty, influence, selected, counts, thresholds):
-    """The scatter of the two scores (n,) with its thresholds. Influence comes inside its fences.
+def quadrants(
+    difficulty: np.ndarray,
+    influence: np.ndarray,
+    selected: np.ndarray,
+    counts: Mapping[int, tuple[int, int]],
+    thresholds: Mapping[str, float | None],
+) -> matplotlib.figure.Figure:
+    """Draws the scatter of the two scores (n,) with its thresholds. Influence comes inside its
+    fences.
 
     Args:
         counts: {quadrant: (examples, selected ones)} of the whole pool.
         thresholds: difficulty, influence; None where the cut is not on what is drawn.
     """
-    figure = matplotlib.figure.Figure((8, 5.2))
-    ax = figure.subplots()
+    figure, [ax] = _figure(5.2)
     _points(ax, difficulty, influence, selected)
     ax.set_xlim(*limits(difficulty))
     ax.set_ylim(*limits(influence))
@@ -129,15 +138,10 @@ def quadrants(difficulty, influence, selected, counts, thresholds):
             line(thresholds[axis], **THRESHOLD)
     for quadrant, (x, y) in CORNERS.items():
         ax.annotate(
-            quadrant_label(quadrant, counts),
-            (x, y),
-            (-6 if x else 6, -6 if y else 6),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right" if x else "left",
-            va="top" if y else "bottom",
-            fontweight="bold",
-        )
+            quadrant_label(quadrant, counts), (x, y), (-6 if x else 6, -6 if y else 6),
+            xycoords="axes fraction", textcoords="offset points", ha="right" if x else "left",
+            va="top" if y else "bottom", fontweight="bold",
+        )  # fmt: skip
     difficulty_title, influence_title = axis_titles(thresholds)
     ax.set_xlabel(difficulty_title)
     ax.set_ylabel(influence_title)
@@ -146,7 +150,7 @@ def quadrants(difficulty, influence, selected, counts, thresholds):
 
 
 def axis_titles(thresholds: Mapping[str, float | None]) -> tuple[str, str]:
-    """Of difficulty and of influence, with their thresholds."""
+    """Names the axes of difficulty and influence, with their thresholds."""
     titles = (DIFFICULTY, "difficulty", ".2f"), (INFLUENCE, "influence", ".3g")
     return tuple(
         title if thresholds[axis] is None else f"{title}, threshold {thresholds[axis]:{digits}}"
@@ -155,14 +159,16 @@ def axis_titles(thresholds: Mapping[str, float | None]) -> tuple[str, str]:
 
 
 def quadrant_label(quadrant: int, counts: Mapping[int, tuple[int, int]]) -> str:
+    """Writes the name of a quadrant and its counts."""
     examples, chosen = counts[quadrant]
     return f"Q{quadrant} {QUADRANTS[quadrant]}: {examples:,}, {chosen:,} selected"
 
 
-def tokens(answer_tokens, influence, selected, rho):
-    """Influence against the number of answer tokens: the length confound, for the eye."""
-    figure = matplotlib.figure.Figure((8, 4))
-    ax = figure.subplots()
+def tokens(
+    answer_tokens: np.ndarray, influence: np.ndarray, selected: np.ndarray, rho: str
+) -> matplotlib.figure.Figure:
+    """Draws influence against the number of answer tokens: the length confound, for the eye."""
+    figure, [ax] = _figure(4)
     _points(ax, answer_tokens, influence, selected)
     if np.max(answer_tokens) > 20 * np.median(answer_tokens):
         ax.set_xscale("log")
@@ -175,14 +181,15 @@ def tokens(answer_tokens, influence, selected, rho):
     return figure
 
 
-def distributions(panels: Sequence[tuple[str, np.ndarray, float | None]], selected):
-    """Histograms: the selected examples' shares over those of the whole pool.
+def distributions(
+    panels: Sequence[tuple[str, np.ndarray, float | None]], selected: np.ndarray
+) -> matplotlib.figure.Figure:
+    """Draws histograms: the selected examples' shares over those of the whole pool.
 
     Args:
         panels: axis label, scores (n,), threshold or None.
     """
-    figure = matplotlib.figure.Figure((8, 3.2))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, axes = _figure(3.2, len(panels))
     for ax, (label, values, threshold) in zip(axes, panels, strict=True):
         _histogram(ax, values, selected)
         if threshold is not None:
@@ -207,23 +214,16 @@ def _histogram(ax, values, selected):
     ax.grid(axis="x", visible=False)
 
 
-def sources(names: Sequence[str], pool_share, selected_share):
-    """Share of the pool and share of the selection, in percent, by source."""
+def sources(
+    names: Sequence[str], pool_share: np.ndarray, selected_share: np.ndarray
+) -> matplotlib.figure.Figure:
+    """Draws the share of the pool and share of the selection, in percent, by source."""
     places = np.arange(len(names))
-    figure = matplotlib.figure.Figure((8, 1.1 + 0.42 * len(names)))
-    ax = figure.subplots()
+    figure, [ax] = _figure(1.1 + 0.42 * len(names))
     ax.barh(places - 0.19, pool_share, 0.36, color=POOL, alpha=0.6, label="pool")
     ax.barh(places + 0.19, selected_share, 0.36, color=SELECTED, label="selected")
-    for offset, shares in ((-0.19, pool_share), (0.19, selected_share)):
-        for place, share in zip(places, shares, strict=True):
-            ax.annotate(
-                f"{share:.1f}",
-                (share, place + offset),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
+    for bars in ax.containers:
+        ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     ax.set_yticks(places, [textwrap.shorten(name, 32, placeholder=" …") for name in names])
     ax.invert_yaxis()
     ax.set_xlabel("share (%)")
@@ -232,8 +232,10 @@ def sources(names: Sequence[str], pool_share, selected_share):
     return figure
 
 
-def comparison(panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, float]]], bool]]):
-    """Dots with 95 % intervals.
+def comparison(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, float]]], bool]],
+) -> matplotlib.figure.Figure:
+    """Draws dots with 95 % intervals.
 
     Args:
         panels: title with unit, [(arm, {mean, low, high})], whether a line marks zero. Arms stand
@@ -241,8 +243,7 @@ def comparison(panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, floa
     """
     arms = list(dict.fromkeys(arm for _, dots, _ in panels for arm, _ in dots))
     colours = arm_colours(arms)
-    figure = matplotlib.figure.Figure((8, 1.0 + 0.42 * len(arms)))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, axes = _figure(1.0 + 0.42 * len(arms), len(panels), sharey=True)
     for ax, (title, dots, zero) in zip(axes, panels, strict=True):
         for arm, value in dots:
             y = arms.index(arm)
@@ -261,6 +262,7 @@ def comparison(panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, floa
 
 
 def arm_colours(arms: Sequence[str]) -> dict[str, str]:
+    """Gives every arm its color, the same in all figures."""
     fixed = {"selected": SELECTED, "base": POOL}
     others = [arm for arm in arms if arm not in fixed]
     return fixed | {arm: ARMS[i % len(ARMS)] for i, arm in enumerate(others)}
@@ -269,28 +271,21 @@ def arm_colours(arms: Sequence[str]) -> dict[str, str]:
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
-def loss(curves: Curves, targets: Curves):
-    """Training loss by step, one line for each arm; many steps are drawn as a running mean. Dashed:
-    the targets' loss, where it was taken on the way.
+def loss(curves: Curves, targets: Curves) -> matplotlib.figure.Figure:
+    """Draws training loss by step, one line for each arm; many steps are drawn as a running mean.
+    Dashed: the targets' loss, where it was taken on the way.
     """
-    figure = matplotlib.figure.Figure((8, 3.4))
-    ax = figure.subplots()
+    figure, [ax] = _figure(3.4)
     colours = arm_colours(list(curves))
     for arm, (steps, losses) in curves.items():
         window = max(1, len(losses) // 50)
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         if window > 1:
             ax.plot(steps, losses, color=colours[arm], linewidth=0.6, alpha=0.3)
-        marker = "o" if len(losses) <= 40 else ""
         ax.plot(
-            steps[window - 1 :],
-            smooth,
-            color=colours[arm],
-            label=arm,
-            linewidth=1.6,
-            marker=marker,
-            markersize=3,
-        )
+            steps[window - 1 :], smooth, color=colours[arm], label=arm, linewidth=1.6,
+            marker="o" if len(losses) <= 40 else "", markersize=3,
+        )  # fmt: skip
     for arm, (steps, losses) in targets.items():
         ax.plot(
             steps, losses, color=colours[arm], label=f"{arm}, targets",
@@ -303,14 +298,15 @@ def loss(curves: Curves, targets: Curves):
     return figure
 
 
-def preferences(steps: Sequence[int], panels: Mapping[str, Sequence[float]]):
-    """DPO's loss, margin and accuracy of each step's pairs.
+def preferences(
+    steps: Sequence[int], panels: Mapping[str, Sequence[float]]
+) -> matplotlib.figure.Figure:
+    """Draws DPO's loss, margin and accuracy of each step's pairs.
 
     Args:
         panels: {axis label: a value for each step}.
     """
-    figure = matplotlib.figure.Figure((8, 2.6))
-    axes = figure.subplots(1, len(panels))
+    figure, axes = _figure(2.6, len(panels))
     for ax, (label, values) in zip(axes, panels.items(), strict=True):
         ax.plot(steps, values, color=SELECTED, linewidth=1.6)
         ax.set_xlabel("optimiser step")
@@ -319,11 +315,17 @@ def preferences(steps: Sequence[int], panels: Mapping[str, Sequence[float]]):
     return figure
 
 
-def limits(values):
-    """The axis range: all values, with room above and below for the quadrants' labels."""
+def limits(values: np.ndarray) -> tuple[float, float]:
+    """Finds the axis range: all values, with room above and below for the quadrants' labels."""
     low, high = float(np.min(values)), float(np.max(values))
     pad = 0.12 * (high - low) or 0.5
     return low - pad, high + pad
+
+
+def _figure(height, columns=1, **options):
+    """Makes a figure of the page's width: (figure, its axes from left to right)."""
+    figure = matplotlib.figure.Figure((8, height))
+    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
 
 
 def _points(ax, x, y, selected):

@@ -15,7 +15,7 @@ import numpy as np
 import plotly.offline
 
 from diq_jax import config
-from diq_jax.report import classifier, figures, tables
+from diq_jax.report import classifier, figures, outcomes, tables
 
 MOST_POINTS = 4000  # of the scatters; browsers drag with more SVG marks
 TEXT_BUDGET = 2_000_000  # characters of examples to read by a click, over all points
@@ -25,8 +25,8 @@ TEMPLATE = pathlib.Path(__file__).with_name("template.html")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What the stages left, read into memory.
+class ReportData:
+    """Holds what the stages left, read into memory.
 
     Attributes:
         examples: columns in the order of the pool: example_id, source, question, reasoning, answer
@@ -54,15 +54,16 @@ class Run:
 
     @property
     def has_difficulty(self) -> bool:
+        """Whether every example has a difficulty."""
         return bool(np.isfinite(self.examples["difficulty"]).all())
 
     @functools.cached_property
-    def influence(self):
+    def influence(self) -> np.ndarray:
         """Influence as it is drawn: an outlier stands at the fence."""
         return np.clip(self.examples["influence"], *figures.fences(self.examples["influence"]))
 
     @functools.cached_property
-    def drawn(self):
+    def drawn(self) -> np.ndarray:
         """Indices of the examples in the scatters."""
         return figures.shown(self.examples["selected"], self.examples["rank"], MOST_POINTS)
 
@@ -84,8 +85,8 @@ class Run:
         }
 
 
-def pictures(run: Run) -> dict[str, figures.Picture]:
-    """{name: picture}, without those that this run has no data for."""
+def pictures(run: ReportData) -> dict[str, figures.Picture]:
+    """Draws {name: picture}, without those that this run has no data for."""
     e, points = run.examples, run.drawn
     x, y, chosen = e["difficulty"][points], run.influence[points], e["selected"][points]
     rho = tables.correlation(e["influence"], e["tokens"])
@@ -102,7 +103,7 @@ def pictures(run: Run) -> dict[str, figures.Picture]:
         percent = (100 * np.array(n) / max(1, sum(n)) for n in (pool, picked))
         out["sources"] = figures.render(figures.sources, names, *percent)
     if run.results:
-        out["comparison"] = figures.render(figures.comparison, tables.panels(run.results))
+        out["comparison"] = figures.render(figures.comparison, outcomes.panels(run.results))
     if run.losses:
         curves = (_curves(run.losses, name) for name in ("loss", "target_loss"))
         out["loss"] = figures.render(figures.loss, *curves)
@@ -118,8 +119,8 @@ def pictures(run: Run) -> dict[str, figures.Picture]:
     return dict(sorted(out.items()))
 
 
-def render(run: Run, drawn: Mapping[str, figures.Picture]) -> str:
-    """The page. Everything from the data is escaped: HTML by jinja, JSON by `_json`."""
+def render(run: ReportData, drawn: Mapping[str, figures.Picture]) -> str:
+    """Writes the page. Everything from the data is escaped: HTML by jinja, JSON by `_json`."""
     e = run.examples
     cfg, selected = run.config, e["selected"]
     own_columns = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
@@ -132,19 +133,19 @@ def render(run: Run, drawn: Mapping[str, figures.Picture]) -> str:
         config=cfg,
         examples=len(selected),
         selected=int(selected.sum()),
-        headline=tables.headline(run.results),
+        headline=outcomes.headline(run.results),
         svg={name: markupsafe.Markup(picture.svg) for name, picture in drawn.items()},
         explorer=_json(_explorer(run)) if run.has_difficulty else None,
         plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()) if run.has_difficulty else None,
         shown=len(run.drawn),
         outliers=int(np.sum(run.influence != e["influence"])),
-        levels=tables.levels(run.results) if run.results else None,
-        differences=tables.differences(run.results) if run.results else None,
-        averages=tables.averages(run.results) if run.results else None,
+        levels=outcomes.levels(run.results) if run.results else None,
+        differences=outcomes.differences(run.results) if run.results else None,
+        averages=outcomes.averages(run.results) if run.results else None,
         tests=run.results.get("tests"),
         tasks={
-            f"{task} ({n} questions)": tables.levels(run.results, task)
-            for task, n in (tables.task_names(run.results) if run.results else {}).items()
+            f"{task} ({n} questions)": outcomes.levels(run.results, task)
+            for task, n in (outcomes.task_names(run.results) if run.results else {}).items()
         },
         by_source=_groups("Source", e["source"], selected),
         by_quadrant=_quadrant_table(run) if run.has_difficulty else None,
@@ -184,63 +185,63 @@ def _json(value) -> markupsafe.Markup:
 
 
 def _explorer(run):
-    """The scatter for plotly.js, without what is the page's own (colours, sizes), and the text of
-    each example drawn, as far as the budget goes.
+    """Makes the scatter for plotly.js, without what is the page's own (colors, sizes), and the text
+    of each example drawn, as far as the budget goes.
     """
     e, points = run.examples, run.drawn
-    columns = [e[name] for name in ("example_id", "question", "source", "rank", "tokens")]
-    difficulty, influence = e["difficulty"][points], run.influence[points]
-    traces = []
-    for name, group in (
-        ("not selected", ~e["selected"][points]),
-        ("selected", e["selected"][points]),
-    ):
-        places = np.flatnonzero(group)
-        labels = [
-            [*(_hover_text(column[i]) for column in columns), run.score(i)] for i in points[places]
-        ]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": name,
-                "x": _digits(difficulty[places]),
-                "y": _digits(influence[places]),
-                # The last one says where the text is.
-                "customdata": [[*label, int(k)] for label, k in zip(labels, places, strict=True)],
-                "hovertemplate": "<b>%{customdata[0]}</b> · %{customdata[2]}<br>"
-                "%{customdata[1]}<br>"
-                "difficulty %{x:.2f} · influence %{customdata[5]} · rank %{customdata[3]} · "
-                "%{customdata[4]} answer tokens<extra></extra>",
-            }
-        )
-    tau_d, m_dot = run.thresholds["difficulty"], run.thresholds["influence"]
-    x_title, y_title = figures.axis_titles(run.thresholds)
-    lines = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": tau_d, "x1": tau_d}]
-    if m_dot is not None:
-        lines.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": m_dot, "y1": m_dot})
-    layout = {
-        "xaxis": {"title": {"text": x_title}, "range": figures.limits(difficulty)},
-        "yaxis": {"title": {"text": y_title}, "range": figures.limits(influence)},
-        "shapes": lines,
-        "annotations": [
-            {
-                "text": f"<b>{figures.quadrant_label(quadrant, run.quadrant_counts)}</b>",
-                "xref": "paper",
-                "yref": "paper",
-                "x": x,
-                "y": y,
-                "xanchor": "right" if x else "left",
-                "yanchor": "top" if y else "bottom",
-                "showarrow": False,
-            }
-            for quadrant, (x, y) in figures.CORNERS.items()
-        ],
-    }
+    selected = e["selected"][points]
+    traces = [_trace(run, "not selected", ~selected), _trace(run, "selected", selected)]
     room = max(200, TEXT_BUDGET // (3 * len(points)))
     names = ("example_id", "source", "question", "reasoning", "answer")
     texts = [[_cut(e[name][i], room, " … (cut)") for name in names] for i in points]
-    return {"figure": {"data": traces, "layout": layout}, "texts": texts}
+    return {"figure": {"data": traces, "layout": _layout(run)}, "texts": texts}
+
+
+def _trace(run, name, group):
+    e, points, places = run.examples, run.drawn, np.flatnonzero(group)
+    columns = [e[name] for name in ("example_id", "question", "source", "rank", "tokens")]
+    hovered = [
+        # The last one says where the text is.
+        [*(_hover_text(column[points[k]]) for column in columns), run.score(points[k]), int(k)]
+        for k in places
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": _digits(e["difficulty"][points[places]]),
+        "y": _digits(run.influence[points[places]]),
+        "customdata": hovered,
+        "hovertemplate": "<b>%{customdata[0]}</b> · %{customdata[2]}<br>%{customdata[1]}<br>"
+        "difficulty %{x:.2f} · influence %{customdata[5]} · rank %{customdata[3]} · "
+        "%{customdata[4]} answer tokens<extra></extra>",
+    }
+
+
+def _layout(run):
+    tau_d, m_dot = run.thresholds["difficulty"], run.thresholds["influence"]
+    lines = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": tau_d, "x1": tau_d}]
+    if m_dot is not None:
+        lines.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": m_dot, "y1": m_dot})
+    drawn = run.examples["difficulty"][run.drawn], run.influence[run.drawn]
+    axes = [
+        {"title": {"text": title}, "range": figures.limits(values)}
+        for title, values in zip(figures.axis_titles(run.thresholds), drawn, strict=True)
+    ]
+    corners = [
+        {
+            "text": f"<b>{figures.quadrant_label(quadrant, run.quadrant_counts)}</b>",
+            "xref": "paper",
+            "yref": "paper",
+            "x": x,
+            "y": y,
+            "xanchor": "right" if x else "left",
+            "yanchor": "top" if y else "bottom",
+            "showarrow": False,
+        }
+        for quadrant, (x, y) in figures.CORNERS.items()
+    ]
+    return {"xaxis": axes[0], "yaxis": axes[1], "shapes": lines, "annotations": corners}
 
 
 def _hover_text(cell):

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from diq_jax.report import page, tables
+from diq_jax.report import outcomes, page
 from diq_jax.run import artifacts, reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
@@ -34,9 +34,9 @@ def run(context: stages.Context) -> dict[str, Any]:
 def summary(context: stages.Context) -> str:
     """The comparison as aligned text, and where to look, for the end of a run."""
     results = _optional(context, "evaluate/results.json")
-    parts = [tables.headline(results)]
+    parts = [outcomes.headline(results)]
     if results:
-        shown = tables.levels(results), tables.differences(results), tables.averages(results)
+        shown = outcomes.levels(results), outcomes.differences(results), outcomes.averages(results)
         parts += [table.plain() for table in shown if table is not None and table.rows]
     paths = {
         "report": "report/report.html",
@@ -52,7 +52,7 @@ def summary(context: stages.Context) -> str:
     return "\n\n".join(part for part in parts if part).replace("−", "-")
 
 
-def load(context: stages.Context) -> page.Run:
+def load(context: stages.Context) -> page.ReportData:
     """Reads the artifacts.
 
     Raises:
@@ -69,7 +69,7 @@ def load(context: stages.Context) -> page.Run:
     reasons = "why" in scores.column_names  # selections of earlier versions give none
     columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
     made = (records.read(context.path(name)) for name in STAGES)
-    return page.Run(
+    return page.ReportData(
         config=context.config,
         examples=columns,
         rows=[json.loads(row) for row in pool["row"].to_pylist()],

@@ -84,24 +84,13 @@ def select(
         for name in methods.METHODS
         if not methods.missing(name, given, order)
     }
-    keep = budget(cfg.retention_ratio, len(ids))
-    own = ranks = orders[cfg.method]
-    endings = [
-        f"; {reason}" if reason else f"; beyond the budget of {keep:,}" for reason in removed
-    ]
-    if cfg.source_cap < 1:
-        limit = source_limit(cfg.source_cap, keep)
-        sources = list(sources or [""] * len(ids))
-        _check_room(cfg.source_cap, sources, last, keep, limit)
-        ranks, passed = capped(own, sources, keep, limit)
-        for i in np.flatnonzero(passed & ~last):
-            source = sources[i] or "(none)"
-            endings[i] = f"; passed over, as source {source!r} has its {limit:,} already"
+    own, keep = orders[cfg.method], budget(cfg.retention_ratio, len(ids))
+    endings = [f"; {why}" if why else f"; beyond the budget of {keep:,}" for why in removed]
+    ranks = _capped(cfg.source_cap, own, sources or [""] * len(ids), last, keep, endings)
     selected = ranks <= keep
     unknown = jnp.full(len(ids), jnp.nan)
     quadrant, (tau_d, m_dot) = quadrants.of({perspective: unknown, **given}, order)
-    sentences = methods.why(cfg.method, given, order, own)
-    ended = zip(sentences, endings, selected, strict=True)
+    ended = zip(methods.why(cfg.method, given, order, own), endings, selected, strict=True)
     return Selected(
         ranks=ranks,
         selected=selected,
@@ -110,6 +99,19 @@ def select(
         thresholds=(float(tau_d), float(m_dot)),
         orders=orders,
     )
+
+
+def _capped(source_cap, ranks, sources, last, keep, endings):
+    """Returns ranks under source_cap, and says in `endings` which rows are passed over."""
+    if source_cap == 1:
+        return ranks
+    limit = source_limit(source_cap, keep)
+    _check_room(source_cap, sources, last, keep, limit)
+    ranks, passed = capped(ranks, sources, keep, limit)
+    for i in np.flatnonzero(passed & ~last):
+        source = sources[i] or "(none)"
+        endings[i] = f"; passed over, as source {source!r} has its {limit:,} already"
+    return ranks
 
 
 def _given(scores, difficulty, order) -> dict[str, Any]:

@@ -48,13 +48,26 @@ def run(context: stages.Context) -> dict[str, Any]:
         percentile=cfg.difficulty.percentile, sources=pool["source"].to_pylist(), removed=removed,
         **dataclasses.asdict(cfg.selection),
     )  # fmt: skip
+    _write(context, found, pool, levels[cfg.difficulty.perspective], influence["influence"])
+    quadrants = {f"Q{q}": found.quadrants == q for q in (1, 2, 3, 4)}
+    return {
+        "rows": len(ids),
+        "selected": found.keep,
+        "quadrants": {name: int(inside.sum()) for name, inside in quadrants.items()},
+        "selected_quadrants": {
+            name: int((inside & found.selected).sum()) for name, inside in quadrants.items()
+        },
+        **cleaned,
+    }
 
+
+def _write(context, found, pool, difficulty, influence):
     artifacts.write_table(
         context.path("selection/selection.parquet"),
         {
             "example_id": pool["example_id"],
-            "difficulty": pa.array(levels[cfg.difficulty.perspective]),
-            "influence": influence["influence"],
+            "difficulty": pa.array(difficulty),
+            "influence": influence,
             "quadrant": pa.array(found.quadrants),
             "rank": pa.array(found.ranks),
             "selected": pa.array(found.selected),
@@ -67,7 +80,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         {"example_id": pool["example_id"]} | {m: pa.array(r) for m, r in found.orders.items()},
     )
     tau_d, m_dot = map(stats.finite, found.thresholds)
-    residual = cfg.selection.length_residual
+    residual = context.config.selection.length_residual
     artifacts.write_json(
         context.path("selection/thresholds.json"),
         {
@@ -80,16 +93,6 @@ def run(context: stages.Context) -> dict[str, Any]:
     rows = pool["row"].to_pylist()
     picked = [json.loads(rows[i]) for i in np.argsort(found.ranks)[: found.keep]]
     artifacts.write_jsonl(context.path("selection/selected.jsonl"), picked)
-    quadrants = {f"Q{q}": found.quadrants == q for q in (1, 2, 3, 4)}
-    return {
-        "rows": len(ids),
-        "selected": found.keep,
-        "quadrants": {name: int(inside.sum()) for name, inside in quadrants.items()},
-        "selected_quadrants": {
-            name: int((inside & found.selected).sum()) for name, inside in quadrants.items()
-        },
-        **cleaned,
-    }
 
 
 def check(context: stages.Context) -> None:

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from diq_jax import config, errors
-from diq_jax.report import figures, stage, tables
+from diq_jax.report import figures, outcomes, stage, tables
 from diq_jax.run import artifacts, devices, reading, stages
 
 SAMPLE = pathlib.Path(stage.__file__).parents[1] / "data" / "sample"
@@ -362,7 +362,7 @@ def test_missing_selection_is_a_users_mistake(tmp_path):
     ],
 )
 def test_the_headline_says_loss_accuracy_and_one_seed(delta, verdict):
-    said = tables.headline(results(delta))
+    said = outcomes.headline(results(delta))
     assert said.startswith(
         "One seed, 48 held-out questions. Test loss: selected 2.310, random 2.40"
     )
@@ -376,23 +376,23 @@ def test_the_headline_knows_that_more_accuracy_is_better():
     found = results((0.0, 0.0, 0.0))
     gap = {"mean": 0.02, "low": 0.01, "high": 0.03}
     found["models"]["selected"]["versus"]["random"]["accuracy"] = gap
-    assert "(95 % interval 1.0 to 3.0): better than random in this run." in tables.headline(found)
+    assert "(95 % interval 1.0 to 3.0): better than random in this run." in outcomes.headline(found)
 
 
 def test_the_headline_without_a_random_arm_says_what_it_cannot_say():
     found = results((-0.09, -0.12, -0.05))
     del found["models"]["random"], found["models"]["selected"]["versus"]["random"]
-    said = tables.headline(found)
+    said = outcomes.headline(found)
     assert "better than the base model in this run." in said and "No random subset was" in said
     found["models"]["selected"]["versus"] = {}
-    assert "was compared with nothing" in tables.headline(found)
+    assert "was compared with nothing" in outcomes.headline(found)
     del found["models"]["selected"]
-    assert "is not known" in tables.headline(found)
-    assert "is not known" in tables.headline({})
+    assert "is not known" in outcomes.headline(found)
+    assert "is not known" in outcomes.headline({})
 
 
 def test_differences_mark_only_what_excludes_zero():
-    table = tables.differences(results((-0.09, -0.2, 0.01)))
+    table = outcomes.differences(results((-0.09, -0.2, 0.01)))
     marked = {row[0].text: [cell.strong for cell in row[1:]] for row in table.rows}
     # Columns: test loss, target loss, accuracy, length-normalised accuracy.
     assert marked == {
@@ -407,14 +407,14 @@ def test_differences_mark_only_what_excludes_zero():
 
 def test_averages_stand_where_there_are_any():
     found = results((-0.09, -0.2, 0.01))
-    assert tables.averages(found) is None
+    assert outcomes.averages(found) is None
     value = {"mean": 0.5, "low": 0.4, "high": 0.6}
     group = {"AvgS": {"tasks": 4, "accuracy": value, "accuracy_norm": value}}
     for model in found["models"].values():
         model["averages"] = group
         for gaps in model["versus"].values():
             gaps["averages"] = group
-    table = tables.averages(found)
+    table = outcomes.averages(found)
     assert table.headers[1:] == ["AvgS, 4 tasks (%)", "AvgS, 4 tasks (%, length-normalised)"]
     names = [row[0].text for row in table.rows]
     assert names[:3] == ["base", "selected", "random"] and names[-1] == "selected − random"
@@ -432,7 +432,7 @@ def test_generated_answers_are_counted_and_have_no_normalised_accuracy(tmp_path)
             del values["accuracy_norm"]
         for gaps in model["versus"].values():
             gaps["averages"] = group
-    table = tables.levels(found)
+    table = outcomes.levels(found)
     assert table.headers == [
         "Model", "Test loss (nats/token)", "Target loss (nats/token)", "Accuracy (%)",
         "Unparsable (questions)",
@@ -440,11 +440,11 @@ def test_generated_answers_are_counted_and_have_no_normalised_accuracy(tmp_path)
     assert {row[0].text: row[-1].text for row in table.rows} == {
         "base": "2", "selected": "1", "random": "0",
     }  # fmt: skip
-    by_task = tables.levels(found, "basic_science")
+    by_task = outcomes.levels(found, "basic_science")
     assert by_task.headers == ["Model", "Test loss (nats/token)", "Accuracy (%)"]
-    assert tables.differences(found).headers[-1] == "Accuracy (points)"
-    assert tables.averages(found).headers == ["Mean over tasks", "AvgS, 4 tasks (%)"]
-    titles = [title for title, _, _ in tables.panels(found)]
+    assert outcomes.differences(found).headers[-1] == "Accuracy (points)"
+    assert outcomes.averages(found).headers == ["Mean over tasks", "AvgS, 4 tasks (%)"]
+    titles = [title for title, _, _ in outcomes.panels(found)]
     assert titles == ["Test loss (nats/token)", "Accuracy (%)", "Test loss − random"]
 
     context = fabricate(tmp_path, reading.read_jsonl(SAMPLE / "pool.jsonl")[:8])
