@@ -35,13 +35,13 @@ flags.mark_flags_as_required(["pool"])
 
 
 def read_rows():
-    """Returns the hygiene.Rows of the pool and of --against, whose place is their task."""
+    """Returns the hygiene.ComparedRows of the pool and of --against, whose place is their task."""
     from diq_jax.data import sources
     from diq_jax.selection import hygiene
 
     def row(e, place, completion):
         asked = hygiene.ask(e.question, (e.options or {}).values())
-        return hygiene.Row(e.example_id, place, asked, completion)
+        return hygiene.ComparedRow(e.example_id, place, asked, completion)
 
     pool = [
         row(e, "pool", f"{e.reasoning}\n{e.answer}".strip())

@@ -19,7 +19,7 @@ def tempered(log_p: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(log_p: np.ndarray, shares: np.ndarray) -> float:
-    """Finds the temperature in [1/8, 8] of the least mean negative log-likelihood: (n, 5), (n, 5)."""
+    """Finds the temperature in [1/8, 8] of the least mean negative log-likelihood."""
     found = scipy.optimize.minimize_scalar(
         lambda log_t: nll(tempered(log_p, np.exp(log_t)), shares),
         bounds=(-np.log(8), np.log(8)),

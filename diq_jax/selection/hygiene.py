@@ -34,7 +34,7 @@ Found = Iterator[tuple[int, int, str, float]]  # two texts, kind, similarity
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """What is compared of a row; `place` is pool for the pool's rows."""
 
     example_id: str
@@ -43,7 +43,7 @@ class Row:
     completion: str  # reasoning and answer; "" for a row of choices
 
 
-class Pair(NamedTuple):
+class Repeat(NamedTuple):
     """A pool row and what it repeats; inside the pool, `other` has the smaller id."""
 
     example_id: str
@@ -59,8 +59,11 @@ def ask(stem: str, choices: Iterable[str]) -> str:
 
 
 def find(
-    pool: Sequence[Row], against: Sequence[Row], settings: config.Selection, embed: Embed | None
-) -> list[Pair]:
+    pool: Sequence[ComparedRow],
+    against: Sequence[ComparedRow],
+    settings: config.Selection,
+    embed: Embed | None,
+) -> list[Repeat]:
     """All pairs, sorted; they depend on the rows, not on their order.
 
     Args:
@@ -80,17 +83,19 @@ def find(
     pairs = []
     for (i, j), (kind, similarity) in best.items():
         row, other = (rows[j], rows[i]) if j < len(pool) else (rows[i], rows[j])
-        pairs.append(Pair(row.example_id, other.example_id, other.place, KINDS[kind], -similarity))
+        pairs.append(
+            Repeat(row.example_id, other.example_id, other.place, KINDS[kind], -similarity)
+        )
     return sorted(pairs)
 
 
-def dropped(pairs: Sequence[Pair]) -> dict[str, Pair]:
+def dropped(pairs: Sequence[Repeat]) -> dict[str, Repeat]:
     """The rows to leave out, and a pair that is the reason: first all that overlap a target or a
     test; then, in the order of ids, each that repeats a row which stays.
 
     So no pair is left, and every duplicate that is left out repeats a row which stays.
     """
-    out: dict[str, Pair] = {}
+    out: dict[str, Repeat] = {}
     for pair in sorted(pairs):
         if pair.other_in != "pool":
             out.setdefault(pair.example_id, pair)

@@ -53,7 +53,7 @@ def run(context: stages.Context) -> tuple[list[str], dict[str, Any]]:
     against = [*_choice_rows(context, "targets"), *_choice_rows(context, "tests")]
     embed = _embedder(context) if settings.paraphrase_similarity else None
     pairs = hygiene.find(rows, against, settings, embed)
-    kinds = {name: pa.string() for name in hygiene.Pair._fields} | {"similarity": pa.float64()}
+    kinds = {name: pa.string() for name in hygiene.Repeat._fields} | {"similarity": pa.float64()}
     artifacts.write_table(
         context.path("selection/hygiene.parquet"),
         {n: pa.array([getattr(pair, n) for pair in pairs], kind) for n, kind in kinds.items()},
@@ -90,22 +90,22 @@ def _check_budget(retention_ratio, total, removed):
         )
 
 
-def _pool_rows(context) -> list[hygiene.Row]:
+def _pool_rows(context) -> list[hygiene.ComparedRow]:
     names = ("example_id", "question", "reasoning", "answer")
     pool = context.table(POOL, *names)
     columns = (pool[name].to_pylist() for name in names)
     return [
-        hygiene.Row(id_, "pool", question, f"{reasoning}\n{answer}".strip())
+        hygiene.ComparedRow(id_, "pool", question, f"{reasoning}\n{answer}".strip())
         for id_, question, reasoning, answer in zip(*columns, strict=True)
     ]
 
 
-def _choice_rows(context, place) -> list[hygiene.Row]:
+def _choice_rows(context, place) -> list[hygiene.ComparedRow]:
     names = ("example_id", "question", "choices")
     table = context.table(f"prepare/{place}.parquet", *names)
     columns = (table[name].to_pylist() for name in names)
     return [
-        hygiene.Row(id_, place, hygiene.ask(question, choices), "")
+        hygiene.ComparedRow(id_, place, hygiene.ask(question, choices), "")
         for id_, question, choices in zip(*columns, strict=True)
     ]
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from comparison import cost, grid, runner, statistics, table
+from comparison import cost, grid, picture, runner, statistics, table
 from diq_jax import config, pipeline
-from diq_jax.report import budgets as picture
 from diq_jax.report import figures
 from diq_jax.run import artifacts, stages
 from diq_jax.selection import select

@@ -170,7 +170,7 @@ def _removed(context, ids):
     if context.config.selection.hygiene != "remove":
         return np.zeros(len(ids), bool)
     rows = context.table("selection/hygiene.parquet").to_pylist()
-    out = hygiene.dropped([hygiene.Pair(**row) for row in rows])
+    out = hygiene.dropped([hygiene.Repeat(**row) for row in rows])
     return np.array([id_ in out for id_ in ids])
 
 

@@ -29,7 +29,7 @@ ASKED = hygiene.ask(VIGNETTE, CHOICES)
 
 
 def row(example_id, question, completion="", place="pool"):
-    return hygiene.Row(example_id, place, question, completion)
+    return hygiene.ComparedRow(example_id, place, question, completion)
 
 
 def find(pool, against=(), settings=SETTINGS, embed=None):
@@ -186,8 +186,8 @@ def test_no_candidate_is_missed_by_hashing():
     st.sets(st.integers(0, 9)),
 )
 def test_removal_leaves_no_pair_and_keeps_one_of_every_group(inside, contaminated):
-    pairs = [hygiene.Pair(str(a), str(b), "pool", "near", 0.9) for a, b in inside]
-    pairs += [hygiene.Pair(str(a), "t", "tests", "exact", 1.0) for a in contaminated]
+    pairs = [hygiene.Repeat(str(a), str(b), "pool", "near", 0.9) for a, b in inside]
+    pairs += [hygiene.Repeat(str(a), "t", "tests", "exact", 1.0) for a in contaminated]
     out = set(hygiene.dropped(pairs))
     assert {str(a) for a in contaminated} <= out
     assert all(str(a) in out or str(b) in out for a, b in inside)
