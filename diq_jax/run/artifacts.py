@@ -1,5 +1,4 @@
-"""Files that are either whole or not there, also after a power cut: atomic writes, parquet tables,
-and a journal to resume from.
+"""Files that are either whole or not there, also after a power cut: atomic writes, parquet tables.
 
 What a function here has written when it returns stays: a file's bytes are synced before it gets its
 name, and its folder afterwards, for a name is lost with a folder that was not synced.
@@ -16,7 +15,6 @@ import pathlib
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -186,70 +184,3 @@ def remove(path: str | os.PathLike) -> None:
 def sha256(path: str | os.PathLike) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class Journal:
-    """An append-only JSON-lines file of finished work, with a checksum in each line. What follows
-    the last whole line is dropped: the half line of a killed process, or a damaged one.
-
-    Floats are written by repr, so that a float32 read back is bit-identical. All processes read it
-    and keep the entries, the first writes them.
-
-    Raises:
-        UserError: there is a file of that name which is no journal; it stays as it is.
-    """
-
-    _BEGIN = b'{"crc32": "'
-    _LINE = re.compile(rb'\{"crc32": "([0-9a-f]{8})", (.+\})\n')
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
-        self.entries: list[dict] = []
-        make_folder(self.path.parent)
-        found = self.path.read_bytes() if self.path.exists() else b""
-        if not found.startswith(self._BEGIN[: len(found)]):
-            raise errors.UserError(
-                f"{self.path} is not a file that this version of diq_jax goes on with: move it "
-                "away, and the work begins anew."
-            )
-        whole = 0
-        while match := self._LINE.match(found, whole):
-            body = b"{" + match[2]
-            if zlib.crc32(body) != int(match[1], 16):
-                break
-            self.entries.append(json.loads(body))
-            whole = match.end()
-        self._file = None
-        if processes.is_first():
-            self._file = open(self.path, "ab")
-            self._file.truncate(whole)
-            sync(self.path.parent)
-
-    def append(self, entry: Mapping[str, Any]) -> None:
-        self.extend([entry])
-
-    def extend(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Adds entries that belong together, with one write to the disk.
-
-        Raises:
-            UserError: as `write_json`.
-        """
-        if self._file is not None:
-            self._file.write(b"".join(self._line(entry) for entry in entries))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.entries.extend(map(dict, entries))
-
-    def _line(self, entry) -> bytes:
-        body = _dumps(self.path, entry).encode()
-        return self._BEGIN + b'%08x", ' % zlib.crc32(body) + body[1:] + b"\n"
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -1,14 +1,12 @@
 """Config, artifacts, metrics and trees."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
 from diq_jax import config, errors, stats, trees
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts
 
 
 def changed(**fields):
@@ -54,54 +52,6 @@ def test_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_journal_drops_a_half_line_and_keeps_float32_bits(tmp_path):
-    path = tmp_path / "j.jsonl"
-    value = float(np.float32(0.1) * np.float32(1e-20))
-    with artifacts.Journal(path) as journal:
-        journal.append({"v": value})
-    with open(path, "ab") as f:
-        f.write(b'{"v": 0.')
-    with artifacts.Journal(path) as journal:
-        assert journal.entries == [{"v": value}]
-        journal.append({"v": 2})
-    assert [entry["v"] for entry in reading.read_jsonl(path)] == [value, 2]
-    assert np.float32(value).tobytes() == np.float32(json.loads(repr(value))).tobytes()
-
-
-def test_journal_takes_no_damaged_line(tmp_path):
-    """Wherever a bit is turned, what is read back is the beginning of what was written."""
-    path, entries = tmp_path / "j.jsonl", [{"v": 0.5, "id": "ü"}, {"v": 1.5}, {"v": [2, {}]}]
-    with artifacts.Journal(path) as journal:
-        journal.extend(entries)
-    whole = path.read_bytes()
-    for place in range(8 * len(whole)):
-        damaged = bytearray(whole)
-        damaged[place // 8] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        if place // 8 < len(b'{"crc32": "'):
-            with pytest.raises(errors.UserError, match="move it away"):
-                artifacts.Journal(path)
-            continue
-        line = whole[: place // 8].count(b"\n")
-        with artifacts.Journal(path) as journal:
-            assert journal.entries == entries[:line]
-            journal.extend(entries[line:])
-        assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize("content", ["my own notes\n", '{"v": 1}\n', "{", "\x00"])
-def test_a_file_that_is_no_journal_stays(content, tmp_path):
-    path = tmp_path / "j.jsonl"
-    path.write_text(content)
-    if content == "{":  # as a kill at the very first byte leaves it
-        with artifacts.Journal(path) as journal:
-            assert journal.entries == []
-        return
-    with pytest.raises(errors.UserError, match=r"j\.jsonl is not a file .* move it away"):
-        artifacts.Journal(path)
-    assert path.read_text() == content
 
 
 def test_tables_are_the_same_bytes_every_time(tmp_path):

@@ -12,7 +12,7 @@ import tiny
 from diq_jax import config
 from diq_jax.influence import store
 from diq_jax.models import checkpoint, export, lora
-from diq_jax.run import artifacts, records, stages
+from diq_jax.run import artifacts, parts, records, stages
 
 CONTENTS = ("old", "new")
 
@@ -63,18 +63,21 @@ def test_what_is_removed_stays_away(tmp_path):
         assert disk.lasting() == {}
 
 
-def test_every_entry_of_a_journal_that_was_taken_stays(tmp_path):
-    taken = []  # (moment, entries)
-    with power.Disk(tmp_path) as disk, artifacts.Journal(tmp_path / "run/j.jsonl") as journal:
+def test_every_part_that_was_taken_stays(tmp_path):
+    taken = []  # (moment, rows)
+    with power.Disk(tmp_path) as disk:
+        mine = parts.Parts(tmp_path / "run/parts")
         for i in range(4):
-            journal.extend([{"i": i, "x": 0.1 * i}, {"i": i + 0.5}])
-            taken.append((len(disk.cuts), len(journal.entries)))
+            mine.add([2 * i, 2 * i + 1], {"x": np.array([0.1 * i, i + 0.5])})
+            taken.append((len(disk.cuts), len(mine.done)))
+    expected = mine.columns()["x"]
     for k, files in enumerate(disk.cuts):
         folder = power.restore(files, tmp_path / f"cut-{k}")
-        with artifacts.Journal(folder / "run/j.jsonl") as again:
-            least = max((count for moment, count in taken if moment <= k), default=0)
-            assert journal.entries[: len(again.entries)] == again.entries
-            assert len(again.entries) >= least
+        again = parts.Parts(folder / "run/parts")
+        least = max((count for moment, count in taken if moment <= k), default=0)
+        assert again.done == set(range(len(again.done))) and len(again.done) >= least
+        got = again.columns().get("x", np.zeros(0))
+        np.testing.assert_array_equal(got, expected[: len(got)])
 
 
 def test_a_store_is_whole_or_continued(tmp_path):
@@ -170,22 +173,20 @@ def make_stage(number):
         """Counts on what it finds, as the stages of the pipeline do."""
         folder = context.path("toy")
         if not (folder / "model/config.json").exists():
-            with artifacts.Journal(folder / "work.partial.jsonl") as journal:
-                for i in range(len(journal.entries), 3):
-                    journal.append({"i": i, "of": number})
-                found = [entry["of"] for entry in journal.entries]
+            mine = parts.Parts(folder / "partial")
+            for i in mine.remaining(3):
+                mine.add([i], {"of": np.array([number])})
+            found = mine.columns()["of"].tolist()
             Tokenizer().save_pretrained(folder / "model")
             artifacts.sync_tree(folder / "model")
             artifacts.write_json(folder / "model/config.json", found)
         artifacts.write_table(folder / "table.parquet", {"of": [number]})
         (folder / "events.log").write_text(f"of another library {number}")
-        artifacts.remove(folder / "work.partial.jsonl")
+        artifacts.remove(folder / "partial")
         return {"rows": 1}
 
-    writes = ("model/*", "table.parquet", "events.log", "work.partial.jsonl")
-    return stages.Stage(
-        "toy", ("data.seed",), lambda _: (), writes, lambda _: {"number": str(number)}, run
-    )
+    writes = ("model/*", "table.parquet", "events.log", "partial/*")
+    return stages.Stage("toy", lambda _: (), writes, lambda _: {"number": str(number)}, run)
 
 
 def execute(workdir, number, overwrite=False):

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from diq_jax import config, errors
-from diq_jax.run import artifacts, records, stages
+from diq_jax.run import artifacts, parts, records, stages
 
 
 def make_context(workdir, verify=True):
@@ -27,14 +27,14 @@ def first(context):
 
 
 def second(context):
-    with artifacts.Journal(context.path("second/work.partial.jsonl")) as journal:
-        journal.append({"read": context.path("first/out/a.txt").read_text()})
+    mine = parts.Parts(context.path("second/partial"))
+    mine.add([0], {"read": [context.path("first/out/a.txt").read_text()]})
     artifacts.write_text(context.path("second/c.txt"), "c")
-    artifacts.remove(context.path("second/work.partial.jsonl"))
+    artifacts.remove(context.path("second/partial"))
     return {"rows": 1}
 
 
-def make(name, run, reads=(), writes=("*.txt", "*.partial.jsonl")):
+def make(name, run, reads=(), writes=("*.txt", "partial/*")):
     return stages.Stage(name, lambda _: reads, writes, lambda _: {}, run)
 
 
