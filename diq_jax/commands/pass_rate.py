@@ -79,7 +79,8 @@ def begin(partial: pathlib.Path, made: str) -> None:
         begun = file.is_file() and reading.read_record(file, {"made_from": str})
         if begun and begun["made_from"] == made:
             return
-        if begun or any(partial.iterdir()):
+        half = [artifacts.temporary_of(path.name) == MADE_FROM for path in partial.iterdir()]
+        if begun or not all(half):
             raise errors.UserError(
                 f"{partial} was begun with another model, other rows or settings: remove it to "
                 "start anew, or name another --out."
@@ -136,6 +137,7 @@ def main() -> None:
     listed = out.with_suffix(".unparsable.jsonl")
     artifacts.write_jsonl(listed, unparsable)
     artifacts.write_jsonl(out, rates)
+    artifacts.remove(partial / answers.name)  # before the file that says whose parts these are
     artifacts.remove(partial)
     share = sum(row[labels.P_CORRECT] for row in rates) / len(rates)
     cut = sum(answer["finish"] == generate.LENGTH for answer in unparsable)
