@@ -23,7 +23,7 @@ ENCODING = ("prepare", "dpo")  # stages that encode rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(fields.Section, section="model"):
+class BaseModel(fields.Section, section="model"):
     path: str = field(
         "",
         "The base model: hub id, local folder, a .gguf file, or package:NAME/FILE; its files are "
@@ -310,7 +310,7 @@ class Parallel(fields.Section, section="parallel"):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    model: Model
+    model: BaseModel
     data: Data
     difficulty: Difficulty
     influence: influence_config.Influence

@@ -33,15 +33,6 @@ def check(field: str, ok: bool, expected: str, value: Any) -> None:
         raise UserError(f"{field} must be {expected}; got {value!r}.")
 
 
-def check_ranges(section: str, settings: Any, **ranges: tuple[float, float]) -> None:
-    """Raises UserError unless every named field of `settings` lies in its range, both ends too."""
-    for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if not least <= value <= most:
-            side = f"at least {least}" if value < least else f"at most {most}"
-            raise UserError(f"{section}.{name} must be {side}; got {value!r}.")
-
-
 def check_regex(field: str, pattern: str) -> re.Pattern[str]:
     """Compiles a regex. Raises UserError where it is none."""
     try:

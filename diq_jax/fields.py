@@ -1,13 +1,13 @@
 """How the configuration is declared: a frozen dataclass for each section, whose fields say their
 default, range, meaning, and which stages' results they decide.
 
-Checks, the settings that a stage records, --help and the page of the documentation come from here.
+Checks, the settings that a stage records and --help come from here.
 """
 
 import dataclasses
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 from diq_jax import errors
@@ -26,13 +26,12 @@ class Span(NamedTuple):
 
     def check(self, name: str, value: float) -> None:
         """Raises UserError where the value lies outside."""
-        low = value < self.least or (self.above and value == self.least)
-        high = value > self.most or (self.below and value == self.most)
-        if (low or high) and (self.above or self.below):
-            raise errors.UserError(f"{name} must be {self}; got {value!r}.")
-        if low or high:
-            end = f"at least {self.least}" if low else f"at most {self.most}"
-            raise errors.UserError(f"{name} must be {end}; got {value!r}.")
+        open_end = (self.above and value == self.least) or (self.below and value == self.most)
+        if self.least <= value <= self.most and not open_end:
+            return
+        end = f"at least {self.least}" if value < self.least else f"at most {self.most}"
+        expected = self if self.above or self.below else end
+        raise errors.UserError(f"{name} must be {expected}; got {value!r}.")
 
 
 # Beyond these an int32 or a float32 would overflow, or one array would ask for more memory than
@@ -79,7 +78,7 @@ def field(
     """Declares a config field.
 
     Args:
-        says: one sentence, or a few, for --help and the documentation.
+        says: one sentence, or a few, for --help.
         span: the range of a number.
         choices: the texts that it may be.
         regex: whether it is a regular expression.
@@ -230,22 +229,6 @@ def describe(cls: type, only: str = "") -> str:
         said = _sentence(found)
         lines.append(textwrap.fill(said, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines[1:])
-
-
-def page(cls: type, stages: Callable[[str], Iterable[str]] | None = None) -> str:
-    """The page of the documentation, in Markdown: one table for each section."""
-    lines, last = [], None
-    for name, owner, found in walk(cls):
-        if owner.section != last:
-            last = owner.section
-            lines += ["", f"## {last}", "", "| field | default | what it does | decides |"]
-            lines.append("|---|---|---|---|")
-        decides = found.metadata["declared"].decides
-        decides = owner.decides if decides is None else decides
-        said = _sentence(found).replace("|", "\\|")
-        cells = f"`{name}`", f"`{_shown(found.default)}`", said, ", ".join(decides) or "no result"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines).lstrip() + "\n"
 
 
 def _sentence(found: dataclasses.Field) -> str:

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from diq_jax import config, pipeline
+from diq_jax import config, pipeline, prepare
 from diq_jax.data import preferences, sources
 from diq_jax.difficulty import labels, trained
 from diq_jax.run import devices, stages
@@ -37,7 +37,7 @@ def _inputs(cfg, names):
     """(field, what it names, rows) of what the stages read."""
     data, source, dpo = cfg.data, cfg.difficulty.source, cfg.finetune.dpo
     if "prepare" in names:
-        pipeline.open_layout(cfg)
+        prepare.open_layout(cfg)
         pool = sources.load_examples(data.pool, data.columns, data.pool_limit)
         targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
         tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)

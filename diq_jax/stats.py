@@ -56,25 +56,11 @@ def krippendorff_alpha(ratings, scale: str) -> float:
     return float(1 - (totals.sum() - 1) * inside.sum() / chance) if chance > 0 else float("nan")
 
 
-def bootstrap_interval(values, statistic, samples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of `statistic` over rows drawn with replacement.
-
-    Args:
-        values: (n, ...), resampled along its first axis.
-        statistic: maps (samples, n, ...) to (samples,).
-    """
-    values = np.asarray(values)
-    rng = np.random.Generator(np.random.PCG64(seed))
-    draws = rng.integers(0, len(values), (samples, len(values)))
-    low, high = np.percentile(statistic(values[draws]), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def bootstrap_spearman(columns, y, samples: int, seed: int) -> np.ndarray:
     """Spearman of each column (n, C) with y (n,) over rows drawn with replacement: (samples, C).
 
-    The rows are the same for all columns and those that `bootstrap_interval` draws with this seed,
-    so that differences of columns are paired. nan where either side is constant.
+    The rows are the same for all columns, so that differences of columns are paired. nan where
+    either side is constant.
     """
     columns, out = np.asarray(columns), np.empty((samples, np.shape(columns)[1]))
     groups = [np.unique(x, return_inverse=True)[1] for x in (y, *columns.T)]

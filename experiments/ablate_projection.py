@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from diq_jax import errors, influence_config, pipeline, stats, trees
+from diq_jax import errors, influence_config, pipeline, prepare, stats, trees
 from diq_jax.commands import cli
 from diq_jax.data import encoded
 from diq_jax.influence import direction, engines, per_example, problems, projection
@@ -267,7 +267,7 @@ def main() -> None:
     context = stages.Context(cfg, workdir, placement, verify)
     pool, targets = (
         encoded.from_table(context.table(name, *encoded.COLUMNS))
-        for name in (pipeline.POOL, pipeline.TARGETS)
+        for name in (prepare.POOL, prepare.TARGETS)
     )
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     groups = {"mean": list(range(len(targets)))}

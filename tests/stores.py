@@ -6,7 +6,7 @@ import numpy as np
 
 from diq_jax.data import gradient_store
 from diq_jax.influence import store
-from diq_jax.run import parts
+from diq_jax.run import artifacts, parts
 
 
 def open_writer(folder: pathlib.Path, count, dtype="float32", shard_rows=1024) -> store.Writer:
@@ -27,4 +27,4 @@ def add(writer: store.Writer, places, rows, losses) -> None:
 def finish(writer: store.Writer, ids, ends, names, made_from=None) -> None:
     writer.columns()
     writer.finish(ids, ends, names, made_from or {})
-    writer.rows.remove()
+    artifacts.remove(writer.rows.folder)

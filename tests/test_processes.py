@@ -82,8 +82,8 @@ def test_two_processes_score_as_one_and_the_first_writes(made, tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.slow
-def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
+def begin_store(made, tmp_path):
+    """Two processes that have begun a store: (flags, processes, where its parts are)."""
     pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
     flags = (*STORE, f"--config.data.pool={pool}")
     running = start(made, tmp_path / "two", *flags, processes=2)
@@ -91,6 +91,12 @@ def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
     while not list(partial.glob("part-*")):
         assert running[0].poll() is None, running[0].communicate()[1][-2000:]
         time.sleep(0.01)
+    return flags, running, partial
+
+
+@pytest.mark.slow
+def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
+    flags, running, partial = begin_store(made, tmp_path)
     for process in running:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -105,13 +111,7 @@ def test_one_process_finishes_the_store_of_two_that_were_killed(made, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [(0,), (1,), (0, 1)])
 def test_sigterm_to_any_stops_all_and_the_run_continues(stopped, made, tmp_path):
-    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
-    flags = (*STORE, f"--config.data.pool={pool}")
-    running = start(made, tmp_path / "two", *flags, processes=2)
-    partial = tmp_path / "two/influence/partial/rows"
-    while not list(partial.glob("part-*")):
-        assert running[0].poll() is None, running[0].communicate()[1][-2000:]
-        time.sleep(0.01)
+    flags, running, partial = begin_store(made, tmp_path)
     for index in stopped:
         running[index].send_signal(signal.SIGTERM)
     for process in running:
@@ -137,3 +137,12 @@ def test_a_run_without_others_is_one_sentence(script, message, made, tmp_path):
     ended = scripts.on_data(script, made, tmp_path / "run", *flags)
     assert ended.returncode == 2 and message in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_warm_up_of_two_processes_is_that_of_one(made, tmp_path):
+    flags = ("--config.influence.direction=adam", "--config.influence.warmup.epochs=2",
+             "--config.influence.warmup.fraction=0.5")  # fmt: skip
+    finish(start(made, tmp_path / "two", *flags, processes=2))
+    finish(start(made, tmp_path / "one", *flags, devices=2))
+    assert_close(scores(tmp_path / "two"), scores(tmp_path / "one"))

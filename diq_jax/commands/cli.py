@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import diq_jax
-from diq_jax import config, config_files, errors, fields
+from diq_jax import config, config_files, errors
 from diq_jax.run import processes
 
 JOBS = {
@@ -81,7 +81,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         return
     try:
         if sections := [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--help=")]:
-            print(fields.describe(config.Config, sections[0]))
+            print(config.describe(sections[0]))
             return
         _check_config_flags(sys.argv)
         if "config" in flags.FLAGS:
@@ -176,7 +176,7 @@ def read_config(holder: flags.FlagHolder) -> config.Config:
 
 def _check_config_flags(arguments: list[str]) -> None:
     """Names a config field that does not exist, before the flag parser answers with a traceback."""
-    known = list(config.field_names())
+    known = config.field_names()
     for argument in arguments[1:]:
         found = re.match(r"--?config\.([^=]*)", argument)
         if found and found[1] not in known:
@@ -201,7 +201,7 @@ def _usage(module) -> str:
     parts = [module.__doc__ or "", "Flags:", *lines]
     if "config" in flags.FLAGS:
         parts.append("\nConfig fields; --help=SECTION shows one section:\n")
-        parts.append(fields.describe(config.Config))
+        parts.append(config.describe())
     return "\n".join(part for part in parts if part)
 
 

@@ -99,12 +99,6 @@ def plan(
     return min(plans, key=lambda p: _padded_tokens(p) + SHAPE_TOKENS * _shapes(p))
 
 
-def padding_share(groups: Sequence[Group], encoded: Sequence[example_lib.Encoded]) -> float:
-    """Returns the share of padding among all tokens of the batches, padding rows included."""
-    real = sum(len(encoded[i].input_ids) for group in groups for i in group.indices)
-    return 1 - real / _padded_tokens(groups)
-
-
 def make_batch(
     encoded: Sequence[example_lib.Encoded], rows: int, tokens: int, answers: int
 ) -> Batch:

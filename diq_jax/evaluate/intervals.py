@@ -14,9 +14,8 @@ GENERATED_METRICS = ("test_loss", "accuracy")  # where answers are generated: ac
 def estimates(values, samples: int, seed: int | Sequence[int]) -> np.ndarray:
     """The mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...) float64.
 
-    Questions are drawn with replacement, the same for every column and those that
-    stats.bootstrap_interval draws with this seed; so the difference of two columns is the paired
-    bootstrap of their difference.
+    Questions are drawn with replacement, the same for every column; so the difference of two
+    columns is the paired bootstrap of their difference.
     """
     values = np.asarray(values, np.float64)
     flat = values.reshape(len(values), -1)

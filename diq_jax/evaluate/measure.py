@@ -7,7 +7,6 @@ compiled program, and serves every model of the same shape.
 
 import dataclasses
 import pathlib
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -52,14 +51,13 @@ def measure(
         UserError: a likelihood is not finite, naming the model and the example.
     """
     found = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for part in asked:
-            kept = parts.Parts((folder or pathlib.Path(scratch)) / part.name)
-            for rows, columns in part.run(model, weights, kept.done):
-                kept.add(rows, columns)
-                if bar is not None:
-                    bar.update(len(rows), part.tokens(rows, columns), model=model)
-            found[part.name] = kept.columns()
+    for part in asked:
+        kept = parts.Parts(folder / part.name) if folder else parts.Memory()
+        for rows, columns in part.run(model, weights, kept.done):
+            kept.add(rows, columns)
+            if bar is not None:
+                bar.update(len(rows), part.tokens(rows, columns), model=model)
+        found[part.name] = kept.columns()
     return found
 
 

@@ -75,9 +75,8 @@ def train(
             for number, metrics in waiting:
                 chosen = [examples[i] for i in steps[number].indices]
                 records.append(_finite(metrics, name, number, chosen))
-                bar.update(
-                    len(chosen), sum(n for _, n in chosen), loss=f"{records[-1]['loss']:.3f}"
-                )
+                loss = f"{records[-1]['loss']:.3f}"
+                bar.update(len(chosen), sum(n for _, n in chosen), loss=loss)
             waiting.clear()
 
         for number in range(done, len(steps)):
@@ -96,7 +95,7 @@ def train(
                 _check_target_loss(records[-1]["target_loss"], name, number)
             if saves:
                 saved.save(state, records)
-                if upkeep.log is not None:
+                if upkeep.log:
                     upkeep.log(logged, records[logged:])
                 logged = len(records)
     return state, records, bar.tokens

@@ -43,9 +43,15 @@ class Problem:
 def group_targets(
     kind: str, targets: Sequence[example.Encoded], tasks: Sequence[str]
 ) -> dict[str, list[int]]:
-    """Returns {name: indices} of the targets that share a direction (influence.targets)."""
+    """Returns {name: indices} of the targets that share a direction (influence.targets).
+
+    Raises:
+        UserError: kind is task, and the task of a target is not known.
+    """
     if kind == "example":
         return {row.example_id: [i] for i, row in enumerate(targets)}
+    if kind == "task" and (len(tasks) != len(targets) or not all(tasks)):
+        raise errors.UserError("influence.targets=task needs the task of every target.")
     if kind == "task":
         return {t: [i for i, u in enumerate(tasks) if t == u] for t in sorted(set(tasks))}
     return {"mean": list(range(len(targets)))}

@@ -1,13 +1,16 @@
 """The influence stage: directions from the targets, then a score for each pool example."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import safetensors
 import safetensors.numpy
+from absl import logging
 
 from diq_jax import influence_config, stats, trees
 from diq_jax.data import encoded
@@ -149,7 +152,9 @@ def _record(scores: score.Scores, settings) -> dict[str, Any]:
 
 
 class EpochFiles:
-    """Keeps the epochs of a warm-up in a folder, one file each (warmup.Epochs)."""
+    """Keeps the epochs of a warm-up in a folder, one file each, with a checksum of its numbers
+    (warmup.Epochs).
+    """
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
@@ -157,15 +162,34 @@ class EpochFiles:
     def _file(self, epoch: int) -> pathlib.Path:
         return self._folder / f"epoch-{epoch}.safetensors"
 
-    def __contains__(self, epoch: int) -> bool:
-        return self._file(epoch).exists()
-
-    def __getitem__(self, epoch: int) -> dict[str, np.ndarray]:
-        return safetensors.numpy.load_file(self._file(epoch))
+    def get(self, epoch: int) -> dict[str, np.ndarray] | None:
+        """Reads an epoch; None where it is not there, or is damaged and trained again."""
+        file = self._file(epoch)
+        if not file.exists():
+            return None
+        try:
+            with safetensors.safe_open(file, "numpy") as opened:
+                said = (opened.metadata() or {}).get("sha256")
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+        except safetensors.SafetensorError:
+            said, arrays = "", {}
+        if said == _checksum(arrays):
+            return arrays
+        logging.warning("%s is damaged: the epoch is trained again.", file)
+        return None
 
     def __setitem__(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
         with artifacts.atomic(self._file(epoch)) as temporary:
-            safetensors.numpy.save_file(arrays, temporary)
+            metadata = {"sha256": _checksum(arrays)}
+            safetensors.numpy.save_file(arrays, temporary, metadata)
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _weights(context):

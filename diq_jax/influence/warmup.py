@@ -26,9 +26,7 @@ FIELDS = ("chosen", "first", "second", "count")
 class Epochs(Protocol):
     """Keeps the arrays of each epoch, {path: array}, by its number from 1; a dict is one."""
 
-    def __contains__(self, epoch: int, /) -> bool: ...
-
-    def __getitem__(self, epoch: int, /) -> dict[str, np.ndarray]: ...
+    def get(self, epoch: int, /) -> dict[str, np.ndarray] | None: ...
 
     def __setitem__(self, epoch: int, arrays: dict[str, np.ndarray], /) -> None: ...
 
@@ -56,7 +54,8 @@ def run(
     with progress.Progress("warm-up", total) as bar:
         for epoch in range(1, warm.epochs + 1):
             of_epoch = [k for k, step in enumerate(planned) if step.epoch == epoch - 1]
-            if epoch not in epochs:
+            arrays = epochs.get(epoch)
+            if arrays is None:
                 for k in of_epoch:
                     rows = [part.batch for part in steps.microbatches(pool, planned[k])]
                     state, metrics = train_step(space[1], None, state, rows, rates[k], None)
@@ -69,8 +68,8 @@ def run(
                         f"({bad[0]}): try a lower influence.warmup.learning_rate, or "
                         "model.dtype=float32."
                     )
-                epochs[epoch] = _to_arrays(state)
-            point = _checkpoint(epochs[epoch], state.factors)
+                epochs[epoch] = arrays = _to_arrays(state)
+            point = _checkpoint(arrays, state.factors)
             state = _state(point)
             made.append(point)
             shares.append(float(np.mean([rates[k] for k in of_epoch])))

@@ -136,12 +136,14 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
             )
         config |= {"model_type": "mistral", "sliding_window": window}
     config["architectures"] = [families.DECODERS[config["model_type"]].architecture]
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        stored_as = f"tokenizer.ggml.{key}_token_id"
-        reading.check_record(metadata, str(path), {}, {stored_as: int})
-        if stored_as in metadata:
-            config[f"{name}_token_id"] = metadata[stored_as]
-    return config
+    return config | _special_tokens(path, metadata)
+
+
+def _special_tokens(path: pathlib.Path, metadata: dict) -> dict[str, int]:
+    stored_as = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")}
+    reading.check_record(metadata, str(path), {}, dict.fromkeys(stored_as.values(), int))
+    found = {name: metadata[key] for name, key in stored_as.items() if key in metadata}
+    return {f"{name[:3]}_token_id": token for name, token in found.items()}
 
 
 def _rope_scaling(

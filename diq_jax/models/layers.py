@@ -261,16 +261,7 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
         *heads, Q, _ = q.shape
         rows = q.reshape(B, K, -1, C)
         scores = jnp.einsum("bkqc,bksc->bkqs", rows, k, preferred_element_type=jnp.float32)
-        key_segments = keys["segment_ids"][:, None, :]
-        seen = queries["segment_ids"][:, :, None] == key_segments
-        if parent_ids is not None:
-            seen = seen | (queries["parent_ids"][:, :, None] == key_segments)
-        if causal:
-            index = start + jnp.arange(Q)[:, None]
-            seen = seen & (jnp.arange(k.shape[2])[None, :] <= index)[None]
-        if window is not None:
-            distance = queries["positions"][:, :, None] - keys["positions"][:, None, :]
-            seen = seen & (distance < window)
+        seen = _seen(queries, keys, start if causal else None, window)
         hidden = jnp.where(seen, 0.0, UNSEEN)[:, None, None]
         scores = scores.reshape(*heads, Q, -1) + hidden
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -294,6 +285,25 @@ def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_
         )
     out = jnp.concatenate(outputs, axis=3)  # (B, K, G, T, C)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)
+
+
+def _seen(queries, keys, start, window):
+    """Which keys each query sees, (B, Q, S) bool, by the places of both; see `attention`.
+
+    Args:
+        start: the place of the first query among the keys where none sees a later one, else None.
+    """
+    key_segments = keys["segment_ids"][:, None, :]
+    seen = queries["segment_ids"][:, :, None] == key_segments
+    if "parent_ids" in queries:
+        seen = seen | (queries["parent_ids"][:, :, None] == key_segments)
+    if start is not None:
+        index = start + jnp.arange(queries["segment_ids"].shape[1])[:, None]
+        seen = seen & (jnp.arange(keys["segment_ids"].shape[1])[None, :] <= index)[None]
+    if window is not None:
+        distance = queries["positions"][:, :, None] - keys["positions"][:, None, :]
+        seen = seen & (distance < window)
+    return seen
 
 
 def attention_to_parts(q, parts):

@@ -84,11 +84,6 @@ class Parts:
         """
         return joined(list(self.batches()))
 
-    def remove(self) -> None:
-        """Deletes the folder, once its rows stand in an artifact."""
-        processes.wait(f"parts of {self.folder}")
-        artifacts.remove(self.folder)
-
 
 class Memory:
     """Keeps the finished rows of a piece of work that no later call continues, as `Parts` does."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config, errors
+from diq_jax import config, errors, fields
 from diq_jax.selection import diversity, methods, quadrants
 
 
@@ -65,7 +65,9 @@ def select(
         UserError: a field out of range, a score that the method needs is missing, or source_cap
             leaves fewer examples than the budget.
     """
-    cfg = config.Selection(**settings)
+    cfg = fields.build(config.Selection, settings, "selection.")
+    split = {"perspective": perspective, "percentile": percentile}
+    split = fields.build(config.Difficulty, split, "difficulty.")
     errors.check_choice("selection.method", cfg.method, methods.METHODS)
     if not isinstance(scores, Mapping):
         scores = {name: getattr(scores, name) for name in ("example_ids", "influence", "tokens")}
@@ -73,8 +75,9 @@ def select(
         difficulty = {} if difficulty is None else {perspective: difficulty}
     ids = list(scores["example_ids"])
     order = methods.OrderSettings(
-        perspective, percentile, cfg.seed, cfg.quadrants, cfg.length_residual
+        perspective, split.percentile, cfg.seed, cfg.quadrants, cfg.length_residual
     )
+    _check_columns(ids, {**scores, **difficulty})
     given = _given(scores, difficulty, order)
     _check_scores(cfg.method, given, order)
     removed = list(removed or [""] * len(ids))
@@ -99,6 +102,19 @@ def select(
         thresholds=(float(tau_d), float(m_dot)),
         orders=orders,
     )
+
+
+def _check_columns(ids, columns):
+    """Raises UserError where a column has not a value for each row, or an influence is no number:
+    one of them would turn the median, and with it every quadrant.
+    """
+    for name, values in columns.items():
+        if len(values) != len(ids):
+            raise errors.UserError(f"{name} has {len(values)} values for {len(ids)} examples.")
+    finite = np.isfinite(np.asarray(columns["influence"], np.float64))
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise errors.UserError(f"The influence of example {ids[row]!r} is not finite.")
 
 
 def _capped(source_cap, ranks, sources, last, keep, endings):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from comparison import cost, grid
-from diq_jax import config, finetune_config, pipeline
+from diq_jax import config, finetune_config, prepare
 from diq_jax.data import encoded, example
 from diq_jax.data import steps as steps_lib
 from diq_jax.evaluate import intervals, measure, options
@@ -59,7 +59,7 @@ def make_keys(context: stages.Context) -> Keys:
         "dtype": cfg.model.dtype,
         "data": [
             artifacts.sha256(context.path(name))
-            for name in (pipeline.POOL, pipeline.TARGETS, pipeline.TESTS)
+            for name in (prepare.POOL, prepare.TARGETS, prepare.TESTS)
         ],
     }
     return Keys(json.dumps(shared, sort_keys=True))
@@ -76,13 +76,13 @@ class CellData:
 
 
 def read_data(context: stages.Context) -> CellData:
-    tests = context.table(pipeline.TESTS, *options.COLUMNS)
-    targets = context.table(pipeline.TARGETS, "task", *encoded.COLUMNS)
+    tests = context.table(prepare.TESTS, *options.COLUMNS)
+    targets = context.table(prepare.TARGETS, "task", *encoded.COLUMNS)
     return CellData(
-        encoded.from_table(context.table(pipeline.POOL, *encoded.COLUMNS)),
+        encoded.from_table(context.table(prepare.POOL, *encoded.COLUMNS)),
         encoded.from_table(targets),
         targets["task"].to_pylist(),
-        options.from_table(tests, str(context.path(pipeline.TESTS))),
+        options.from_table(tests, str(context.path(prepare.TESTS))),
     )
 
 
@@ -213,7 +213,7 @@ def evaluate(bench: Bench, name: str, adapter: dict) -> dict[str, Any]:
     rows = options.predictions(name, bench.data.questions, found["question"])
     metrics = options.outcomes(rows, intervals.METRICS).T.tolist()
     return {
-        "target_loss": found["target"]["loss"].tolist(),
+        "target_loss": list(found["target"]["loss"]),
         **dict(zip(intervals.METRICS, metrics, strict=True)),
         "test_loss_without_end": [
             -row["log_likelihoods"][row["answer"]] / row["tokens"][row["answer"]] for row in rows

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers
 
-from diq_jax import config, influence_config, pipeline, stats
+from diq_jax import config, influence_config, prepare, stats
 from diq_jax.data import batches, encoded
 from diq_jax.influence import direction, exact
 from diq_jax.models import decoder, hf, load
@@ -29,7 +29,7 @@ def _real(tmp_path_factory):
     c.model.path, c.model.max_tokens = tiny.SMOLLM, 160
     c.data.pool_limit, c.data.targets_per_task = ROWS, 1
     cfg = config.resolve(c)
-    pipeline.prepare(stages.Context(cfg, work, tiny.placement()))
+    prepare.run(stages.Context(cfg, work, tiny.placement()))
     pool, targets = (
         encoded.from_table(pq.read_table(work / f"prepare/{name}.parquet"))
         for name in ("pool", "targets")

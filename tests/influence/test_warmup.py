@@ -81,8 +81,24 @@ def test_steps_are_adams(warm):
 
 def test_a_finished_epoch_is_read_back(warm):
     model, space, points, epochs = warm
-    assert 1 in epochs and 2 in epochs and 3 not in epochs
-    again = warmup.run(problem(model, settings()), space, {1: epochs[1]})
+    assert epochs.get(1) and epochs.get(2) and epochs.get(3) is None
+    again = warmup.run(problem(model, settings()), space, {1: epochs.get(1)})
+    for (before, _), (after, _) in zip(points, again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
+def test_a_damaged_epoch_is_trained_again(warm, tmp_path, harm, caplog):
+    model, space, points, epochs = warm
+    kept = stage.EpochFiles(tmp_path)
+    for epoch in (1, 2):
+        kept[epoch] = epochs.get(epoch)
+    file = tmp_path / "epoch-2.safetensors"
+    whole = file.read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    file.write_bytes({"flip": flipped, "cut": whole[:-5], "empty": b""}[harm])
+    again = warmup.run(problem(model, settings()), space, kept)
+    assert "epoch-2.safetensors is damaged" in caplog.text and file.read_bytes() == whole
     for (before, _), (after, _) in zip(points, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, before, after)
 

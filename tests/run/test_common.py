@@ -1,5 +1,6 @@
 """Config, artifacts, metrics and trees."""
 
+import bootstrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_metrics_against_scipy_and_by_hand():
     # Weights (i - j)^2: observed 1 (one pair off by one). Chance: labels 1 1 2, predictions 1 2 2,
     # so 2/3 of labels are 1 and 1/3 of predictions are: 3 * (2/3 * 2/3 + 1/3 * 1/3) = 5/3.
     assert stats.quadratic_kappa([1, 1, 2], [1, 2, 2], 2) == pytest.approx(1 - 1 / (5 / 3))
-    low, high = stats.bootstrap_interval(x, lambda v: v.mean(axis=1), 2000, 0)
+    low, high = bootstrap.bootstrap_interval(x, lambda v: v.mean(axis=1), 2000, 0)
     half = 1.96 * x.std() / np.sqrt(30)
     assert low == pytest.approx(x.mean() - half, abs=0.08)
     assert high == pytest.approx(x.mean() + half, abs=0.08)

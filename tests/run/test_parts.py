@@ -22,8 +22,7 @@ def test_parts_are_read_back_in_the_order_of_their_rows(tmp_path):
     np.testing.assert_array_equal(got["wide"], wide[kept])
     assert (got["x"].dtype, got["wide"].dtype) == (np.float32, np.float16)
     assert got["t"] == [texts[i] for i in kept] and got["d"] == [told[i] for i in kept]
-    again.remove()
-    assert not (tmp_path / "parts").exists() and parts.Parts(tmp_path / "parts").columns() == {}
+    assert parts.Parts(tmp_path / "none").columns() == {}
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])

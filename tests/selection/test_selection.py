@@ -215,3 +215,19 @@ def test_the_residual_does_not_depend_on_the_order_of_the_file(shuffle):
     here = select.length_residual(influence, tokens, np.arange(9))
     there = select.length_residual(influence[shuffle], tokens[shuffle], shuffle)
     np.testing.assert_array_equal(there, here[shuffle])
+
+
+@pytest.mark.parametrize(
+    "change, settings, message",
+    [
+        ({"influence": [0.1, float("nan")]}, {}, "influence of example 'b' is not finite"),
+        ({"influence": [0.1]}, {}, "influence has 1 values for 2 examples"),
+        ({}, {"retention_ratio": float("nan")}, "retention_ratio must be finite"),
+        ({}, {"retention_rate": 0.5}, "retention_rate does not exist. Did you mean 'retention_"),
+        ({}, {"percentile": 101.0}, "difficulty.percentile must be at most 100"),
+    ],
+)
+def test_what_cannot_be_ordered_is_refused(change, settings, message):
+    scores = {"example_ids": ["a", "b"], "influence": [0.1, 0.2], "tokens": [3, 4]} | change
+    with pytest.raises(errors.UserError, match=message):
+        select.select(scores, **settings)
