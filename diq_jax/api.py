@@ -83,7 +83,7 @@ class Artifacts(Mapping[str, pa.Table]):
         records: the stage.json of each finished stage, by stage.
     """
 
-    def __init__(self, workdir: str | os.PathLike, verify: bool = True):
+    def __init__(self, workdir: str | os.PathLike, verify: bool = True) -> None:
         self.workdir, self._verify = pathlib.Path(workdir), verify
         found = ((path.parent, records.read(path.parent)) for path in self._stages())
         self.records = {

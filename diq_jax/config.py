@@ -319,7 +319,7 @@ class Config:
     evaluate: Evaluate
     parallel: Parallel
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.selection.paraphrase_similarity > 0 and not self.difficulty.encoder:
             raise errors.UserError(
                 "selection.paraphrase_similarity needs an encoder: set difficulty.encoder, or 0."

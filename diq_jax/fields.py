@@ -101,10 +101,10 @@ class Section:
     section: ClassVar[str]
     decides: ClassVar[tuple[str, ...]]
 
-    def __init_subclass__(cls, section: str, decides: tuple[str, ...] = ()):
+    def __init_subclass__(cls, section: str, decides: tuple[str, ...] = ()) -> None:
         cls.section, cls.decides = section, decides
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for declared in dataclasses.fields(self):
             if not dataclasses.is_dataclass(declared.type):
                 name = f"{self.section}.{declared.name}"

@@ -1,23 +1,24 @@
 """Correlation, agreement and intervals, in numpy float64."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def pearson(x, y) -> float:
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson correlation; nan where either side is constant."""
     x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (x, y))
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
     return float(np.sum(x * y) / norm) if norm > 0 else float("nan")
 
 
-def spearman(x, y) -> float:
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson correlation of average ranks."""
     from scipy import stats  # seconds to import
 
     return pearson(stats.rankdata(x), stats.rankdata(y))
 
 
-def quadratic_kappa(labels, predictions, levels: int) -> float:
+def quadratic_kappa(labels: ArrayLike, predictions: ArrayLike, levels: int) -> float:
     """Cohen's kappa with quadratic weights, for integers 1..levels; nan where both sides are one
     same constant.
     """
@@ -29,7 +30,7 @@ def quadratic_kappa(labels, predictions, levels: int) -> float:
     return float(1 - np.sum(weights * observed) / chance) if chance > 0 else float("nan")
 
 
-def krippendorff_alpha(ratings, scale: str) -> float:
+def krippendorff_alpha(ratings: ArrayLike, scale: str) -> float:
     """Agreement of any number of raters, 1 - observed / expected disagreement (Krippendorff,
     "Computing Krippendorff's Alpha-Reliability", 2011).
 
@@ -56,7 +57,7 @@ def krippendorff_alpha(ratings, scale: str) -> float:
     return float(1 - (totals.sum() - 1) * inside.sum() / chance) if chance > 0 else float("nan")
 
 
-def bootstrap_spearman(columns, y, samples: int, seed: int) -> np.ndarray:
+def bootstrap_spearman(columns: ArrayLike, y: ArrayLike, samples: int, seed: int) -> np.ndarray:
     """Spearman of each column (n, C) with y (n,) over rows drawn with replacement: (samples, C).
 
     The rows are the same for all columns, so that differences of columns are paired. nan where

@@ -1,6 +1,6 @@
 """Nested dicts of arrays: slash paths, selection by regex, and arithmetic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -8,26 +8,30 @@ import jax.numpy as jnp
 
 from diq_jax import errors
 
+Tree = dict[str, Any]  # nested dicts of arrays, None where a leaf is elsewhere
 
-def path_name(path) -> str:
+
+def path_name(path: Iterable[Any]) -> str:
     """A jax key path as `layers/attn/q_proj/kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
-def named_leaves(tree, is_leaf=None) -> dict[str, Any]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """{slash path: leaf} in tree order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def map_named(fn: Callable[[str, Any], Any], tree, is_leaf=None):
+def map_named(
+    fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """Maps fn(slash path, leaf) over a tree."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: fn(path_name(path), leaf), tree, is_leaf=is_leaf
     )
 
 
-def partition(tree, chosen: Callable[[str], bool]):
+def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """Splits a tree in two of the same nesting, (chosen leaves, the rest), None elsewhere."""
     return (
         map_named(lambda name, leaf: leaf if chosen(name) else None, tree),
@@ -35,12 +39,12 @@ def partition(tree, chosen: Callable[[str], bool]):
     )
 
 
-def partition_like(tree, other):
+def partition_like(tree: Tree, other: Tree) -> tuple[Tree, Tree]:
     """Splits a tree in two, (leaves where `other` has one, the rest), None elsewhere."""
     return partition(tree, named_leaves(other).__contains__)
 
 
-def not_finite(tree) -> list[str]:
+def not_finite(tree: Any) -> list[str]:
     """Returns the paths of the leaves that hold NaN or an infinity."""
     finite = jax.device_get(_finite(tree))
     return [name for name, good in named_leaves(finite).items() if not good]
@@ -51,7 +55,7 @@ def _finite(tree):
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
 
 
-def combine(left, right):
+def combine(left: Tree, right: Tree) -> Tree:
     """Undoes `partition`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
@@ -67,7 +71,7 @@ def insert(tree: dict, extra: dict[str, Any]) -> dict:
     return tree
 
 
-def matching(names, pattern: str, field: str) -> set[str]:
+def matching(names: Iterable[str], pattern: str, field: str) -> set[str]:
     """The names in which the regex `pattern` is found.
 
     Raises:
@@ -84,7 +88,7 @@ def matching(names, pattern: str, field: str) -> set[str]:
     return found
 
 
-def vdot(left, right):
+def vdot(left: Any, right: Any) -> jax.Array:
     """The inner product over all leaves, accumulated in float32."""
     products = jax.tree.map(
         lambda a, b: jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)), left, right
@@ -92,6 +96,6 @@ def vdot(left, right):
     return sum(jax.tree.leaves(products))
 
 
-def size(tree) -> int:
+def size(tree: Any) -> int:
     """How many numbers a tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+from collections.abc import Iterator
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "diq_jax"
 ROOMS = ("difficulty", "influence", "selection", "finetune", "evaluate", "report")
@@ -52,3 +53,29 @@ def test_the_package_never_imports_torch():
             for name in ([a.name for a in node.names] + [getattr(node, "module", "") or ""])
         }
         assert not any(name.split(".")[0] in ("torch", "peft") for name in names), path
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a file, those inside classes and functions included."""
+    return (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def public(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, list[ast.arg]]]:
+    """The public functions and methods of a file, each with its parameters but `self`."""
+    owners = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_")]
+    for owner in owners:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if node.name.startswith("_") and not node.name.startswith("__"):
+                continue
+            a = node.args
+            named = [*a.posonlyargs, *a.args, *a.kwonlyargs][owner is not tree :]
+            yield node, [*named, *(x for x in (a.vararg, a.kwarg) if x and x.arg != "_")]
+
+
+def test_public_parameters_and_returns_have_types():
+    for path in PACKAGE.rglob("*.py"):
+        for node, parameters in public(ast.parse(path.read_text())):
+            bare = [x.arg for x in parameters if x.annotation is None]
+            assert not bare and node.returns, f"{path}:{node.lineno} {node.name} {bare}"

@@ -45,7 +45,7 @@ class Settings:
     answer_tries: int  # replies to ask for until one is an answer
     tries: int = 6  # to get a reply
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise errors.UserError(
                 f"base_url must start with http:// or https://; got {self.base_url!r}."

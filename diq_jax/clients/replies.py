@@ -79,7 +79,7 @@ class Cache:
             then it stays as it is.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = pathlib.Path(path)
         self.usage, self.damaged = (0, 0, 0, 0), 0
         self._replies: dict[str, Reply] = {}

@@ -12,6 +12,7 @@ killed run continues, and pays for nothing twice. The API key comes from the env
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -19,6 +20,7 @@ from absl import flags
 from diq_jax import config, errors
 from diq_jax.clients import annotate, answers
 from diq_jax.commands import asking
+from diq_jax.data import example as example_lib
 from diq_jax.run import artifacts
 
 ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.")
@@ -35,7 +37,7 @@ REPLY_TOKENS = 120  # a guess for three reasons and levels
 flags.mark_flags_as_required(["rows", "out", "base_url", "model"])
 
 
-def read_examples():
+def read_examples() -> list[example_lib.Example]:
     """The rows to label, in the order of the file; a larger draw contains a smaller one.
 
     Raises:
@@ -56,7 +58,7 @@ def read_examples():
     return found
 
 
-def make_requests(examples) -> list[list[answers.Request]]:
+def make_requests(examples: Sequence[example_lib.Example]) -> list[list[answers.Request]]:
     """Returns for each row --repeat requests, which differ in the seed."""
     from diq_jax.data import chat
 
@@ -71,7 +73,11 @@ def make_requests(examples) -> list[list[answers.Request]]:
     ]
 
 
-def write(examples, outcomes, out: pathlib.Path) -> tuple[list[list[dict]], list[dict]]:
+def write(
+    examples: Sequence[example_lib.Example],
+    outcomes: Sequence[Sequence[answers.Outcome]],
+    out: pathlib.Path,
+) -> tuple[list[list[dict]], list[dict]]:
     """Writes the labelled rows and, beside them, the failed ones.
 
     Returns:
@@ -94,7 +100,7 @@ def write(examples, outcomes, out: pathlib.Path) -> tuple[list[list[dict]], list
     return found, failed
 
 
-def print_levels(found) -> None:
+def print_levels(found: Sequence[Sequence[dict]]) -> None:
     """The histogram of levels; with --repeat, the agreement of the draws."""
     print("level     " + "".join(f"{level:>7}" for level in annotate.LEVELS), end="")
     print("   kappa between draws" if REPEAT.value > 1 else "")

@@ -12,10 +12,14 @@ for.
 import collections
 import shutil
 import time
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from diq_jax import config
+
+if TYPE_CHECKING:
+    from diq_jax.selection import hygiene
 
 POOL = flags.DEFINE_string("pool", None, "As data.pool.")
 COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
@@ -34,12 +38,12 @@ for _name in THRESHOLDS:
 flags.mark_flags_as_required(["pool"])
 
 
-def read_rows():
+def read_rows() -> "tuple[list[hygiene.ComparedRow], list[hygiene.ComparedRow]]":
     """Returns the hygiene.ComparedRows of the pool and of --against, whose place is their task."""
-    from diq_jax.data import sources
+    from diq_jax.data import example, sources
     from diq_jax.selection import hygiene
 
-    def row(e, place, completion):
+    def row(e: example.Example, place: str, completion: str) -> hygiene.ComparedRow:
         asked = hygiene.ask(e.question, (e.options or {}).values())
         return hygiene.ComparedRow(e.example_id, place, asked, completion)
 

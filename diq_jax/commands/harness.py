@@ -9,10 +9,15 @@ generates text says in its generation_kwargs how (until, max_gen_toks, do_sample
 top_p). Prints the harness's table and, with --out, writes its numbers as JSON.
 """
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from diq_jax import config, errors
 from diq_jax.commands import cli
+
+if TYPE_CHECKING:
+    from diq_jax.evaluate import harness
 
 MODEL = flags.DEFINE_string("model", None, "As model.path.")
 TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.")
@@ -30,7 +35,7 @@ OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.
 flags.mark_flags_as_required(["model", "tasks"])
 
 
-def open_model():
+def open_model() -> "harness.HarnessModel":
     """Returns the harness's model. Raises UserError where the model or adapter cannot be read."""
     from diq_jax.data import chat
     from diq_jax.evaluate import harness, harness_generation

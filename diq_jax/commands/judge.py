@@ -16,6 +16,7 @@ nothing twice. The API key comes from the environment (--api_key_env).
 
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,9 @@ def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
     return found, ids
 
 
-def make_requests(found, ids) -> list[tuple[dict[str, str], tuple[answers.Request, ...]]]:
+def make_requests(
+    found: dict[str, predictions.ById], ids: Sequence[str]
+) -> list[tuple[dict[str, str], tuple[answers.Request, ...]]]:
     """(what is judged, by whom; its requests: one, or with --pairwise one for each order)."""
 
     def reference(row):
@@ -104,7 +107,9 @@ def make_requests(found, ids) -> list[tuple[dict[str, str], tuple[answers.Reques
     ]
 
 
-def summarise(judged, models, ids) -> dict[str, Any]:
+def summarise(
+    judged: Sequence[tuple[dict[str, str], list]], models: Sequence[str], ids: Sequence[str]
+) -> dict[str, Any]:
     """The part of judge.json that says what was found, of (what, checked answers)."""
     judges, place = MODELS.value, {name: i for i, name in enumerate(ids)}
     chosen = BOOTSTRAP_SAMPLES.value, asking.SEED.value
@@ -172,7 +177,11 @@ def print_agreement(agreement: dict[str, Any]) -> None:
     print("\n" + tables.Table(headers, rows).plain())
 
 
-def write(out: pathlib.Path, results, outcomes) -> tuple[list, list[dict]]:
+def write(
+    out: pathlib.Path,
+    results: Sequence[tuple[dict[str, str], tuple[answers.Request, ...]]],
+    outcomes: Sequence[Sequence[answers.Outcome]],
+) -> tuple[list, list[dict]]:
     """Writes what was judged and what was not.
 
     Returns:

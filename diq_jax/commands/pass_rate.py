@@ -15,12 +15,17 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from diq_jax import config, errors
 from diq_jax.commands import cli
+
+if TYPE_CHECKING:
+    from diq_jax.data import example
+    from diq_jax.evaluate import generation
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")
@@ -88,7 +93,9 @@ def begin(partial: pathlib.Path, made: str) -> None:
     artifacts.write_json(file, {"made_from": made})
 
 
-def rate(tests, answers, columns) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def rate(
+    tests: "Sequence[example.Example]", answers: "generation.Answers", columns: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the rows with p_correct, and the answers that cannot be read."""
     from diq_jax.difficulty import labels
     from diq_jax.evaluate import generation

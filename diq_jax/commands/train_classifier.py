@@ -9,11 +9,14 @@ pool by it and trains nothing. transformers' AutoModel loads the encoder from th
 killed run continues.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from diq_jax.commands import cli
+
+if TYPE_CHECKING:
+    from diq_jax.run import stages
 
 CONFIG = cli.define_config()
 VERIFY = cli.define_verify()
@@ -24,7 +27,7 @@ FILES = ("difficulty.json", "difficulty.safetensors", "metrics.json", "partial/*
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def classifier():
+def classifier() -> "stages.Stage":
     """Returns the stage that trains one."""
     from diq_jax import pipeline
     from diq_jax.difficulty import stage

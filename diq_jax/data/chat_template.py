@@ -32,7 +32,7 @@ class ChatTemplate:
         field: the config field or flag that names the model, for messages.
     """
 
-    def __init__(self, template: str, variables: dict[str, Any], date: str, field: str):
+    def __init__(self, template: str, variables: dict[str, Any], date: str, field: str) -> None:
         self._first = {
             "template": template,
             "variables": variables,

@@ -34,7 +34,7 @@ class GradientStore:
 
     def __init__(
         self, folder: str | os.PathLike, manifest: Mapping[str, Any], verified: bool = True
-    ):
+    ) -> None:
         self.folder, self.manifest = pathlib.Path(folder), dict(manifest)
         self.dim, self.dtype = manifest["dim"], manifest["dtype"]
         self._checked = set() if verified else {*manifest["sha256"]}
@@ -201,7 +201,9 @@ def from_stored(rows: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(rows).view(DTYPES[dtype]).astype(np.float32)
 
 
-def refuse_other(found: Mapping[str, Any], expected: Mapping[str, Any], folder) -> None:
+def refuse_other(
+    found: Mapping[str, Any], expected: Mapping[str, Any], folder: pathlib.Path
+) -> None:
     """UserError naming what differs between two records of how rows were made."""
 
     def flat(tree, prefix=""):

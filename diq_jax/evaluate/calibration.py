@@ -6,6 +6,7 @@ Dims: Q questions.
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 BINS = 10  # of equal width
 
@@ -16,7 +17,7 @@ def confidence(log_likelihoods: Sequence[float]) -> float:
     return float(1 / np.exp(values - values.max()).sum())
 
 
-def reliability(confidences, correct) -> list[dict[str, float]]:
+def reliability(confidences: ArrayLike, correct: ArrayLike) -> list[dict[str, float]]:
     """For each bin that is not empty: low, high, questions, confidence and accuracy (means).
 
     Args:

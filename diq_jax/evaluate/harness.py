@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import errors
+from diq_jax import errors, trees
 from diq_jax.data import batches, chat
 from diq_jax.evaluate import harness_generation, options
-from diq_jax.models import decoder, load, loss
+from diq_jax.models import config, decoder, load, loss
 from diq_jax.run import devices, progress
 
 try:
     import lm_eval
     from lm_eval import tasks as task_lib
     from lm_eval import utils
+    from lm_eval.api import instance
     from lm_eval.api import model as lm_model
 except ModuleNotFoundError as e:
     if e.name != "lm_eval":
@@ -93,7 +94,7 @@ class HarnessModel(lm_model.TemplateLM):
         batch_tokens: int,
         adapter: Mapping[str, Any] | None = None,
         generate: harness_generation.Generate | None = None,
-    ):
+    ) -> None:
         super().__init__()
         tokenizer = layout.tokenizer
         if tokenizer.eos_token_id is None:
@@ -133,10 +134,14 @@ class HarnessModel(lm_model.TemplateLM):
         first = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
         return [*first, *ids]
 
-    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         return chat.write_conversation(chat_history, self.layout, add_generation_prompt)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[instance.Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Of each text the log-likelihood in nats, in windows where it is too long."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
@@ -155,7 +160,9 @@ class HarnessModel(lm_model.TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return sums
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(
+        self, requests: list[instance.Instance], disable_tqdm: bool = False
+    ) -> list[str]:
         """Texts up to the first of each request's stop strings.
 
         Raises:
@@ -232,7 +239,12 @@ class HarnessModel(lm_model.TemplateLM):
                     yield i, losses[row], greedy[row]
 
 
-def token_scores(params, cfg, batch, adapter=None) -> tuple[jax.Array, jax.Array]:
+def token_scores(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    batch: batches.Batch,
+    adapter: trees.Tree | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Of each scored token its negative log-likelihood in nats, and whether it is the likeliest.
 
     Returns:

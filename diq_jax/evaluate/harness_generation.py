@@ -74,7 +74,9 @@ def make_generate(
     return texts
 
 
-def make_prompts(contexts: Sequence[Sequence[int]], text) -> list[generate.Prompt]:
+def make_prompts(
+    contexts: Sequence[Sequence[int]], text: Callable[[Sequence[int]], str]
+) -> list[generate.Prompt]:
     """A context that comes again is another sample of the same prompt."""
     seen: collections.Counter[tuple[int, ...]] = collections.Counter()
     prompts = []

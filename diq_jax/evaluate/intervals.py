@@ -6,12 +6,13 @@ Dims: Q questions, M models, S bootstrap samples.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 METRICS = ("test_loss", "accuracy", "accuracy_norm")  # where options are compared
 GENERATED_METRICS = ("test_loss", "accuracy")  # where answers are generated: accuracy is of those
 
 
-def estimates(values, samples: int, seed: int | Sequence[int]) -> np.ndarray:
+def estimates(values: ArrayLike, samples: int, seed: int | Sequence[int]) -> np.ndarray:
     """The mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...) float64.
 
     Questions are drawn with replacement, the same for every column; so the difference of two
@@ -29,7 +30,7 @@ def estimates(values, samples: int, seed: int | Sequence[int]) -> np.ndarray:
     return out.reshape(1 + samples, *values.shape[1:])
 
 
-def summary(column) -> dict[str, float]:
+def summary(column: np.ndarray) -> dict[str, float]:
     """The mean and the 95 % percentile interval of a column (1 + S,) of `estimates`."""
     low, high = np.percentile(column[1:], [2.5, 97.5])
     return {"mean": float(column[0]), "low": float(low), "high": float(high)}

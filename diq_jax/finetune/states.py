@@ -31,7 +31,7 @@ class States:
         UserError: there are states and each is damaged.
     """
 
-    def __init__(self, folder: pathlib.Path, name: str):
+    def __init__(self, folder: pathlib.Path, name: str) -> None:
         self._folder = folder
         artifacts.make_folder(folder)
         self._last = _newest(folder, name)
@@ -47,7 +47,7 @@ class States:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, state, records: list[dict[str, float]]) -> None:
+    def save(self, state: Any, records: list[dict[str, float]]) -> None:
         """Keeps the state after len(records) steps; it is on the disk when this returns."""
         state = jax.tree.map(np.asarray, state)
         items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(records)}
@@ -57,7 +57,7 @@ class States:
         artifacts.sync(self._folder)
         artifacts.write_json(folder / CHECKSUMS, _checksums(folder))
 
-    def restore(self, state) -> tuple[Any, list[dict[str, float]]]:
+    def restore(self, state: Any) -> tuple[Any, list[dict[str, float]]]:
         """Returns the last state and the records of its steps; without one `state` and no record.
 
         Args:

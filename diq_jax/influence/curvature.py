@@ -17,13 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import trees
-from diq_jax.models import decoder, loss
+from diq_jax.data import batches
+from diq_jax.models import config, decoder, loss
 from diq_jax.run import devices
 
 HEAD = ("params/embed/", "params/head/")  # what stands after the last hidden state
 
 
-def product(chosen, rest, v, batch, cfg, reduction):
+def product(
+    chosen: trees.Tree,
+    rest: trees.Tree,
+    v: trees.Tree,
+    batch: batches.Batch,
+    cfg: config.DecoderConfig,
+    reduction: str,
+) -> trees.Tree:
     """The sum over a batch's examples of J^T H J v.
 
     Args:
@@ -71,11 +79,17 @@ def product(chosen, rest, v, batch, cfg, reduction):
     return trees.combine(jax.tree.map(jnp.add, shared, from_head), others)
 
 
-def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placement):
-    """A function v -> G v, the mean over the examples of `batches`; leaves (1, ...) both.
+def make_product(
+    space: tuple[trees.Tree, trees.Tree],
+    make_batches: Callable[[], Iterable[tuple[int, batches.Batch]]],
+    cfg: config.DecoderConfig,
+    reduction: str,
+    placement: devices.Placement,
+) -> Callable[[trees.Tree], trees.Tree]:
+    """A function v -> G v, the mean over the examples of `make_batches`; leaves (1, ...) both.
 
     Args:
-        batches: gives (number of examples, placed batch) pairs anew at each call.
+        make_batches: gives (number of examples, placed batch) pairs anew at each call.
     """
     step = _compiled(cfg, reduction, placement)
     chosen, rest = space
@@ -84,7 +98,7 @@ def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placeme
         total, count = None, 0
         v = jax.tree.map(lambda x: x[0], v)
         placed = placement.argument(v)
-        for examples, batch in batches():
+        for examples, batch in make_batches():
             part = step(chosen, rest, placed, batch)
             total = part if total is None else _add(total, part)
             count += examples
@@ -94,11 +108,19 @@ def make_product(space, batches: Callable[[], Iterable], cfg, reduction, placeme
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled(cfg, reduction, placement: devices.Placement):
+def _compiled(
+    cfg: config.DecoderConfig, reduction: str, placement: devices.Placement
+) -> Callable[..., trees.Tree]:
     return placement.compile(functools.partial(product, cfg=cfg, reduction=reduction), rows=False)
 
 
-def solve(multiply: Callable, gbar, damping: float, iterations: int, tolerance: float):
+def solve(
+    multiply: Callable[[trees.Tree], trees.Tree],
+    gbar: trees.Tree,
+    damping: float,
+    iterations: int,
+    tolerance: float,
+) -> tuple[trees.Tree, list[dict[str, Any]]]:
     """v with (G + lambda I) v = gbar for Q right sides, by conjugate gradients from 0.
 
     Args:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import errors, influence_config, trees
-from diq_jax.data import example
+from diq_jax.data import batches, example
 from diq_jax.influence import curvature, problems, thin
-from diq_jax.models import load, lora, loss, training
+from diq_jax.models import config, load, lora, loss, training
 from diq_jax.run import devices, progress
 
-Space = tuple[Any, Any]
+Space = tuple[trees.Tree, trees.Tree]
 
 
 @flax.struct.dataclass
@@ -54,7 +54,7 @@ def as_probe(factors: dict, scales: dict) -> dict:
     return trees.insert({}, nodes)
 
 
-def from_peft(folder: str, cfg, chosen) -> Direction:
+def from_peft(folder: str, cfg: config.DecoderConfig, chosen: trees.Tree) -> Direction:
     """Reads the update W -> W + A B scale of a LoRA adapter as a direction, pointing back along it.
 
     A training step moves the parameters against a gradient, so the direction that stands for the
@@ -106,7 +106,14 @@ def shapes(space: Space, placement: devices.Placement) -> dict[str, tuple[int, .
     }
 
 
-def losses(chosen, rest, batch, cfg, reduction: str, remat: bool = False) -> jax.Array:
+def losses(
+    chosen: trees.Tree,
+    rest: trees.Tree,
+    batch: batches.Batch,
+    cfg: config.DecoderConfig,
+    reduction: str,
+    remat: bool = False,
+) -> jax.Array:
     """Returns the losses (B,) float32 of a batch as a function of the chosen leaves."""
     both = trees.combine(chosen, rest)
     return loss.example_losses(both["params"], cfg, batch, reduction, both["adapter"], remat)
@@ -131,12 +138,16 @@ def _adapter(model, settings):
 
 
 def mean_gradient(
-    space: Space, batches: Iterable, cfg, reduction: str, placement: devices.Placement
-) -> Any:
+    space: Space,
+    placed: Iterable[tuple[int, batches.Batch]],
+    cfg: config.DecoderConfig,
+    reduction: str,
+    placement: devices.Placement,
+) -> trees.Tree:
     """Returns the mean loss gradient over target examples (DIQ's gbar), accumulated in float32.
 
     Args:
-        batches: (number of examples, placed batch) pairs; each batch is differentiated as a whole,
+        placed: (number of examples, placed batch) pairs; each batch is differentiated as a whole,
             with every layer recomputed in the backward pass.
 
     Returns:
@@ -144,7 +155,7 @@ def mean_gradient(
     """
     step = _gradient_step(cfg, reduction, placement)
     total, count = None, 0
-    for examples, batch in batches:
+    for examples, batch in placed:
         part = step(*space, batch)
         total = part if total is None else _add(total, part)
         count += examples

@@ -18,6 +18,7 @@ import numpy as np
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import example, gradient_store
 from diq_jax.influence import direction, exact, factored, per_example, problems, projection
+from diq_jax.models import config
 from diq_jax.run import devices
 
 
@@ -127,7 +128,7 @@ def exact_step(
     space: direction.Space,
     v: direction.Direction,
     settings: influence_config.Influence,
-    cfg,
+    cfg: config.DecoderConfig,
     placement: devices.Placement,
 ) -> Callable:
     """Compiles placed batch -> exact.BatchScores along v."""
@@ -172,7 +173,7 @@ class Features:
 def open_features(
     space: direction.Space,
     settings: influence_config.Influence,
-    cfg,
+    cfg: config.DecoderConfig,
     placement: devices.Placement,
     checkpoint: direction.Point | None,
 ) -> Features:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from diq_jax import trees
+from diq_jax.data import batches
 from diq_jax.influence import direction
-from diq_jax.models import loss
+from diq_jax.models import config, loss
 
 
 @flax.struct.dataclass
@@ -30,7 +31,13 @@ class BatchScores:
 
 
 def scores(
-    chosen, v: direction.Direction, rest, batch, cfg, reduction, per_token=False
+    chosen: trees.Tree,
+    v: direction.Direction,
+    rest: trees.Tree,
+    batch: batches.Batch,
+    cfg: config.DecoderConfig,
+    reduction: str,
+    per_token: bool = False,
 ) -> BatchScores:
     """Computes influence and loss of each example of a batch.
 

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from diq_jax import errors, influence_config, trees
+from diq_jax.data import batches
 from diq_jax.influence import projection, thin
-from diq_jax.models import layers, loss
+from diq_jax.models import config, layers, loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def make_layout(
     return ProbeLayout(matrices, vectors, rank, sketch, settings.seed)
 
 
-def make_maps(layout: ProbeLayout) -> dict:
+def make_maps(layout: ProbeLayout) -> dict[str, dict[str, jax.Array]]:
     """{matrix path: {left (in,), right (out,)}}, signs, stacked over layers where the matrix is."""
     maps = {}
     for name, (n, n_in, n_out) in layout.matrices.items():
@@ -108,7 +109,15 @@ def make_maps(layout: ProbeLayout) -> dict:
     return maps
 
 
-def features(params, maps, batch, cfg, reduction, layout: ProbeLayout, remat=False):
+def features(
+    params: trees.Tree,
+    maps: dict[str, dict[str, jax.Array]],
+    batch: batches.Batch,
+    cfg: config.DecoderConfig,
+    reduction: str,
+    layout: ProbeLayout,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """Each example's projected gradient.
 
     Args:
@@ -141,7 +150,9 @@ def features(params, maps, batch, cfg, reduction, layout: ProbeLayout, remat=Fal
     return _join(by_row, layout), losses
 
 
-def project_tree(v, maps, layout: ProbeLayout):
+def project_tree(
+    v: trees.Tree, maps: dict[str, dict[str, jax.Array]], layout: ProbeLayout
+) -> jax.Array:
     """The same projection of directions.
 
     Args:

@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from diq_jax import influence_config, trees
+from diq_jax.data import batches
 from diq_jax.influence import direction, problems
+from diq_jax.models import config
 
 
-def gradients(chosen, rest, batch, cfg, reduction: str, remat: bool = False) -> tuple:
+def gradients(
+    chosen: trees.Tree,
+    rest: trees.Tree,
+    batch: batches.Batch,
+    cfg: config.DecoderConfig,
+    reduction: str,
+    remat: bool = False,
+) -> tuple:
     """Gives each example's gradient and loss.
 
     Args:
@@ -35,8 +44,8 @@ def gradients(chosen, rest, batch, cfg, reduction: str, remat: bool = False) -> 
 def map_gradients(
     apply: Callable,
     space: direction.Space,
-    batch,
-    cfg,
+    batch: batches.Batch,
+    cfg: config.DecoderConfig,
     reduction: str,
     settings: influence_config.Influence,
     shards: int,
@@ -65,7 +74,9 @@ def map_gradients(
     return _in_parts(step, batch, held, shards)
 
 
-def in_microbatches(fn: Callable, batch, settings: influence_config.Influence, shards: int) -> Any:
+def in_microbatches(
+    fn: Callable, batch: batches.Batch, settings: influence_config.Influence, shards: int
+) -> Any:
     """Computes fn(batch), of outputs (B, ...), on as many rows at a time as `microbatch_tokens`
     hold.
     """

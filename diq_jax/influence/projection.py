@@ -35,7 +35,7 @@ def check(settings: influence_config.Projection, size: int) -> None:
         )
 
 
-def project(gradients, settings: influence_config.Projection):
+def project(gradients: trees.Tree, settings: influence_config.Projection) -> jax.Array:
     """Projects a batch of gradients.
 
     Args:
@@ -52,7 +52,7 @@ def project(gradients, settings: influence_config.Projection):
     return total
 
 
-def sketch(kind: str, key, flat, dim: int, block_bytes: int):
+def sketch(kind: str, key: jax.Array, flat: jax.Array, dim: int, block_bytes: int) -> jax.Array:
     """Projects one parameter's gradients (B, size) with the matrix that `key` stands for."""
     if kind == "sparse":
         return _sparse(key, flat, dim)

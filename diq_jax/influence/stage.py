@@ -156,7 +156,7 @@ class EpochFiles:
     (warmup.Epochs).
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
 
     def _file(self, epoch: int) -> pathlib.Path:

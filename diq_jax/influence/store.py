@@ -38,7 +38,7 @@ class Writer:
 
     def __init__(
         self, folder: pathlib.Path, rows: parts.Parts, count: int, dtype: str, shard_rows: int
-    ):
+    ) -> None:
         self.folder, self.rows, self.count = folder, rows, count
         self.dtype, self.shard_rows = dtype, shard_rows
         self.losses = np.zeros(count, np.float32)

@@ -12,7 +12,7 @@ OVERSAMPLE, PASSES = 16, 4
 MATRICES = ("kernel", "embedding")  # leaves that a factored direction or a probe may stand beside
 
 
-def truncate(v, rank: int):
+def truncate(v: trees.Tree, rank: int) -> tuple[trees.Tree, dict[str, dict[str, jax.Array]]]:
     """Each matrix of v by a truncated SVD.
 
     Returns:

@@ -8,10 +8,16 @@ Parameters, with layers stacked on a leading axis N and kernels stored (in, out)
     layers/attn/{q,k}_norm/scale (N, C), Qwen3
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from diq_jax import trees
+from diq_jax.data import batches
 from diq_jax.models import config, layers
 
 # First match decides; a leaf without a match, or a rule without a leaf where `always`, is an error.
@@ -61,7 +67,7 @@ def shapes(cfg: config.DecoderConfig) -> dict:
     return tree if cfg.tied_head else tree | {"head": {"kernel": (D, cfg.vocab_size)}}
 
 
-def init(key, cfg: config.DecoderConfig, dtype) -> dict:
+def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.Tree:
     """Random parameters (normal 0.02; norm gains one, biases zero), for tests and benchmarks."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
@@ -82,9 +88,16 @@ def init(key, cfg: config.DecoderConfig, dtype) -> dict:
 
 
 def apply(
-    params, cfg, tokens, positions, segment_ids,
-    adapter=None, remat=False, parent_ids=None, probe=None,
-) -> jax.Array:  # fmt: skip
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    tokens: batches.Array,
+    positions: batches.Array,
+    segment_ids: batches.Array,
+    adapter: trees.Tree | None = None,
+    remat: bool = False,
+    parent_ids: batches.Array | None = None,
+    probe: trees.Tree | None = None,
+) -> jax.Array:
     """Computes the hidden states after the final norm.
 
     Args:
@@ -109,8 +122,16 @@ def apply(
 
 
 def through(
-    params, cfg, tokens, positions, attend, adapter=None, remat=False, past=None, probe=None
-) -> tuple:
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    tokens: batches.Array,
+    positions: batches.Array,
+    attend: Callable[..., tuple[jax.Array, Any]],
+    adapter: trees.Tree | None = None,
+    remat: bool = False,
+    past: Any = None,
+    probe: trees.Tree | None = None,
+) -> tuple[jax.Array, Any]:
     """Runs the decoder around any way to attend: `apply`, and generation with a cache
     (models/cache.py).
 
@@ -162,7 +183,7 @@ def through(
     return layers.rms_norm(params["final_norm"], x, cfg.norm_eps, probe.get("final_norm")), kept
 
 
-def embed(params, tokens, probe=None) -> jax.Array:
+def embed(params: trees.Tree, tokens: batches.Array, probe: trees.Tree | None = None) -> jax.Array:
     """Returns rows of the embedding as the residual stream, (B, T, D) float32."""
     x = params["embedding"][tokens].astype(jnp.float32)
 
@@ -175,7 +196,12 @@ def embed(params, tokens, probe=None) -> jax.Array:
     return layers.probed((probe or {}).get("embedding"), x, enter, folded)
 
 
-def logits(params, cfg, hidden, probe=None) -> jax.Array:
+def logits(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    hidden: jax.Array,
+    probe: trees.Tree | None = None,
+) -> jax.Array:
     """Maps (B, A, D) to (B, A, V) float32.
 
     Args:

@@ -13,20 +13,22 @@ parameters, as the argument `probe`, nested like them; at a parameter it is one 
 Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head, R rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ad_checkpoint
 
+from diq_jax.data import batches
 from diq_jax.models import config
+from diq_jax.trees import Tree
 
 UNSEEN = -1e30  # added to a score: exp gives exactly 0; a position always sees itself
 QUERY_BLOCK = 256  # queries of one attention block: scores are (B, H, QUERY_BLOCK, T) at most
 
 
-def checkpointed(layer, remat=False):
+def checkpointed(layer: Callable, remat: bool = False) -> Callable:
     """A layer for `lax.scan` whose backward pass keeps what matrix products and `kept` gave, a
     third of it all, and recomputes the cheap rest; with `remat` it recomputes everything. Less is
     also faster on a CPU, where fresh memory costs more than arithmetic (docs/results.md).
@@ -39,12 +41,14 @@ def checkpointed(layer, remat=False):
     return jax.checkpoint(layer, prevent_cse=False, policy=None if remat else some)
 
 
-def kept(x):
+def kept(x: jax.Array) -> jax.Array:
     """x, which the backward pass of a `checkpointed` layer keeps."""
     return ad_checkpoint.checkpoint_name(x, "kept")
 
 
-def linear(params, x, adapter=None, probe=None):
+def linear(
+    params: Tree, x: jax.Array, adapter: Tree | None = None, probe: Tree | None = None
+) -> jax.Array:
     """Computes y = x W + b, plus a LoRA adapter's (x A) B * scale.
 
     Args:
@@ -119,7 +123,7 @@ def probed(
     return _probed(y, enter_folded(left, core.shape[-1]), core, right)
 
 
-def fold(x, signs, size):
+def fold(x: jax.Array, signs: jax.Array, size: int) -> jax.Array:
     """Coordinate i of the last axis, times its sign, goes to place i mod `size`: (..., size)
     float32.
 
@@ -162,7 +166,7 @@ def _probed_backward(residuals, dy):
 _probed.defvjp(_probed_forward, _probed_backward)
 
 
-def rms_norm(params, x, eps, probe=None):
+def rms_norm(params: Tree, x: jax.Array, eps: float, probe: Tree | None = None) -> jax.Array:
     """Divides by the root of the mean square over the last axis, in float32 because squares of
     bfloat16 lose the mean; the result has the gain's dtype.
     """
@@ -172,7 +176,7 @@ def rms_norm(params, x, eps, probe=None):
     return x32.astype(scale.dtype) * scale
 
 
-def layer_norm(params, x, eps):
+def layer_norm(params: Tree, x: jax.Array, eps: float) -> jax.Array:
     """Layer norm over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
@@ -197,7 +201,7 @@ def _along_last(vector, x):
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def rope_frequencies(rope: config.Rope, head_dim: int):
+def rope_frequencies(rope: config.Rope, head_dim: int) -> jax.Array:
     """Inverse frequencies, (C // 2,) float32, after the scaling that the checkpoint names."""
     settings = dict(rope.settings)
     inverse = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -216,7 +220,7 @@ def rope_frequencies(rope: config.Rope, head_dim: int):
     return inverse
 
 
-def rotate(x, positions, frequencies):
+def rotate(x: jax.Array, positions: batches.Array, frequencies: jax.Array) -> jax.Array:
     """Rotary embedding, half-split layout.
 
     Args:
@@ -231,7 +235,16 @@ def rotate(x, positions, frequencies):
     return turned.astype(x.dtype)
 
 
-def attention(q, k, v, segment_ids, causal, window=None, positions=None, parent_ids=None):
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: batches.Array,
+    causal: bool,
+    window: int | None = None,
+    positions: batches.Array | None = None,
+    parent_ids: batches.Array | None = None,
+) -> jax.Array:
     """Softmax attention inside segments, in blocks of queries, so that no (T, T) array of all heads
     exists at once.
 
@@ -306,7 +319,9 @@ def _seen(queries, keys, start, window):
     return seen
 
 
-def attention_to_parts(q, parts):
+def attention_to_parts(
+    q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
+) -> jax.Array:
     """Softmax attention of one query a row, to keys that lie in several arrays.
 
     Args:

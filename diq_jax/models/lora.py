@@ -121,7 +121,9 @@ def with_dropout(adapter: dict, keys: jax.Array, rate: jax.Array | float) -> dic
     return _map_linears(dropped, adapter)
 
 
-def save_peft(folder: str | os.PathLike, adapter, alpha: float, dropout: float, base: str) -> None:
+def save_peft(
+    folder: str | os.PathLike, adapter: trees.Tree, alpha: float, dropout: float, base: str
+) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, as PEFT's
     PeftModel.from_pretrained reads them.
 

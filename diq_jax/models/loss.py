@@ -5,12 +5,21 @@ them.
 import jax
 import jax.numpy as jnp
 
-from diq_jax.models import decoder
+from diq_jax import trees
+from diq_jax.data import batches
+from diq_jax.models import config, decoder
 
 HEAD_BLOCK = 512  # answer tokens of one block: logits are (HEAD_BLOCK, V) float32
 
 
-def token_losses(params, cfg, batch, adapter=None, remat=False, probe=None) -> jax.Array:
+def token_losses(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    batch: batches.Batch,
+    adapter: trees.Tree | None = None,
+    remat: bool = False,
+    probe: trees.Tree | None = None,
+) -> jax.Array:
     """Computes the negative log-likelihood of each answer token, in nats.
 
     Args:
@@ -24,20 +33,33 @@ def token_losses(params, cfg, batch, adapter=None, remat=False, probe=None) -> j
     return answer_losses(params, cfg, hidden, batch, probe)
 
 
-def hidden_states(params, cfg, batch, adapter=None, remat=False, probe=None) -> jax.Array:
+def hidden_states(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    batch: batches.Batch,
+    adapter: trees.Tree | None = None,
+    remat: bool = False,
+    probe: trees.Tree | None = None,
+) -> jax.Array:
     """Runs a batch through the decoder: (B, T, D) after the final norm."""
     places = batch.tokens, batch.positions, batch.segment_ids
     return decoder.apply(params, cfg, *places, adapter, remat, batch.parent_ids, probe)
 
 
-def at_answers(hidden, batch) -> jax.Array:
+def at_answers(hidden: jax.Array, batch: batches.Batch) -> jax.Array:
     """Picks the hidden states of the answer positions, (B, T, D) -> (B, A, D), which alone meet the
     head. Gathered for each row, so that a batch split over devices stays local.
     """
     return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
 
 
-def answer_losses(params, cfg, hidden, batch, probe=None) -> jax.Array:
+def answer_losses(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    hidden: jax.Array,
+    batch: batches.Batch,
+    probe: trees.Tree | None = None,
+) -> jax.Array:
     """Computes `token_losses` from hidden states (B, T, D) after the final norm."""
 
     @jax.checkpoint
@@ -53,7 +75,7 @@ def answer_losses(params, cfg, hidden, batch, probe=None) -> jax.Array:
     return jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :A] * batch.loss_mask
 
 
-def head_blocks(x) -> jax.Array:
+def head_blocks(x: batches.Array) -> jax.Array:
     """Splits (B, A, ...) into what the head takes at a time, padded: (blocks, B, size, ...)."""
     B, A = x.shape[:2]
     size = min(A, max(1, HEAD_BLOCK // B))
@@ -62,7 +84,7 @@ def head_blocks(x) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
 
 
-def token_weights(batch, reduction: str) -> jax.Array:
+def token_weights(batch: batches.Batch, reduction: str) -> jax.Array:
     """Returns what each answer token's loss counts in its example's, (B, A) float32: 1, or with
     `mean` 1 over the example's answer tokens; 0 at padding.
     """
@@ -76,7 +98,7 @@ def token_weights(batch, reduction: str) -> jax.Array:
     return batch.loss_mask / jnp.maximum(count, 1.0)
 
 
-def by_example(values, batch) -> jax.Array:
+def by_example(values: batches.Array, batch: batches.Batch) -> jax.Array:
     """Sums (B, A) over each example's answer tokens: (B,), or (B, S) of a packed batch."""
     if batch.loss_examples is None:
         return jnp.sum(values, axis=1)
@@ -85,7 +107,13 @@ def by_example(values, batch) -> jax.Array:
 
 
 def example_losses(
-    params, cfg, batch, reduction: str, adapter=None, remat=False, probe=None
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    batch: batches.Batch,
+    reduction: str,
+    adapter: trees.Tree | None = None,
+    remat: bool = False,
+    probe: trees.Tree | None = None,
 ) -> jax.Array:
     """Computes the loss of each example's answer tokens, in nats: their `mean` (DIQ, and every
     trainer that averages) or `sum`.

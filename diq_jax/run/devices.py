@@ -2,6 +2,7 @@
 pmap.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,7 +13,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import ArrayLike
 
 from diq_jax import config, errors
 from diq_jax.run import processes
@@ -216,7 +218,7 @@ def _joined(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-def put(array, sharding):
+def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
     """An array, the same in every process, as the sharding has it."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
@@ -232,7 +234,7 @@ def _to(sharding):
     return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
-def whole(array) -> np.ndarray:
+def whole(array: ArrayLike) -> np.ndarray:
     """A placed array on the host, also where other processes hold parts of it."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
@@ -252,7 +254,7 @@ def one_behind(started: Iterable) -> Iterator:
         yield last
 
 
-def matmul_precision(dtype: str):
+def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
     """A context for matrix products as model.dtype asks: TPUs and GPUs round those of float32 to
     bfloat16 or TF32 unless told otherwise.
     """

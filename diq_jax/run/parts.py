@@ -6,7 +6,7 @@ import hashlib
 import io
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Parts:
         done: the positions of the rows that are finished.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         self.done: set[int] = set()
         self._files: list[pathlib.Path] = []
@@ -71,7 +71,7 @@ class Parts:
         """The positions of `count` rows that are not finished."""
         return [row for row in range(count) if row not in self.done]
 
-    def batches(self):
+    def batches(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Yields every part as (rows (B,) int64, {column: (B, ..) array or list})."""
         for path in self._files:
             table = _read(path.read_bytes())

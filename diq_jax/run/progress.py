@@ -12,7 +12,7 @@ class Progress:
     rate.
     """
 
-    def __init__(self, name: str, total: int, resumed: int = 0):
+    def __init__(self, name: str, total: int, resumed: int = 0) -> None:
         self.tokens, self.examples, self._start = 0, 0, time.perf_counter()
         self._bar = tqdm.tqdm(
             total=total,
