@@ -78,7 +78,7 @@ WRITES = {
         *(f"adapter/{name}" for name in ADAPTER), "state/*", "tensorboard/*",
     ),
     "evaluate": ("results.json", "predictions.jsonl", "partial/*"),
-    "report": ("report.html", *(f"{name}.png" for name in report.PICTURES)),
+    "report": ("report.html", "rows/*.gz", *(f"{name}.png" for name in report.PICTURES)),
 }  # fmt: skip
 
 STAGES = {
@@ -119,10 +119,11 @@ STAGES = {
         stages.Stage(
             "report",
             lambda context: (
-                prepare.POOL, *SCORES, SELECTION[0], "selection/thresholds.json",
+                prepare.POOL, prepare.TARGETS, *SCORES, SELECTION[0], "selection/thresholds.json",
                 *_existing("difficulty/metrics.json", "finetune/losses.jsonl",
                            "dpo/losses.jsonl", "selection/hygiene.parquet",
-                           "evaluate/results.json")(context),
+                           "selection/baselines.parquet", "evaluate/results.json",
+                           *MORE_SCORES)(context),
             ), WRITES["report"], _none, report.run,
         ),
     )

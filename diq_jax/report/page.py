@@ -2,24 +2,20 @@
 
 import dataclasses
 import functools
-import html
-import json
 import pathlib
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import markupsafe
 import numpy as np
-import plotly.offline
 
 from diq_jax import config
-from diq_jax.report import classifier, figures, outcomes, tables
+from diq_jax.report import classifier, detail, explorer, figures, outcomes, tables
 
-MOST_POINTS = 4000  # of the scatters; browsers drag with more SVG marks
-TEXT_BUDGET = 2_000_000  # characters of examples to read by a click, over all points
+MOST_POINTS = 4000  # of the pictures
 PREFERENCES = {"loss": "loss (nats)", "margin": "margin (nats)", "accuracy": "pairs in order"}
+OWN_COLUMNS = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
 EXTREMES = 5  # examples shown at each end
 TEMPLATE = pathlib.Path(__file__).with_name("template.html")
 
@@ -51,6 +47,7 @@ class ReportData:
     preferences: Sequence[Mapping[str, Any]]
     repeats: Sequence[Mapping[str, Any]] | None
     records: Sequence[Mapping[str, Any]]
+    detail: detail.Detail
 
     @property
     def has_difficulty(self) -> bool:
@@ -119,12 +116,13 @@ def pictures(run: ReportData) -> dict[str, figures.Picture]:
     return dict(sorted(out.items()))
 
 
-def render(run: ReportData, drawn: Mapping[str, figures.Picture]) -> str:
-    """Writes the page. Everything from the data is escaped: HTML by jinja, JSON by `_json`."""
+def render(
+    run: ReportData, drawn: Mapping[str, figures.Picture], explored: explorer.Explorer
+) -> str:
+    """Writes the page. Everything from the data is escaped: HTML by jinja, JSON by the explorer."""
     e = run.examples
     cfg, selected = run.config, e["selected"]
-    own_columns = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
-    by_column = tables.group_columns(run.rows, own_columns)
+    by_column = tables.group_columns(run.rows, OWN_COLUMNS)
     chosen = {e["example_id"][i] for i in np.flatnonzero(selected)}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -135,9 +133,7 @@ def render(run: ReportData, drawn: Mapping[str, figures.Picture]) -> str:
         selected=int(selected.sum()),
         headline=outcomes.headline(run.results),
         svg={name: markupsafe.Markup(picture.svg) for name, picture in drawn.items()},
-        explorer=_json(_explorer(run)) if run.has_difficulty else None,
-        plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()) if run.has_difficulty else None,
-        shown=len(run.drawn),
+        explorer=explored,
         outliers=int(np.sum(run.influence != e["influence"])),
         levels=outcomes.levels(run.results) if run.results else None,
         differences=outcomes.differences(run.results) if run.results else None,
@@ -176,88 +172,20 @@ def _quadrant_table(run):
     return tables.groups("Quadrant", shares)
 
 
-def _json(value) -> markupsafe.Markup:
-    """JSON that may stand inside a script element, whatever text it holds."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return markupsafe.Markup(text)
-
-
-def _explorer(run):
-    """Makes the scatter for plotly.js, without what is the page's own (colors, sizes), and the text
-    of each example drawn, as far as the budget goes.
-    """
-    e, points = run.examples, run.drawn
-    selected = e["selected"][points]
-    traces = [_trace(run, "not selected", ~selected), _trace(run, "selected", selected)]
-    room = max(200, TEXT_BUDGET // (3 * len(points)))
-    names = ("example_id", "source", "question", "reasoning", "answer")
-    texts = [[_cut(e[name][i], room, " … (cut)") for name in names] for i in points]
-    return {"figure": {"data": traces, "layout": _layout(run)}, "texts": texts}
-
-
-def _trace(run, name, group):
-    e, points, places = run.examples, run.drawn, np.flatnonzero(group)
-    columns = [e[name] for name in ("example_id", "question", "source", "rank", "tokens")]
-    hovered = [
-        # The last one says where the text is.
-        [*(_hover_text(column[points[k]]) for column in columns), run.score(points[k]), int(k)]
-        for k in places
-    ]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": name,
-        "x": _digits(e["difficulty"][points[places]]),
-        "y": _digits(run.influence[points[places]]),
-        "customdata": hovered,
-        "hovertemplate": "<b>%{customdata[0]}</b> · %{customdata[2]}<br>%{customdata[1]}<br>"
-        "difficulty %{x:.2f} · influence %{customdata[5]} · rank %{customdata[3]} · "
-        "%{customdata[4]} answer tokens<extra></extra>",
-    }
-
-
-def _layout(run):
-    tau_d, m_dot = run.thresholds["difficulty"], run.thresholds["influence"]
-    lines = [{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": tau_d, "x1": tau_d}]
-    if m_dot is not None:
-        lines.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": m_dot, "y1": m_dot})
-    drawn = run.examples["difficulty"][run.drawn], run.influence[run.drawn]
-    axes = [
-        {"title": {"text": title}, "range": figures.limits(values)}
-        for title, values in zip(figures.axis_titles(run.thresholds), drawn, strict=True)
-    ]
-    corners = [
+def explore(run: ReportData) -> explorer.Explorer:
+    """Packs all rows for the explorer."""
+    e, cfg = run.examples, run.config
+    return explorer.make(
+        e,
+        run.rows,
+        tables.group_columns(run.rows, OWN_COLUMNS),
+        run.detail,
         {
-            "text": f"<b>{figures.quadrant_label(quadrant, run.quadrant_counts)}</b>",
-            "xref": "paper",
-            "yref": "paper",
-            "x": x,
-            "y": y,
-            "xanchor": "right" if x else "left",
-            "yanchor": "top" if y else "bottom",
-            "showarrow": False,
-        }
-        for quadrant, (x, y) in figures.CORNERS.items()
-    ]
-    return {"xaxis": axes[0], "yaxis": axes[1], "shapes": lines, "annotations": corners}
-
-
-def _hover_text(cell):
-    """The start of a text for a plotly hover label, which reads a little HTML: escaped, and broken
-    into lines.
-    """
-    lines = textwrap.wrap(_cut(str(cell), 120, "…"), 64)
-    return "<br>".join(html.escape(line, quote=False) for line in lines)
-
-
-def _cut(text, room, mark):
-    return text if len(text) <= room else text[:room] + mark
-
-
-def _digits(values):
-    return [float(f"{value:.6g}") for value in values]
+            "method": cfg.selection.method,
+            "quadrant_order": cfg.selection.quadrants,
+            "thresholds": {name: run.thresholds[name] for name in ("difficulty", "influence")},
+        },
+    )
 
 
 def _curves(losses, name):

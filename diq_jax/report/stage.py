@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
-from diq_jax.report import outcomes, page
+from diq_jax.report import detail, outcomes, page
 from diq_jax.run import artifacts, reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
-PAIRS = "selection/hygiene.parquet"
 PICTURES = (
     "classifier", "comparison", "distributions", "loss", "preferences", "quadrants", "sources",
     "tokens",
@@ -17,7 +16,7 @@ TEXTS = ("example_id", "source", "question", "reasoning", "answer")
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes report/report.html and report/*.png.
+    """Writes report/report.html and report/*.png; for a large pool also report/rows/*.gz.
 
     Needs prepare, influence and selection. What the other stages would have shown is left out, and
     the page says so. The same artifacts give the same bytes.
@@ -27,7 +26,11 @@ def run(context: stages.Context) -> dict[str, Any]:
     for name, picture in drawn.items():
         with artifacts.atomic(context.path(f"report/{name}.png")) as temporary:
             temporary.write_bytes(picture.png)
-    artifacts.write_text(context.path("report/report.html"), page.render(found, drawn))
+    explored = page.explore(found)
+    for name, blob in explored.files.items():
+        with artifacts.atomic(context.path(f"report/rows/{name}.gz")) as temporary:
+            temporary.write_bytes(blob)
+    artifacts.write_text(context.path("report/report.html"), page.render(found, drawn, explored))
     return {"rows": len(found.rows), "figures": [f"{name}.png" for name in drawn]}
 
 
@@ -81,8 +84,11 @@ def load(context: stages.Context) -> page.ReportData:
         classifier=_optional(context, "difficulty/metrics.json"),
         losses=_lines(context, "finetune/losses.jsonl"),
         preferences=_lines(context, "dpo/losses.jsonl"),
-        repeats=context.table(PAIRS).to_pylist() if context.path(PAIRS).exists() else None,
+        repeats=context.table(detail.PAIRS).to_pylist()
+        if context.path(detail.PAIRS).exists()
+        else None,
         records=[record for record in made if record and record["status"] == records.DONE],
+        detail=detail.load(context, columns["example_id"]),
     )
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,14 @@ class Table:
             for row in texts
         )
         return "\n".join(lines).replace("−", "-")
+
+
+def script_json(value: Any) -> str:
+    """Writes JSON that may stand inside a script element, whatever text it holds."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "replace").decode()
 
 
 def number(value: float | None, decimals: int, sign: bool = False) -> str:

@@ -1,0 +1,207 @@
+"""The explorer: all rows of a run for explorer/*.js, as compressed blobs inside or beside the page.
+
+The page unpacks the columns at once and the texts of CHUNK_ROWS rows when one of them is read.
+"""
+
+import base64
+import dataclasses
+import gzip
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import markupsafe
+import numpy as np
+
+from diq_jax.report import detail, figures, tables
+
+CHUNK_ROWS = 128
+INLINE_BYTES = 48 * 2**20  # of the page; more rows than that lie beside it, for a server
+START = 110  # characters of a question in the table
+MOST_LABELS = 2**16 - 1  # of a group
+TARGETS = 10  # that a row helps most and hurts most
+FOLDER = pathlib.Path(__file__).with_name("explorer")
+SCRIPTS = ("data", "choice", "scatter", "table", "reader", "methods", "main")
+TEXTS = ("question", "reasoning", "answer")
+TITLES = {
+    "difficulty": figures.DIFFICULTY,
+    "influence": figures.INFLUENCE,
+    "tokens": "answer tokens",
+    "loss": "loss at the base model (nats)",
+}
+HIDDEN = ("rank", "quadrant", "selected", "id_order")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explorer:
+    """What the template needs of the explorer.
+
+    Attributes:
+        blobs: {name: base64 of gzip} for the page.
+        files: {name: gzip} to lie beside the page, where the page would be too large.
+        methods: how many methods can be compared.
+        absent: what the run lacks, and how to get it.
+    """
+
+    index: markupsafe.Markup
+    script: markupsafe.Markup
+    style: markupsafe.Markup
+    blobs: Mapping[str, str]
+    files: Mapping[str, bytes]
+    methods: int
+    absent: Sequence[str]
+
+    @property
+    def served(self) -> bool:
+        """Whether the rows lie beside the page."""
+        return bool(self.files)
+
+
+def make(
+    examples: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Sequence[str]],
+    details: detail.Detail,
+    facts: Mapping[str, Any],
+) -> Explorer:
+    """Packs a run. The same arguments give the same bytes.
+
+    Args:
+        examples: the columns of page.ReportData.examples.
+        rows: the rows as they came.
+        groups: {name: a text for each row} to color and to filter by.
+        facts: method, thresholds and quadrant_order of the run.
+    """
+    n = len(rows)
+    numbers = _numbers(examples, details)
+    codes, labels = _codes({"source": examples["source"], **groups})
+    columns = b"".join(
+        [np.asarray(v, "<f4").tobytes() for v in numbers.values()]
+        + [np.asarray(v, "<u2").tobytes() for v in codes.values()]
+    )
+    starts = [" ".join(text[: 2 * START].split())[:START] for text in examples["question"]]
+    chunks = {
+        str(k): _json([_record(examples, rows, details, i) for i in range(first, last)])
+        for k, (first, last) in enumerate(_spans(n))
+    }
+    head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
+    blobs, texts = ({k: _gzip(v) for k, v in found.items()} for found in (head, chunks))
+    inline = sum(map(len, texts.values())) * 4 / 3 <= INLINE_BYTES
+    index = {
+        "rows": n,
+        "chunk_rows": CHUNK_ROWS,
+        "chunks": len(chunks),
+        "characters": sum(len(text) for name in TEXTS for text in examples[name]),
+        "numbers": [
+            {"name": name, "title": TITLES.get(name, name), "fact": name not in HIDDEN,
+             "hidden": name in HIDDEN}
+            | ({"hidden": True, "fact": False} if name.startswith("rank by ") else {})
+            for name in numbers
+        ],
+        "groups": [{"name": name, "labels": found} for name, found in labels.items()],
+        "fences": {"influence": _fence(numbers["influence"])},
+        "keep": int(np.sum(examples["selected"])),
+        "methods": list(details.methods),
+        "targets": list(details.targets),
+        "quadrants": figures.QUADRANTS,
+        "edits": list(details.edits),
+        "run": hashlib.sha256(head["names"]).hexdigest()[:16],
+        **facts,
+    }  # fmt: skip
+    return Explorer(
+        index=_safe(index),
+        script=markupsafe.Markup(
+            "\n".join((FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+        ),
+        style=markupsafe.Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        blobs={
+            name: base64.b64encode(blob).decode()
+            for name, blob in (blobs | (texts if inline else {})).items()
+        },
+        files={} if inline else texts,
+        methods=len(details.methods),
+        absent=details.absent,
+    )
+
+
+def _spans(n):
+    return [(first, min(first + CHUNK_ROWS, n)) for first in range(0, n, CHUNK_ROWS)]
+
+
+def _numbers(examples, details) -> dict[str, np.ndarray]:
+    """Returns the columns of numbers, (n,) each; a column without a number is left out."""
+    ids = examples["example_id"]
+    id_order = np.empty(len(ids))
+    id_order[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+    shown = ("difficulty", "influence", "tokens", "loss", "rank", "quadrant", "selected")
+    found = {name: examples[name] for name in shown} | {"id_order": id_order} | details.numbers
+    found |= {f"rank by {method}": ranks for method, ranks in details.methods.items()}
+    found = {name: np.asarray(values, np.float32) for name, values in found.items()}
+    return {name: v for name, v in found.items() if np.isfinite(v).any()}
+
+
+def _codes(groups):
+    """Returns {name: codes (n,)} and {name: labels}, of groups that tell rows apart."""
+    codes, labels = {}, {}
+    for name, values in groups.items():
+        found = sorted(set(values))
+        if 2 <= len(found) <= MOST_LABELS:
+            place = {label: k for k, label in enumerate(found)}
+            codes[name] = [place[v] for v in values]
+            labels[name] = [_cut(label, 80) for label in found]
+    return codes, labels
+
+
+def _record(examples, rows, details, i) -> dict[str, Any]:
+    """Returns what the reader shows of row i."""
+    row = {name: examples[name][i] for name in (*TEXTS, "why")}
+    known = {"id", "source", *row}
+    row["own"] = {
+        name: value
+        for name, value in rows[i].items()
+        if name not in known and value not in (None, "") and value not in row.values()
+    }
+    if details.heat is not None:
+        row["pieces"] = details.pieces[i]
+        row["heat"] = [float(f"{value:.3g}") for value in details.heat[i]]
+    if details.by_target is not None:
+        values = details.by_target[i]
+        order = np.argsort(-values, kind="stable")
+        row["helps"] = [[int(t), _digits(values[t])] for t in order[:TARGETS] if values[t] > 0]
+        worst = order[::-1][:TARGETS]
+        row["hurts"] = [[int(t), _digits(values[t])] for t in worst if values[t] < 0]
+    if details.near is not None:
+        row["near"] = [[int(j), _digits(cosine)] for j, cosine in details.near[i]]
+    if repeats := details.repeats.get(examples["example_id"][i]):
+        row["repeats"] = repeats
+    return row
+
+
+def _fence(influence):
+    low, high = figures.fences(influence)
+    pad = 0.08 * (high - low) or 0.5
+    return [low - pad, high + pad]
+
+
+def _cut(text, room):
+    return text if len(text) <= room else text[: room - 1] + "…"
+
+
+def _digits(value):
+    return float(f"{value:.4g}")
+
+
+def _gzip(data: bytes) -> bytes:
+    return gzip.compress(data, 6, mtime=0)
+
+
+def _json(value) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")  # half a surrogate pair cannot be written
+
+
+def _safe(value) -> markupsafe.Markup:
+    """JSON that may stand inside a script element, whatever text it holds."""
+    return markupsafe.Markup(tables.script_json(value))
