@@ -8,8 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-METRICS = ("test_loss", "accuracy", "accuracy_norm")  # where options are compared
-GENERATED_METRICS = ("test_loss", "accuracy")  # where answers are generated: accuracy is of those
+# Of each question, by likelihoods; see `results`.
+METRICS = (
+    "test_loss", "test_loss_without_end", "accuracy", "accuracy_norm",
+    "choice_loss", "choice_loss_letters", "brier", "margin",
+)  # fmt: skip
+# Where answers are generated: accuracy is of those.
+GENERATED_METRICS = tuple(metric for metric in METRICS if metric != "accuracy_norm")
+HIGHER_IS_BETTER = ("accuracy", "accuracy_norm", "margin")  # of all others less is better
 
 
 def estimates(values: ArrayLike, samples: int, seed: int | Sequence[int]) -> np.ndarray:
@@ -53,11 +59,12 @@ def results(
         names: M models.
         targets: (targets, M) mean answer-token losses, nats per token.
         questions: (Q, M, len(metrics)), for each question and model; of METRICS the loss of the
-            right option in nats per token, then 1 for a right choice by raw and by
-            length-normalised likelihood, else 0.
+            right option in nats per token, with and without the end of the turn; 1 for a right
+            choice by raw and by length-normalised likelihood, else 0; the choice loss by raw
+            likelihoods and by those of the letters, the Brier score and the margin (options.py).
         tasks: the task of each question.
         versus: for each model, those that it is compared with: its own value minus theirs.
-        groups: {name: tasks} to average accuracies over, each task weighing the same.
+        groups: {name: tasks} to average over, each task weighing the same.
     """
 
     def by_metric(questions):
@@ -104,7 +111,7 @@ def averages(
     seed: int,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """{group: {metric: (1 + S, M)}} of every accuracy: the mean over tasks, drawn as `estimates`.
+    """{group: {metric: (1 + S, M)}} of every metric: the mean over tasks, drawn as `estimates`.
 
     Each task's questions are drawn apart from every other task's, as they were collected.
     """
@@ -116,7 +123,7 @@ def averages(
     return {
         name: {
             metric: np.mean([drawn[task][..., metrics.index(metric)] for task in of], axis=0)
-            for metric in metrics[1:]
+            for metric in metrics
         }
         for name, of in groups.items()
     }

@@ -120,8 +120,9 @@ def ask(
     """Makes what is asked of every model, each with its compiled program.
 
     Returns:
-        `target`, with the column loss, and `question`, with log_likelihoods (of each option) and
-        loss (of the right one); see options.scores.
+        `target`, with the column loss, and `question`, with log_likelihoods and
+        letter_log_likelihoods (of each option) and loss (of the right one); see options.scores and
+        options.letter_scores.
     """
 
     # A target's loss is the very function that the influence direction differentiates.
@@ -133,7 +134,12 @@ def ask(
 
     def question_values(i, output):
         sums, right = options.scores(questions[i], output)
-        return {"log_likelihoods": sums.tolist(), "loss": right}
+        letters = options.letter_scores(questions[i], output)
+        return {
+            "log_likelihoods": sums.tolist(),
+            "letter_log_likelihoods": letters.tolist(),
+            "loss": right,
+        }
 
     def make(name, rows, score, pack, values):
         groups = batches.plan(rows, batch_tokens, placement.rows_multiple, MAX_SHAPES)

@@ -135,6 +135,49 @@ def scores(question: Question, losses: np.ndarray) -> tuple[np.ndarray, float]:
     return np.array([-losses[i:j].sum() for i, j in bounds]), float(right.mean())
 
 
+def letter_scores(question: Question, losses: np.ndarray) -> np.ndarray:
+    """Sums the log-likelihood of the first tokens of each option, as few as tell the options apart:
+    of options "A. text" those of the letters. An option's length does not touch it.
+
+    Args:
+        losses: as for `scores`.
+
+    Returns:
+        (O,) float64, in nats.
+    """
+    count, longest = 1, int(question.lengths.max())
+    while count < longest:
+        if len({tuple(ids[:count]) for ids in question.option_ids}) == len(question.letters):
+            break
+        count += 1
+    spans = zip(question.starts, np.minimum(question.lengths, count), strict=True)
+    return np.array([-losses[i : i + n].astype(np.float64).sum() for i, n in spans])
+
+
+def choice_loss(log_likelihoods: np.ndarray, answer: int) -> float:
+    """Minus the log of the right option's share among the options, in nats: log O for a guess."""
+    scores = np.asarray(log_likelihoods, np.float64)
+    top = scores.max()
+    return float(top + np.log(np.exp(scores - top).sum()) - scores[answer])
+
+
+def brier(log_likelihoods: np.ndarray, answer: int) -> float:
+    """The squared distance of the options' shares from 1 for the right one and 0 for the others, in
+    [0, 2] (Brier 1950).
+    """
+    scores = np.asarray(log_likelihoods, np.float64)
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    return float(np.sum((shares - (np.arange(len(shares)) == answer)) ** 2))
+
+
+def margin(log_likelihoods: np.ndarray, answer: int) -> float:
+    """The right option's log-likelihood less the best other one's, in nats; 0 without another."""
+    scores = np.asarray(log_likelihoods, np.float64)
+    others = np.delete(scores, answer)
+    return float(scores[answer] - others.max()) if len(others) else 0.0
+
+
 def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
     """The likeliest option, by the sum and by the mean of a token. Ties go to the first option."""
     return int(np.argmax(log_likelihoods)), int(np.argmax(log_likelihoods / lengths))
@@ -146,23 +189,30 @@ def predictions(
     """Returns the rows of evaluate/predictions.jsonl.
 
     Args:
-        columns: log_likelihoods and loss of each question, as `scores` gives them.
+        columns: log_likelihoods and loss of each question, as `scores` gives them, and
+            letter_log_likelihoods.
     """
     rows = []
-    measured = zip(columns["log_likelihoods"], columns["loss"], strict=True)
-    for question, (sums, loss) in zip(questions, measured, strict=True):
-        lengths, letters = question.lengths, question.letters
+    named = ("log_likelihoods", "letter_log_likelihoods", "loss")
+    measured = zip(*(columns[name] for name in named), strict=True)
+    for question, (sums, of_letters, loss) in zip(questions, measured, strict=True):
+        lengths, letters, answer = question.lengths, question.letters, question.answer
         by_sum, by_mean = choose(np.asarray(sums), lengths)
         rows.append(
             {
                 "model": model,
                 "example_id": question.example_id,
                 "task": question.task,
-                "answer": letters[question.answer],
+                "answer": letters[answer],
                 "prediction": letters[by_sum],
                 "prediction_norm": letters[by_mean],
                 "loss": float(loss),
+                "choice_loss": choice_loss(sums, answer),
+                "choice_loss_letters": choice_loss(of_letters, answer),
+                "brier": brier(sums, answer),
+                "margin": margin(sums, answer),
                 "log_likelihoods": dict(zip(letters, map(float, sums), strict=True)),
+                "letter_log_likelihoods": dict(zip(letters, map(float, of_letters), strict=True)),
                 "tokens": dict(zip(letters, lengths.tolist(), strict=True)),
             }
         )
@@ -170,12 +220,19 @@ def predictions(
 
 
 def outcomes(predictions: Sequence[dict[str, Any]], metrics: Sequence[str]) -> np.ndarray:
-    """Returns the metrics of rows of `prediction`, (Q, len(metrics)) float64: test_loss, and 1
-    where the option that a metric looks at is the right one.
+    """Returns the metrics (intervals.METRICS) of rows of `predictions`, (Q, len(metrics)) float64:
+    an accuracy is 1 where the option that it looks at is the right one.
     """
-    chosen = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}
-    values = [
-        [row["loss"] if m == "test_loss" else row[chosen[m]] == row["answer"] for m in metrics]
-        for row in predictions
-    ]
+    values = [[_outcome(row, metric) for metric in metrics] for row in predictions]
     return np.array(values, np.float64)
+
+
+def _outcome(row: Mapping[str, Any], metric: str) -> float:
+    answer = row["answer"]
+    if metric == "test_loss":
+        return row["loss"]
+    if metric == "test_loss_without_end":
+        return -row["log_likelihoods"][answer] / row["tokens"][answer]
+    if metric in ("accuracy", "accuracy_norm"):
+        return row[metric.replace("accuracy", "prediction")] == answer
+    return row[metric]

@@ -10,10 +10,17 @@ from diq_jax.report import tables
 
 METRICS = {  # name: (title, unit, factor, decimals)
     "test_loss": ("Test loss", "nats/token", 1, 3),
+    "test_loss_without_end": ("Test loss without the end of turn", "nats/token", 1, 3),
     "target_loss": ("Target loss", "nats/token", 1, 3),
     "accuracy": ("Accuracy", "%", 100, 1),
     "accuracy_norm": ("Accuracy, length-normalised", "%", 100, 1),
+    "choice_loss": ("Choice loss", "nats", 1, 3),
+    "choice_loss_letters": ("Choice loss of the letters", "nats", 1, 3),
+    "brier": ("Brier score", "0 to 2", 1, 3),
+    "margin": ("Margin", "nats", 1, 3),
 }
+# Two tables: how well answers are written, and how well they are told from the other options.
+WRITTEN, CHOSEN = list(METRICS)[:5], list(METRICS)[5:]
 REFERENCES = ("base", "random")  # what an arm is compared with
 
 
@@ -31,7 +38,7 @@ def headline(results: Mapping[str, Any] | None) -> str:
     versus = models["selected"].get("versus", {})
     against = next((name for name in ("random", "base") if name in versus), None)
     said = [f"One seed, {results['tests']} held-out questions."]
-    for metric, better in (("test_loss", "low"), ("accuracy", "high")):
+    for metric, better in (("test_loss", "low"), ("accuracy", "high"), ("choice_loss", "low")):
         if metric in models["selected"]:
             said.append(_claim(models, metric, better, against))
     if against is None:
@@ -44,14 +51,14 @@ def headline(results: Mapping[str, Any] | None) -> str:
 
 def _claim(models, metric, better, against):
     """One sentence on one metric: its levels, the paired difference, and what that shows."""
-    title, unit, factor, decimals = METRICS[metric]
+    what, unit, factor, decimals = METRICS[metric]
     names = {"selected": "selected", against: "the base model" if against == "base" else against}
     means = (
         f"{name} {tables.number(factor * models[arm][metric]['mean'], decimals)}"
         for arm, name in names.items()
         if arm is not None
     )
-    said = f"{title}: {', '.join(means)} {unit}"
+    said = f"{what}: {', '.join(means)} {unit}"
     delta = models["selected"].get("versus", {}).get(against, {}).get(metric)
     if not delta:
         return f"{said}."
@@ -64,16 +71,20 @@ def _claim(models, metric, better, against):
     return f"{said}, paired difference {gap}: {verdict}."
 
 
-def levels(results: Mapping[str, Any], task: str | None = None) -> tables.Table:
-    """Tables each metric of each arm, of all questions or of one task (which has no target loss);
-    of generated answers also the questions without a readable one.
+def levels(
+    results: Mapping[str, Any], task: str | None = None, metrics: Iterable[str] = WRITTEN
+) -> tables.Table | None:
+    """Tables metrics of each arm, of all questions or of one task (which has no target loss); of
+    generated answers also the questions without a readable one. None where no arm has any.
     """
     found = {arm: results["models"][arm] for arm in arms(results)}
     if task is not None:
         found = {arm: values.get("tasks", {}).get(task, {}) for arm, values in found.items()}
-    shown = _measured(found.values())
-    headers, counted = ["Model", *map(_header, shown)], []
-    if any("unparsable" in values for values in found.values()):
+    shown = _measured(found.values(), metrics)
+    if not shown:
+        return None
+    headers, counted = ["Model", *map(title, shown)], []
+    if "accuracy" in shown and any("unparsable" in values for values in found.values()):
         headers, counted = [*headers, "Unparsable (questions)"], ["unparsable"]
     rows = []
     for arm, values in found.items():
@@ -82,15 +93,21 @@ def levels(results: Mapping[str, Any], task: str | None = None) -> tables.Table:
     return tables.Table(headers, rows)
 
 
-def differences(results: Mapping[str, Any]) -> tables.Table:
-    """Tables paired differences, arm minus reference; strong where the interval excludes 0."""
+def differences(
+    results: Mapping[str, Any], metrics: Iterable[str] = WRITTEN
+) -> tables.Table | None:
+    """Tables paired differences, arm minus reference; strong where the interval excludes 0. None
+    where there are none.
+    """
     found = _versus(results)
-    shown = _measured(found.values())
+    shown = _measured(found.values(), metrics)
+    if not shown:
+        return None
     rows = [
         [tables.Cell(name), *(_measure(values.get(m), m, sign=True) for m in shown)]
         for name, values in found.items()
     ]
-    headers = [_header(m).replace("(%)", "(points)") for m in shown]
+    headers = [title(m).replace("(%)", "(points)") for m in shown]
     return tables.Table(["Difference", *headers], rows)
 
 
@@ -105,10 +122,12 @@ def _versus(results) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _measured(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The metrics that any has: generated answers have no length-normalised accuracy."""
+def _measured(found: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> list[str]:
+    """The metrics that any has: generated answers have no length-normalised accuracy, results of
+    earlier versions no choice loss.
+    """
     names = set().union(*found)
-    return [metric for metric in METRICS if metric in names]
+    return [metric for metric in metrics if metric in names]
 
 
 def averages(results: Mapping[str, Any]) -> tables.Table | None:
@@ -143,7 +162,7 @@ def _group_title(results, group, found):
 
 
 def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]], bool]]:
-    """Prepares figures.comparison: two levels, and the paired difference to random, or else to
+    """Prepares figures.comparison: two levels, and two paired differences to random, or else to
     base.
     """
     models = {arm: results["models"][arm] for arm in arms(results)}
@@ -162,6 +181,7 @@ def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]]
         ("Accuracy, length-norm. (%)", accuracy, False),
         ("Accuracy (%)", [] if accuracy else list(dots("accuracy")), False),
         (f"Test loss − {reference}", list(dots("test_loss", reference)), True),
+        (f"Choice loss − {reference}", list(dots("choice_loss", reference)), True),
     ]
     return [panel for panel in found if panel[1]]
 
@@ -172,9 +192,10 @@ def task_names(results: Mapping[str, Any]) -> dict[str, int]:
     return {task: values["questions"] for task, values in sorted(first.items())}
 
 
-def _header(metric):
-    title, unit, _, _ = METRICS[metric]
-    return f"{title} ({unit})"
+def title(metric: str) -> str:
+    """Writes what a metric is called, with its unit."""
+    name, unit, _, _ = METRICS[metric]
+    return f"{name} ({unit})"
 
 
 def _measure(value, metric, sign=False):

@@ -135,14 +135,14 @@ def render(
         svg={name: markupsafe.Markup(picture.svg) for name, picture in drawn.items()},
         explorer=explored,
         outliers=int(np.sum(run.influence != e["influence"])),
-        levels=outcomes.levels(run.results) if run.results else None,
-        differences=outcomes.differences(run.results) if run.results else None,
+        comparisons=_comparisons(run.results) if run.results else [],
         averages=outcomes.averages(run.results) if run.results else None,
         tests=run.results.get("tests"),
-        tasks={
-            f"{task} ({n} questions)": outcomes.levels(run.results, task)
+        tasks=[
+            (f"{task} ({n} questions)", outcomes.levels(run.results, task, metrics))
             for task, n in (outcomes.task_names(run.results) if run.results else {}).items()
-        },
+            for metrics in (outcomes.WRITTEN, outcomes.CHOSEN)
+        ],
         by_source=_groups("Source", e["source"], selected),
         by_quadrant=_quadrant_table(run) if run.has_difficulty else None,
         by_column={name: _groups(name, values, selected) for name, values in by_column.items()},
@@ -159,6 +159,19 @@ def render(
         versions=tables.versions(run.records),
         settings=tables.settings(cfg),
     )
+
+
+def _comparisons(results):
+    """Lists (levels, paired differences or None, caption) of the two sets of metrics."""
+    captions = {
+        "Losses: lower is better.": outcomes.WRITTEN,
+        "The right option's share among the options: choice loss is minus its log (by the whole "
+        "options, and by the letters alone), Brier score and margin are by the whole options. "
+        "Lower is better but for the margin.": outcomes.CHOSEN,
+    }
+    for caption, metrics in captions.items():
+        if (levels := outcomes.levels(results, metrics=metrics)) is not None:
+            yield levels, outcomes.differences(results, metrics), caption
 
 
 def _groups(title, values, selected):

@@ -39,8 +39,13 @@ def summary(context: stages.Context) -> str:
     results = _optional(context, "evaluate/results.json")
     parts = [outcomes.headline(results)]
     if results:
-        shown = outcomes.levels(results), outcomes.differences(results), outcomes.averages(results)
-        parts += [table.plain() for table in shown if table is not None and table.rows]
+        shown = [
+            of(results, metrics=metrics)
+            for metrics in (outcomes.WRITTEN, outcomes.CHOSEN)
+            for of in (outcomes.levels, outcomes.differences)
+        ]
+        shown.append(outcomes.averages(results))
+        parts += [table.plain() for table in shown if table is not None]
     paths = {
         "report": "report/report.html",
         "subset": "selection/selected.jsonl",

@@ -57,6 +57,7 @@ def make_keys(context: stages.Context) -> Keys:
         "seed": cfg.finetune.seed,
         "model": checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint,
         "dtype": cfg.model.dtype,
+        "measures": list(intervals.METRICS),
         "data": [
             artifacts.sha256(context.path(name))
             for name in (prepare.POOL, prepare.TARGETS, prepare.TESTS)
@@ -215,8 +216,5 @@ def evaluate(bench: Bench, name: str, adapter: dict) -> dict[str, Any]:
     return {
         "target_loss": list(found["target"]["loss"]),
         **dict(zip(intervals.METRICS, metrics, strict=True)),
-        "test_loss_without_end": [
-            -row["log_likelihoods"][row["answer"]] / row["tokens"][row["answer"]] for row in rows
-        ],
         "evaluate_seconds": round(time.perf_counter() - started, 3),
     }

@@ -11,8 +11,7 @@ import numpy as np
 
 from diq_jax.evaluate import intervals
 
-METRICS = ("test_loss", "test_loss_without_end", "target_loss", "accuracy", "accuracy_norm")
-LOWER_IS_BETTER = ("test_loss", "test_loss_without_end", "target_loss")
+METRICS = (*intervals.METRICS, "target_loss")
 
 
 def draws(seeds: int, questions: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +79,7 @@ def compare(
         out[metric]["versus"] = None
         if reference is not None:
             gap = values - reference[metric]
-            lower = metric in LOWER_IS_BETTER
+            lower = metric not in intervals.HIGHER_IS_BETTER
             out[metric]["versus"] = intervals.summary(estimates(gap, samples, seed)) | outcomes(
                 gap, tasks[metric], lower, samples, seed
             )

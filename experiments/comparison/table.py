@@ -5,15 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comparison import grid, statistics
-from diq_jax.report import tables
-
-TITLES = {  # title with unit, factor, decimals
-    "test_loss": ("Test loss (nats/token)", 1, 3),
-    "test_loss_without_end": ("Test loss without the end of turn (nats/token)", 1, 3),
-    "target_loss": ("Target loss (nats/token)", 1, 3),
-    "accuracy": ("Accuracy (%)", 100, 1),
-    "accuracy_norm": ("Accuracy, length-normalised (%)", 100, 1),
-}
+from diq_jax.report import outcomes, tables
 
 
 def caption(results: Mapping[str, Any]) -> str:
@@ -69,13 +61,13 @@ def prediction(rows: Sequence[tuple[str, float]]) -> str:
 
 
 def _tables(results) -> list[tuple[str, tables.Table]]:
-    out = [(TITLES[m][0], _metric(results, m)) for m in statistics.METRICS]
+    out = [(outcomes.title(m), _metric(results, m)) for m in statistics.METRICS]
     return [*out, (COST, _cost(results))]
 
 
 def _metric(results, metric) -> tables.Table:
     """A row for each method and budget: the mean, the difference to random, win / tie / loss."""
-    _, factor, decimals = TITLES[metric]
+    _, _, factor, decimals = outcomes.METRICS[metric]
 
     def measure(value, sign=False):
         mean, low, high = (

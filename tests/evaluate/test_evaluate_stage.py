@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from diq_jax import config, errors
-from diq_jax.evaluate import measure, options, stage
+from diq_jax.evaluate import intervals, measure, options, stage
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, export, hf, load, lora, loss
 from diq_jax.run import artifacts, devices, parts, reading, stages
@@ -208,6 +208,14 @@ def test_raw_and_normalised_accuracy_by_hand(tmp_path):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     base = results["models"]["base"]
     assert (base["accuracy"]["mean"], base["accuracy_norm"]["mean"]) == (0.5, 1.0)
+    # The letters are the first tokens, and q0's C is 2 ahead; its share e^2 / (e^2 + 2). Of q1, A
+    # is 2 ahead of B by its first token, and B's second one is as right as A's.
+    letters = math.log(math.exp(2) + 2) - 2, math.log(math.exp(2) + 1) - 2
+    np.testing.assert_allclose(base["choice_loss_letters"]["mean"], np.mean(letters), rtol=1e-5)
+    np.testing.assert_allclose(row["margin"], 3 * (2 - log_z) + log_z, rtol=1e-5)
+    np.testing.assert_allclose(
+        predictions["base", "q1"]["choice_loss"], math.log1p(math.exp(-2)), rtol=1e-5
+    )
     # Target losses: both tokens right, and one of two.
     np.testing.assert_allclose(base["target_loss"]["mean"], log_z - (2 + 1) / 2, rtol=1e-5)
 
@@ -231,7 +239,7 @@ def test_schema_and_arms(finished):
         "selected": ["base", "random"],
         "random": ["base"],
     }
-    metrics = ["target_loss", "test_loss", "accuracy", "accuracy_norm"]
+    metrics = ["target_loss", *intervals.METRICS]
     for model in results["models"].values():
         assert list(model) == [*metrics, "tasks", "versus"]
         assert list(model["tasks"]) == ["x", "y"]

@@ -5,6 +5,8 @@ import numpy as np
 
 from diq_jax.evaluate import intervals
 
+THREE = ("test_loss", "accuracy", "accuracy_norm")
+
 
 def test_two_questions_by_hand():
     # Resampled means of (0, 1) are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4.
@@ -38,6 +40,7 @@ def test_a_constant_gap_is_certain_however_noisy_the_models():
         {"base": [], "selected": ["base"]},
         200,
         0,
+        THREE,
     )
     base, selected = out["base"], out["selected"]
     assert base["versus"] == {}
@@ -64,6 +67,7 @@ def test_the_difference_is_paired():
         {"base": [], "b": ["base"]},
         500,
         0,
+        THREE,
     )
     gap = out["b"]["versus"]["base"]["target_loss"]
     np.testing.assert_allclose([gap["mean"], gap["low"], gap["high"]], [0, -0.1, 0.1], atol=1e-9)
@@ -75,7 +79,7 @@ def test_averages_weigh_tasks_alike_and_pair_models():
     questions[:3, 0, 1:] = questions[3, 1, 1:] = 1
     out = intervals.results(
         ["base", "b"], np.zeros((2, 2)), questions, ["x", "x", "x", "y"],
-        {"base": [], "b": ["base"]}, 100, 0, groups={"AvgS": ["x"], "AvgA": ["x", "y"]},
+        {"base": [], "b": ["base"]}, 100, 0, THREE, groups={"AvgS": ["x"], "AvgA": ["x", "y"]},
     )  # fmt: skip
     means = out["base"]["averages"]
     assert means["AvgA"]["accuracy"] == {"mean": 0.5, "low": 0.5, "high": 0.5}

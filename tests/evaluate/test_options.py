@@ -155,6 +155,32 @@ def test_the_row_by_hand():
     assert loss == pytest.approx(0.6)
 
 
+def test_choice_loss_brier_and_margin_by_hand():
+    # Shares 1/2, 1/4, 1/4; the right one is the second: -log(1/4) = 2 log 2; Brier
+    # (1/2)^2 + (3/4)^2 + (1/4)^2 = 7/8; margin log(1/4) - log(1/2) = -log 2.
+    scores = np.log([0.5, 0.25, 0.25]) - 900
+    assert options.choice_loss(scores, 1) == pytest.approx(2 * np.log(2))
+    assert options.brier(scores, 1) == pytest.approx(7 / 8)
+    assert options.margin(scores, 1) == pytest.approx(-np.log(2))
+    assert options.margin(scores, 0) == pytest.approx(np.log(2))
+    alone = np.array([-3.0])
+    assert [f(alone, 0) for f in (options.choice_loss, options.brier, options.margin)] == [0, 0, 0]
+
+
+def test_letters_are_the_first_tokens_that_tell_options_apart():
+    prompt, end = np.array([5], np.int32), (4,)
+
+    def letters(*ids):
+        found = tuple(np.array(x, np.int32) for x in ids)
+        question = options.Question("q", "t", prompt, tuple("AB"), found, 0, end)
+        # Of each token its place in the row: 0, 1, .. with the ends.
+        return options.letter_scores(question, np.arange(20, dtype=np.float32)).tolist()
+
+    assert letters([8, 1, 1], [9, 1]) == [-0.0, -4.0]  # the first token alone: places 0 and 4
+    assert letters([7, 8, 1], [7, 9]) == [-1.0, -9.0]  # 7 is shared: places 0 + 1 and 4 + 5
+    assert letters([7], [7, 9]) == [-0.0, -5.0]  # one begins the other: 0, and 2 + 3
+
+
 def test_raw_and_normalised_choices_differ_by_length():
     # -2 over one token loses by its mean to -3 over three; a tie goes to the first.
     assert options.choose(np.array([-2.0, -3.0]), np.array([1, 3])) == (0, 1)

@@ -467,6 +467,22 @@ def test_differences_mark_only_what_excludes_zero():
     assert (row[3].text, row[3].interval) == ("+2.0", "−4.0 to 8.0")  # 0.02 is 2 points
 
 
+def test_choice_measures_have_tables_of_their_own():
+    found = results((-0.09, -0.2, 0.01))
+    assert outcomes.levels(found, metrics=outcomes.CHOSEN) is None  # an earlier version's
+    assert outcomes.differences(found, metrics=outcomes.CHOSEN) is None
+    gap = {"mean": -0.2, "low": -0.3, "high": -0.1}
+    for model in found["models"].values():
+        for values in (model, *model["tasks"].values(), *model["versus"].values()):
+            values["choice_loss"] = gap
+    table = outcomes.levels(found, metrics=outcomes.CHOSEN)
+    assert table.headers == ["Model", "Choice loss (nats)"] and len(table.rows) == 3
+    assert outcomes.levels(found, "clinical_vignette", outcomes.CHOSEN).rows[0][1].text == "−0.200"
+    assert all(row[1].strong for row in outcomes.differences(found, outcomes.CHOSEN).rows)
+    assert "Choice loss: selected −0.200, random −0.200 nats, paired" in outcomes.headline(found)
+    assert [panel[0] for panel in outcomes.panels(found)][-1] == "Choice loss − random"
+
+
 def test_averages_stand_where_there_are_any():
     found = results((-0.09, -0.2, 0.01))
     assert outcomes.averages(found) is None
