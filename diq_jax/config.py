@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from diq_jax import errors, fields, finetune_config, influence_config
+from diq_jax import errors, fields, finetune_config, influence_config, selection_config
 from diq_jax.fields import field
 
 SAMPLE = "sample"  # the word for the shipped rows
@@ -142,70 +142,6 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection(fields.Section, section="selection", decides=("selection",)):
-    method: str = field("diq", "diq, or another method to compare it with (selection/methods.py).")
-    retention_ratio: float = field(0.1, "The share of the pool to keep.", fields.SHARE)
-    seed: int = field(0, "Of the random order.", fields.SEED)
-    hygiene: str = field(
-        "report",
-        "Rows that repeat another, a target or a test: off, reported (hygiene.parquet), or ranked "
-        "last and never selected.",
-        choices=("off", "report", "remove"),
-    )
-    near_similarity: float = field(
-        0.6,
-        "The Jaccard similarity of two texts' shingles from which they are near duplicates.",
-        fields.SHARE,
-    )
-    excerpt_containment: float = field(
-        0.8,
-        "The share of the shorter text's shingles in the longer from which it is an excerpt.",
-        fields.SHARE,
-    )
-    shingle_words: int = field(3, "Words of a shingle.", fields.Span(1, 1000))
-    ngram_words: int = field(
-        13,
-        "Words in a row that a pool row may not share with a target or a test.",
-        fields.Span(1, 1000),
-    )
-    boilerplate_texts: int = field(
-        10,
-        "A phrase in more texts than this, or one in a thousand, is boilerplate, which may be "
-        "shared.",
-        fields.COUNT._replace(least=2),
-    )
-    paraphrase_similarity: float = field(
-        0.0,
-        "Cosine of difficulty.encoder's embeddings from which questions are paraphrases, such as "
-        "0.9; 0 = none are looked for.",
-        fields.UNIT,
-    )
-    quadrant_order: str = field("1,2,3,4", "In which diq fills the budget; 1 2 3 4 in any order.")
-    source_cap: float = field(
-        1.0,
-        "The largest share of the budget from one `source` of the pool; below 1 a smaller budget "
-        "need not lie inside a larger one.",
-        fields.SHARE,
-    )
-    length_residual: bool = field(
-        False,
-        "Sorts and cuts by what a regression on log answer tokens leaves of the influence.",
-    )
-
-    def conflicts(self) -> Iterator[tuple[bool, str]]:
-        yield (
-            sorted(self.quadrant_order.split(",")) != ["1", "2", "3", "4"],
-            "selection.quadrant_order must be 1, 2, 3 and 4 in some order, separated by commas; "
-            f"got {self.quadrant_order!r}.",
-        )
-
-    @property
-    def quadrants(self) -> tuple[int, ...]:
-        """The quadrants in the order in which they fill the budget."""
-        return tuple(int(q) for q in self.quadrant_order.split(","))
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
     batch_tokens: int = field(
         4096,
@@ -314,7 +250,7 @@ class Config:
     data: Data
     difficulty: Difficulty
     influence: influence_config.Influence
-    selection: Selection
+    selection: selection_config.Selection
     finetune: finetune_config.Finetune
     evaluate: Evaluate
     parallel: Parallel

@@ -106,6 +106,42 @@ class GaussNewton(fields.Section, section="influence.gauss_newton", decides=DECI
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned(fields.Section, section="influence.tuned", decides=DECIDES):
+    """Scores by losses before and after a short LoRA training, for selection.method=color or temp;
+    influence.lora says which adapter.
+    """
+
+    color: bool = field(
+        False,
+        "Each row's loss at the base model less that after training on the targets: two forward "
+        "passes over the pool (CoLoR-Filter).",
+    )
+    temp: bool = field(
+        False,
+        "Each row's loss over its first tokens at a mix of base and trained weights, and the "
+        "cluster of its token losses: trains on a part of the pool, then one forward pass.",
+    )
+    epochs: int = field(2, "Of the training on the targets, or on the part.", fields.EPOCHS)
+    learning_rate: float = field(
+        1e-3,
+        "The peak: linear warm-up over 3 % of the steps, then linear to 0.",
+        fields.POSITIVE,
+    )
+    batch_size: int = field(16, "Examples an optimizer step.", fields.BATCH)
+    fraction: float = field(0.05, "temp: of the pool, drawn with the seed.", fields.SHARE)
+    mix: float = field(
+        0.5, "temp: the share of the trained weights, 0 the base model's.", fields.UNIT
+    )
+    first_tokens: int = field(
+        100, "temp: answer tokens from the first on that are read.", fields.Span(1, 10_000)
+    )
+    clusters: int = field(
+        10, "temp: of k-means over the losses of these tokens.", fields.Span(1, 10_000)
+    )
+    seed: int = field(0, "Of the draw, the order and k-means.", fields.SEED)
+
+
+@dataclasses.dataclass(frozen=True)
 class Influence(fields.Section, section="influence", decides=DECIDES):
     engine: str = field(
         "exact",
@@ -172,6 +208,7 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
     store: Store = dataclasses.field(default_factory=Store)
     warmup: Warmup = dataclasses.field(default_factory=Warmup)
     gauss_newton: GaussNewton = dataclasses.field(default_factory=GaussNewton)
+    tuned: Tuned = dataclasses.field(default_factory=Tuned)
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
         if not self.direction.startswith(PEFT_DIRECTION):

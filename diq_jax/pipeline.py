@@ -45,7 +45,9 @@ def _existing(*names: str):
 SELECTION = ("selection/selection.parquet", "selection/baselines.parquet")
 SCORES = ("difficulty/difficulty.parquet", "influence/influence.parquet")
 # What some selection methods read too. The manifest holds a checksum of every file of the store.
-MORE_SCORES = ("difficulty/model_scores.parquet", "influence/store/manifest.json")
+MORE_SCORES = (
+    "difficulty/model_scores.parquet", "influence/tuned.parquet", "influence/store/manifest.json",
+)  # fmt: skip
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "*.model", "*.tiktoken", "*.jinja",
@@ -64,7 +66,8 @@ WRITES = {
         "difficulty.parquet", "metrics.json", "model_scores.parquet", "partial/*",
     ),
     "influence": (
-        "influence.parquet", "partial/*", "warmup/epoch-*.safetensors",
+        "influence.parquet", "tuned.parquet", "partial/*",
+        "warmup/epoch-*.safetensors", "tuned-*/epoch-*.safetensors",
         "store*/train-*.npy", "store*/targets.npy", "store*/examples.parquet",
         "store*/manifest.json",
     ),

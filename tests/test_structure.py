@@ -8,7 +8,16 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "diq_jax"
 ROOMS = ("difficulty", "influence", "selection", "finetune", "evaluate", "report")
 # From the ground up: each imports what stands below it; of its own row only the ground does.
 LAYERS = (
-    ("errors", "fields", "stats", "trees", "influence_config", "finetune_config", "config"),
+    (
+        "errors",
+        "fields",
+        "stats",
+        "trees",
+        "influence_config",
+        "finetune_config",
+        "selection_config",
+        "config",
+    ),
     ("config_files", "run"),
     ("data",),
     ("models",),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from diq_jax import config
+from diq_jax import selection_config
 
 if TYPE_CHECKING:
     from diq_jax.selection import hygiene
@@ -32,7 +32,7 @@ THRESHOLDS = [
     "near_similarity", "excerpt_containment", "shingle_words", "ngram_words", "boilerplate_texts"
 ]  # fmt: skip
 for _name in THRESHOLDS:
-    _default = getattr(config.Selection, _name)
+    _default = getattr(selection_config.Selection, _name)
     _define = flags.DEFINE_integer if isinstance(_default, int) else flags.DEFINE_float
     _define(_name, _default, f"As selection.{_name}.")
 flags.mark_flags_as_required(["pool"])
@@ -73,7 +73,7 @@ def main() -> None:
     from diq_jax.run import artifacts
     from diq_jax.selection import hygiene
 
-    settings = config.Selection(**{name: flags.FLAGS[name].value for name in THRESHOLDS})
+    settings = selection_config.Selection(**{name: flags.FLAGS[name].value for name in THRESHOLDS})
     pool, against = read_rows()
     started = time.perf_counter()
     pairs = hygiene.find(pool, against, settings, None)

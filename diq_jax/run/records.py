@@ -45,6 +45,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     | dict.fromkeys(("answer_tokens", "reasoning_tokens"), "whole"),
     "influence/influence.parquet": IDS
     | {"influence": "finite", "loss": "finite", "tokens": "whole"},
+    "influence/tuned.parquet": IDS,
     "selection/selection.parquet": IDS
     | {"difficulty": "number", "influence": "finite", "quadrant": "whole", "rank": "whole"}
     | {"selected": "flag"},
@@ -52,6 +53,10 @@ COLUMNS: dict[str, dict[str, str]] = {
     "selection/hygiene.parquet": IDS
     | dict.fromkeys(("other", "other_in", "kind"), "text")
     | {"similarity": "number"},
+}
+OPTIONAL: dict[str, dict[str, str]] = {  # columns that only some settings write
+    "influence/influence.parquet": {"influence_by_target": "finites"},
+    "influence/tuned.parquet": {"color": "finite", "temp": "finite", "temp_cluster": "whole"},
 }
 
 
@@ -205,7 +210,8 @@ def table(workdir: pathlib.Path, name: str, verified: bool = True) -> pa.Table:
 
 def read_table(workdir: pathlib.Path, name: str, columns: Sequence[str] = ()) -> pa.Table:
     """A table of a run, or some columns of it. Raises UserError as `table`, but for its record."""
-    kinds = {column: COLUMNS[name][column] for column in columns or COLUMNS[name]}
+    known = COLUMNS[name] | OPTIONAL.get(name, {})
+    kinds = {column: known[column] for column in columns or COLUMNS[name]}
     try:
         return reading.read_table(workdir / name, kinds, only=bool(columns))
     except errors.UserError as e:

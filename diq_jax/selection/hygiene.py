@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diq_jax import config
+from diq_jax import selection_config
 from diq_jax.selection import texts
 
 KINDS = ("exact", "options", "near", "excerpt", "ngram", "paraphrase")
@@ -61,7 +61,7 @@ def ask(stem: str, choices: Iterable[str]) -> str:
 def find(
     pool: Sequence[ComparedRow],
     against: Sequence[ComparedRow],
-    settings: config.Selection,
+    settings: selection_config.Selection,
     embed: Embed | None,
 ) -> list[Repeat]:
     """All pairs, sorted; they depend on the rows, not on their order.

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config, errors, fields
+from diq_jax import config, errors, fields, selection_config
 from diq_jax.selection import diversity, methods, quadrants
 
 
@@ -53,30 +53,36 @@ def select(
 
     Args:
         scores: what influence.score returns, or {name: n values} with example_ids, influence,
-            tokens (of the answer), and what there is for other methods (methods.ranks).
+            tokens (of the answer), and what there is for other methods (methods.ranks), such as
+            by_target (n, Q) with `groups`, the Q names.
         difficulty: {perspective: (n,) levels in [1, 5]}, or the levels of `perspective` alone; nan
             where unknown.
         perspective, percentile: as difficulty.perspective and difficulty.percentile.
         sources: of each row, for source_cap.
         removed: why hygiene ranks a row last, "" where it does not.
-        settings: fields of config.Selection, such as method and retention_ratio.
+        settings: fields of selection_config.Selection, such as method and retention_ratio.
 
     Raises:
         UserError: a field out of range, a score that the method needs is missing, or source_cap
             leaves fewer examples than the budget.
     """
-    cfg = fields.build(config.Selection, settings, "selection.")
+    cfg = fields.build(selection_config.Selection, settings, "selection.")
     split = {"perspective": perspective, "percentile": percentile}
     split = fields.build(config.Difficulty, split, "difficulty.")
     errors.check_choice("selection.method", cfg.method, methods.METHODS)
     if not isinstance(scores, Mapping):
-        scores = {name: getattr(scores, name) for name in ("example_ids", "influence", "tokens")}
+        names = ("example_ids", "influence", "tokens")
+        names += ("by_target", "groups") if len(scores.groups) > 1 else ()
+        scores = {name: getattr(scores, name) for name in names}
+    scores = dict(scores)
+    groups = tuple(scores.pop("groups", ()))
     if not isinstance(difficulty, Mapping):
         difficulty = {} if difficulty is None else {perspective: difficulty}
     ids = list(scores["example_ids"])
     order = methods.OrderSettings(
-        perspective, split.percentile, cfg.seed, cfg.quadrants, cfg.length_residual
-    )
+        perspective, split.percentile, cfg.seed, cfg.quadrants, cfg.length_residual,
+        cfg.retention_ratio, cfg.band, groups,
+    )  # fmt: skip
     _check_columns(ids, {**scores, **difficulty})
     given = _given(scores, difficulty, order)
     _check_scores(cfg.method, given, order)
@@ -105,16 +111,19 @@ def select(
 
 
 def _check_columns(ids, columns):
-    """Raises UserError where a column has not a value for each row, or an influence is no number:
-    one of them would turn the median, and with it every quadrant.
+    """Raises UserError where a column has not a value for each row, or a score is no number: one of
+    them would turn the median, and with it every quadrant.
     """
     for name, values in columns.items():
         if len(values) != len(ids):
             raise errors.UserError(f"{name} has {len(values)} values for {len(ids)} examples.")
-    finite = np.isfinite(np.asarray(columns["influence"], np.float64))
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise errors.UserError(f"The influence of example {ids[row]!r} is not finite.")
+    for name in ("influence", "by_target", "color", "temp"):
+        if name not in columns:
+            continue
+        finite = np.isfinite(np.asarray(columns[name], np.float64)).reshape(len(ids), -1).all(1)
+        if not finite.all():
+            row, what = int(np.argmin(finite)), name.replace("by_target", "influence on a target")
+            raise errors.UserError(f"The {what} of example {ids[row]!r} is not finite.")
 
 
 def _capped(source_cap, ranks, sources, last, keep, endings):
@@ -138,8 +147,12 @@ def _given(scores, difficulty, order) -> dict[str, Any]:
     found = {name: values for name, values in scores.items() if name != "example_ids"}
     found |= {"id_order": id_order, "answer_tokens": np.asarray(found.pop("tokens"))}
     if order.residual:
-        influence = np.asarray(found["influence"])
-        found["influence"] = length_residual(influence, found["answer_tokens"], id_order)
+        tokens = found["answer_tokens"]
+        found["influence"] = length_residual(np.asarray(found["influence"]), tokens, id_order)
+        if "by_target" in found:
+            columns = np.asarray(found["by_target"]).T
+            left = [length_residual(column, tokens, id_order) for column in columns]
+            found["by_target"] = np.stack(left, axis=1)
     found |= {p: values for p, values in difficulty.items() if np.isfinite(values).all()}
     return {name: jnp.asarray(values) for name, values in found.items()}
 
@@ -154,16 +167,14 @@ def _check_scores(method, scores, settings):
             f"selection.method={method} needs the difficulty perspective {lacking!r}, which the "
             f"pool lacks; it has {known or 'none'}."
         )
-    if lacking in methods.PARTS["store"]:
+    part = next(part for part, names in methods.PARTS.items() if lacking in names)
+    if part == "store":
         raise errors.UserError(
             f"selection.method={method} needs influence/store, the gradients of the base model "
             "(influence.engine=projected or factored, no warm-up), and a pool of at most "
             f"{diversity.MOST_ROWS:,} examples."
         )
-    raise errors.UserError(
-        f"selection.method={method} needs difficulty/model_scores.parquet: set "
-        "difficulty.model_scores=True and redo the stage difficulty."
-    )
+    raise errors.UserError(f"selection.method={method} needs {methods.HOW[part]}.")
 
 
 def budget(retention_ratio: float, pool: int) -> int:

@@ -4,6 +4,7 @@ might take.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import pyarrow.parquet as pq
 
 from diq_jax import config, errors, stats
 from diq_jax.data import gradient_store
-from diq_jax.run import artifacts, stages
+from diq_jax.run import artifacts, records, stages
 from diq_jax.selection import diversity, hygiene_stage, methods
 from diq_jax.selection import select as selecting
 
 POOL = "prepare/pool.parquet"
+INFLUENCE, TUNED = "influence/influence.parquet", "influence/tuned.parquet"
 MODEL_SCORES, STORE = "difficulty/model_scores.parquet", "influence/store"
 
 
@@ -34,21 +36,16 @@ def run(context: stages.Context) -> dict[str, Any]:
     """
     cfg = context.config
     pool = context.table(POOL, "example_id", "source", "row")
-    difficulty = context.table("difficulty/difficulty.parquet")
-    influence = context.table("influence/influence.parquet", "example_id", "influence", "tokens")
     ids = pool["example_id"].to_pylist()
-    _check_rows(ids, difficulty, influence)
-
-    scores = {name: influence[name].to_numpy() for name in ("influence", "tokens")}
-    scores |= {"example_ids": ids} | _model_scores(context, ids) | _diversity(context, ids)
-    levels = {p: difficulty[p].to_numpy() for p in config.PERSPECTIVES}
+    scores, levels = read_scores(context, ids)
     removed, cleaned = hygiene_stage.run(context)
     found = selecting.select(
         scores, levels, perspective=cfg.difficulty.perspective,
         percentile=cfg.difficulty.percentile, sources=pool["source"].to_pylist(), removed=removed,
         **dataclasses.asdict(cfg.selection),
     )  # fmt: skip
-    _write(context, found, pool, levels[cfg.difficulty.perspective], influence["influence"])
+    influence = pa.array(scores["influence"])
+    _write(context, found, pool, levels[cfg.difficulty.perspective], influence)
     quadrants = {f"Q{q}": found.quadrants == q for q in (1, 2, 3, 4)}
     return {
         "rows": len(ids),
@@ -59,6 +56,27 @@ def run(context: stages.Context) -> dict[str, Any]:
         },
         **cleaned,
     }
+
+
+def read_scores(
+    context: stages.Context, ids: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads what select.select takes: all scores that there are of a pool's examples, and the
+    levels of each perspective.
+
+    Raises:
+        UserError: they are of other examples than `ids`.
+    """
+    difficulty = context.table("difficulty/difficulty.parquet")
+    influence = context.table(INFLUENCE, "example_id", "influence", "tokens")
+    _check_rows(ids, difficulty, influence)
+    scores = {name: influence[name].to_numpy() for name in ("influence", "tokens")}
+    scores |= {"example_ids": list(ids)} | _by_target(context) | _diversity(context, ids)
+    scores |= _more(context, ids, MODEL_SCORES, ("loss", "ifd", "similarity", "reasoning_tokens"))
+    if context.path(TUNED).exists():
+        names = [n for n in records.OPTIONAL[TUNED] if n in _names(context.path(TUNED))]
+        scores |= _more(context, ids, TUNED, names)
+    return scores, {p: difficulty[p].to_numpy() for p in config.PERSPECTIVES}
 
 
 def _write(context, found, pool, difficulty, influence):
@@ -117,13 +135,26 @@ def _check_rows(ids, *tables):
             )
 
 
-def _model_scores(context, ids):
-    if not context.path(MODEL_SCORES).exists():
+def _more(context, ids, file, names):
+    if not context.path(file).exists():
         return {}
-    names = ("loss", "ifd", "similarity", "reasoning_tokens")
-    table = context.table(MODEL_SCORES, "example_id", *names)
+    table = context.table(file, "example_id", *names)
     _check_rows(ids, table)
     return {name: table[name].to_numpy() for name in names}
+
+
+def _by_target(context):
+    """The influence on each of several targets, and their names."""
+    name = "influence_by_target"
+    if name not in _names(context.path(INFLUENCE)):
+        return {}
+    lists = context.table(INFLUENCE, name)[name].combine_chunks()
+    groups = (records.read(context.path("influence")) or {}).get("target_groups", [])
+    return {name.removeprefix("influence_"): np.stack(lists.to_numpy(False)), "groups": groups}
+
+
+def _names(path):
+    return pq.read_schema(path).names if path.exists() else []
 
 
 def _diversity(context, ids):

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diq_jax import config, errors
+from diq_jax import config, errors, selection_config
 from diq_jax.data import sources
 from diq_jax.run import artifacts, devices, reading, stages
 from diq_jax.selection import hygiene, hygiene_stage, select, stage, texts
 
-SETTINGS = config.Selection()
+SETTINGS = selection_config.Selection()
 VIGNETTE = (
     "A 54-year-old baker with asthma since childhood has had a dry cough and low fevers for three "
     "weeks after moving into a house with an old aviary. Both lung bases crackle, and the film "
@@ -37,7 +37,7 @@ def find(pool, against=(), settings=SETTINGS, embed=None):
 
 
 def kinds(pool, against=(), **fields):
-    settings = config.Selection(**fields)
+    settings = selection_config.Selection(**fields)
     return {(p.example_id, p.other): p.kind for p in find(pool, against, settings)}
 
 
@@ -213,7 +213,7 @@ def test_paraphrases_are_pairs_above_the_cosine():
         return 3 * np.stack([np.cos(turn), np.sin(turn)], axis=1).astype(np.float32)
 
     pool = [row("a", "one"), row("b", "two"), row("c", "three")]
-    settings = config.Selection(paraphrase_similarity=0.98)
+    settings = selection_config.Selection(paraphrase_similarity=0.98)
     found = find(pool, [row("t", "four", place="tests")], settings, embed)
     assert [p[:4] for p in found] == [
         ("b", "a", "pool", "paraphrase"),
@@ -322,5 +322,5 @@ def test_old_artifacts_are_named(made):
 def test_a_wrong_threshold_is_named():
     for field, value in (("near_similarity", 0.0), ("ngram_words", 0), ("hygiene", "rmove")):
         with pytest.raises(errors.UserError, match=f"selection.{field} must be"):
-            config.Selection(**{field: value})
+            selection_config.Selection(**{field: value})
     assert hygiene_stage.FIELD in config.field_names()

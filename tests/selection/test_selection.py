@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diq_jax import config, errors
-from diq_jax.selection import methods, quadrants, select
+from diq_jax.selection import methods, quadrants, select, turns
 
 
 def make_scores(difficulty, influence, id_order=None, **more):
@@ -25,6 +25,10 @@ def make_scores(difficulty, influence, id_order=None, **more):
         "ifd": np.where(influence == 0, np.nan, 1 + influence / 8),
         "k_center": difficulty,
         "facility_location": influence,
+        "by_target": np.stack([influence, difficulty, -influence], axis=1),
+        "color": influence,
+        "temp": influence,
+        "temp_cluster": difficulty.astype(np.int32) % 2,
     }
     return {name: jnp.asarray(value) for name, value in (columns | more).items()}
 
@@ -101,6 +105,58 @@ def test_quadrants_in_another_order():
     np.testing.assert_array_equal(ranks("quadrant_1", scores), ranks("diq", scores))
 
 
+def test_targets_take_turns_by_hand():
+    # Target 1 takes row 0 (5), target 2 its best that is left, row 1 (8, after 9 is gone); again
+    # target 1: rows 0 and 1 are gone, row 2 (3); target 2: row 4 (1) before row 3 (0).
+    by_target = np.array([[5, 9], [4, 8], [3, 2], [0, 0], [-1, 1]], np.float32)
+    places, takers = turns.take_turns(by_target, np.arange(5))
+    np.testing.assert_array_equal(places, [0, 1, 2, 4, 3])
+    np.testing.assert_array_equal(takers, [0, 1, 0, 0, 1])
+    scores = make_scores([5, 1, 4, 2, 3], [3, 2, 0, -1, 1], by_target=by_target)
+    np.testing.assert_array_equal(ranks("round_robin", scores), [1, 2, 3, 5, 4])
+    # The rows are of Q1 Q2 Q3 Q4 Q1 (test_diq_by_hand): rows 0 and 4 first, then 1, 2, 3.
+    np.testing.assert_array_equal(ranks("diq_round_robin", scores), [1, 3, 4, 5, 2])
+    one = make_scores([5, 1, 4, 2, 3], [3, 2, 0, -1, 1], by_target=np.float32([[1]] * 5))
+    np.testing.assert_array_equal(ranks("round_robin", one), [1, 2, 3, 4, 5])  # ties go by id
+
+
+def test_the_band_moves_with_the_budget_by_hand():
+    # Percentiles of 1 2 3 4: 12.5, 37.5, 62.5, 87.5; all are useful but row 0 (median 1).
+    scores = make_scores([1, 2, 3, 4], [0, 1, 2, 1])
+    # At 1 % the band is 25 to 75: rows 1 and 2, by influence; then the useful row 3; then row 0.
+    np.testing.assert_array_equal(ranks("adaptive", scores, ratio=0.01), [4, 2, 1, 3])
+    # At 10 % it is 50 to 100: rows 2 and 3; then row 1; then row 0.
+    np.testing.assert_array_equal(ranks("adaptive", scores, ratio=0.1), [4, 3, 1, 2])
+    assert methods.OrderSettings(ratio=0.1).edges == (50, 100)
+    assert methods.OrderSettings(ratio=1e-9).edges == (-25, 25)
+    assert [name for name, of in methods.METHODS.items() if not of.nests] == ["adaptive"]
+
+
+def test_difficulty_and_length_by_hand():
+    # Percentiles of difficulty 5 4 4 1: 87.5, 50, 50, 12.5; of length 10 30 20 20: 12.5, 87.5, 50,
+    # 50. Means: 50, 68.75, 50, 31.25; rows 0 and 2 tie and go by id.
+    scores = make_scores([5, 4, 4, 1], [0] * 4, reasoning_tokens=[10, 30, 20, 20])
+    np.testing.assert_array_equal(turns.percentiles(np.array([5, 4, 4, 1])), [87.5, 50, 50, 12.5])
+    np.testing.assert_array_equal(ranks("difficulty_length", scores), [2, 1, 3, 4])
+
+
+def test_clusters_take_turns_by_hand():
+    # Cluster 0: rows 0 (2.0), 2 (5.0), 3 (4.0); cluster 1: rows 1 (1.0), 4 (3.0). First turn: 5.0
+    # and 3.0; second: 4.0 and 1.0; third: 2.0.
+    scores = make_scores(
+        [1] * 5, [0] * 5, temp=[2.0, 1.0, 5.0, 4.0, 3.0], temp_cluster=[0, 1, 0, 0, 1]
+    )
+    np.testing.assert_array_equal(ranks("temp", scores), [5, 4, 1, 3, 2])
+    np.testing.assert_array_equal(ranks("color", scores), [1, 2, 3, 4, 5])
+
+
+def test_diq_of_a_perspective_is_diq_by_it():
+    scores = make_scores([5, 1, 4, 2, 3], [3, 2, 0, -1, 1], knowledge=[1, 5, 2, 4, 3])
+    # By knowledge rows 1, 3 and 4 are hard: Q2 Q1 Q4 Q3 Q1.
+    np.testing.assert_array_equal(ranks("diq_knowledge", scores), [3, 1, 5, 4, 2])
+    np.testing.assert_array_equal(ranks("diq_overall", scores), ranks("diq", scores))
+
+
 def test_model_scored_methods_by_hand():
     loss = [2.0, 1.0, 4.0, 2.5, 9.0]
     ifd = [0.9, 1.4, np.nan, 0.95, 1.0]
@@ -169,7 +225,7 @@ def test_selection_in_memory():
     assert got.why[1] == (
         "Q2: difficulty 1 < 3, influence 2 >= 1; place 1 of 1 in Q2; beyond the budget of 2"
     )
-    held = types.SimpleNamespace(**scores, loss=None)  # as influence.score returns
+    held = types.SimpleNamespace(groups=["mean"], **scores, loss=None)  # as influence.score returns
     assert select.select(held, method="influence").selected.tolist() == [True, *[False] * 4]
     with pytest.raises(errors.UserError, match="needs the difficulty perspective 'overall'"):
         select.select(held)

@@ -4,13 +4,14 @@ import re
 import types
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import stores
 import tiny
 
-from diq_jax import config, errors
+from diq_jax import config, errors, selection_config
 from diq_jax.run import artifacts, reading, stages
-from diq_jax.selection import diversity, methods, select, stage
+from diq_jax.selection import diversity, methods, orders, select, stage
 
 N, KEEP = 24, 6
 FILES = {"selection/selection.parquet", "selection/baselines.parquet", "selection/thresholds.json"}
@@ -37,6 +38,8 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
         },
         "influence/influence.parquet": {"influence": influence, "tokens": tokens},
     }
+    by_target = np.random.default_rng(2).normal(size=(N, 3)).astype(np.float32)
+    lists = pa.array(list(by_target[order]), pa.list_(pa.float32()))
     if scored:
         tables["difficulty/model_scores.parquet"] = {
             "loss": rng.gamma(4, 0.5, N).astype(np.float32),
@@ -44,9 +47,16 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
             "similarity": rng.normal(size=N).astype(np.float32),
             "reasoning_tokens": tokens // 2,
         }
+        tables["influence/tuned.parquet"] = {
+            "color": by_target[:, 0],
+            "temp": by_target[:, 1],
+            "temp_cluster": (tokens % 3).astype(np.int32),
+        }
     for name, columns in tables.items():
         columns = {"example_id": ids, **columns}
         columns = {k: v[order] for k, v in columns.items()}
+        if scored and name == "influence/influence.parquet":
+            columns["influence_by_target"] = lists
         artifacts.write_table(workdir / name, columns, unknown=("ifd", *config.PERSPECTIVES))
     if stored:
         writer = stores.open_writer(workdir / "influence/store", N, shard_rows=10)
@@ -58,7 +68,9 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
 
 def run(workdir, **changes):
     """Returns selection.parquet as columns."""
-    selection = config.Selection(**{"retention_ratio": KEEP / N, "hygiene": "off"} | changes)
+    selection = selection_config.Selection(
+        **{"retention_ratio": KEEP / N, "hygiene": "off"} | changes
+    )
     settings = types.SimpleNamespace(difficulty=config.Difficulty(), selection=selection)
     stage.run(stages.Context(settings, workdir, tiny.placement()))
     return reading.read_table(workdir / "selection/selection.parquet").to_pydict()
@@ -143,6 +155,19 @@ def test_the_reasons_of_diq_are_true_of_their_rows(made):
         ),
         ("ifd", r"ifd 0\.\d+ < 1, place 1 of 24"),
         ("long_reasoning", r"\d+ reasoning tokens, place 1 of 24"),
+        ("round_robin", r"taken by target '1', influence on it [\d.]+, place 1 of 24"),
+        ("diq_round_robin", r"Q1: taken by target '1', influence on it [-\d.]+, place 1 of 24"),
+        (
+            "adaptive",
+            r"difficulty at percentile \d+, in the band 60 to 100 of a budget of 25 %, "
+            r"influence [-\d.]+, place 1 of 24",
+        ),
+        (
+            "difficulty_length",
+            r"difficulty 5 and \d+ reasoning tokens, mean percentile \d+, place 1 of 24",
+        ),
+        ("color", r"training on the targets lowers its loss by [\d.]+, place 1 of 24"),
+        ("temp", r"loss of its first tokens [\d.]+, in cluster \d, place 1 of 24"),
         ("k_center", r"nearest to the mean gradient, place 1 of 24"),
         ("facility_location", r"adds [\d.]+ to the coverage, place 1 of 24"),
     ],
@@ -156,11 +181,11 @@ def test_reasons_say_what_the_method_saw(made, method, clause):
 
 
 def test_a_value_just_below_its_threshold_is_shown_so():
-    assert methods._against(3.04, 3.05) == "3.04 < 3.05"
-    assert methods._against(3.0499, 3.05) == "3.0499 < 3.05"
-    assert methods._against(3.1, 3.1) == "3.1 >= 3.1"
+    assert orders.against(3.04, 3.05) == "3.04 < 3.05"
+    assert orders.against(3.0499, 3.05) == "3.0499 < 3.05"
+    assert orders.against(3.1, 3.1) == "3.1 >= 3.1"
     low = np.nextafter(np.float32(1), np.float32(0))
-    assert methods._against(low, np.float32(1)) == "0.9999999 < 1"
+    assert orders.against(low, np.float32(1)) == "0.9999999 < 1"
 
 
 def test_a_source_cap_is_kept_and_said(made):
@@ -197,6 +222,10 @@ def test_the_residual_ranks_and_the_influence_stays_raw(made):
         ("scored", "ifd", r"selection\.method=ifd needs difficulty/model_scores\.parquet: set "),
         ("stored", "k_center", r"needs influence/store, the gradients of the base model"),
         ("many", "facility_location", r"a pool of at most 5 examples"),
+        ("scored", "round_robin", r"an influence for each of several targets: set influence\.targ"),
+        ("scored", "color", r"needs influence/tuned\.parquet: set influence\.tuned\.color=True"),
+        ("scored", "temp", r"needs influence/tuned\.parquet: set influence\.tuned\.temp=True"),
+        ("knowledge", "diq_knowledge", r"perspective 'knowledge', which the pool lacks"),
         ("knowledge", "difficulty_knowledge", r"perspective 'knowledge', which the pool lacks"),
         ("overall", "quadrant_2", r"needs the difficulty perspective 'overall'"),
     ],
