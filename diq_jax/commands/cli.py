@@ -31,6 +31,7 @@ JOBS = {
     "train-classifier": "train a difficulty classifier once, to score any pool with",
     "annotate": "label the difficulty of a pool by a language model",
     "pass-rate": "label questions by how often the model itself answers them right",
+    "view": "serve the report of a run to a browser",
     "check": "find duplicates in a pool, and its overlap with tests",
     "compare-models": "compare two models that answered the same questions",
     "judge": "judge written answers by language models",

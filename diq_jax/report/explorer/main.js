@@ -33,7 +33,9 @@ function chosenChanged() {
   const chosen = choice.chosen.reduce((n, v) => n + v, 0), was = rows.numbers.selected;
   const same = choice.chosen.reduce((n, v, i) => n + (v && was[i] ? 1 : 0), 0);
   const changed = choice.chosen.some((v, i) => !v !== !was[i]);
-  byId("budget-text").textContent = `${(100 * choice.keep / rows.count).toPrecision(3)} % = ${choice.keep.toLocaleString("en")} rows`;
+  byId("budget-text").textContent = `= ${choice.keep.toLocaleString("en")} rows`;
+  if (document.activeElement !== byId("percent"))
+    byId("percent").value = Number((100 * choice.keep / rows.count).toPrecision(3));
   byId("state").textContent = !changed ? "As the run selected." :
     `Changed: ${chosen.toLocaleString("en")} rows, ${same.toLocaleString("en")} of them selected by the run`
     + (choice.edits.size ? `, ${choice.edits.size} decided by hand.` : ".");
@@ -71,7 +73,13 @@ function controls() {
   const slider = byId("budget");
   slider.min = slide(1);
   slider.value = slide(choice.keep);
-  slider.oninput = () => { choice.keep = Math.min(rows.count, budgetOf(10 ** slider.value)); soon(chosenChanged); };
+  const budget = percent => { choice.keep = Math.min(rows.count, budgetOf(percent)); soon(chosenChanged); };
+  slider.oninput = () => budget(10 ** slider.value);
+  byId("percent").oninput = event => {
+    if (!(event.target.value > 0)) return;
+    budget(Number(event.target.value));
+    slider.value = slide(choice.keep);
+  };
   byId("lasso").onclick = event => {
     plot.tool = plot.tool === "lasso" ? "move" : "lasso";
     event.target.setAttribute("aria-pressed", plot.tool === "lasso");

@@ -1,0 +1,210 @@
+"""The explorer in a real browser, skipped without Chromium or without playwright's driver."""
+
+import json
+import pathlib
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from report.test_report import fabricate, sample_rows
+
+from diq_jax.commands import view
+from diq_jax.report import explorer, stage
+from diq_jax.run import artifacts
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(not BROWSER, reason="there is no Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as opened:
+        started = opened.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The report of a run over the sample, with the ranks of three methods."""
+    context = fabricate(tmp_path_factory.mktemp("run"), sample_rows())
+    table = context.table("selection/selection.parquet")
+    rank, n = table["rank"].to_numpy(), len(table)
+    columns = {"example_id": table["example_id"], "diq": rank, "random": n + 1 - rank}
+    artifacts.write_table(context.path("selection/baselines.parquet"), columns)
+    stage.run(context)
+    return context
+
+
+@pytest.fixture
+def page(browser, run):
+    """The open page, which must end without an error."""
+    yield from opened(browser, run.path("report/report.html").as_uri())
+
+
+def opened(browser, address, **options):
+    page = browser.new_page(**{"viewport": {"width": 1400, "height": 900}} | options)
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
+    page.goto(address)
+    page.wait_for_selector("#explorer[data-ready=yes]")
+    yield page
+    page.close()
+    assert not wrong
+
+
+def shown(page):
+    """The number of rows in the table, and of those that are selected."""
+    text = page.inner_text("#count").replace(",", "").split()
+    return int(text[0]), int(text[4])
+
+
+def until(page, expression):
+    """Waits until an expression is true; the page's policy lets playwright poll none itself."""
+    for _ in range(200):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(25)
+    raise AssertionError(f"{expression}: {page.inner_text('#state')}, {page.inner_text('#count')}")
+
+
+def counts(page, expected):
+    """Waits until the table has so many rows."""
+    until(page, f"document.getElementById('count').textContent.startsWith('{expected} ')")
+
+
+def canvas(page):
+    """Scrolls to the scatter and returns where it is."""
+    page.evaluate("document.getElementById('explorer').scrollIntoView({behavior: 'instant'})")
+    return page.locator("#marks").bounding_box()
+
+
+def saved(page, button):
+    with page.expect_download() as found:
+        page.click(button)
+    return [json.loads(line) for line in pathlib.Path(found.value.path()).read_text().splitlines()]
+
+
+def test_search_and_filters_agree_with_the_rows(page, run):
+    rows = sample_rows()
+    assert shown(page) == (len(rows), 16)
+    page.fill("#search", "Renal")
+    until(page, "document.getElementById('progress').textContent === ''")
+    texts = (
+        " ".join(str(row.get(n, "")) for n in ("question", "reasoning", "answer")) for row in rows
+    )
+    expected = sum("renal" in text.lower() for text in texts)
+    until(page, f"document.getElementById('count').textContent.startsWith('{expected} ')")
+    assert 0 < expected < len(rows)
+    page.fill("#search", "")
+    page.select_option("#only", "selected")
+    counts(page, 16)
+    page.select_option("#range", "tokens")
+    tokens = run.table("influence/influence.parquet")["tokens"].to_numpy()
+    chosen = run.table("selection/selection.parquet")["selected"].to_numpy()
+    low = int(np.median(tokens[chosen]))
+    page.fill("#low", str(low))
+    expected = int((tokens[chosen] >= low).sum())
+    until(page, f"document.getElementById('count').textContent.startsWith('{expected} ')")
+
+
+def test_a_row_is_read_in_full_and_linked(page, run):
+    page.click(".line[aria-rowindex='3'] .start")
+    page.wait_for_selector("#reader:not([hidden])")
+    ranks = run.table("selection/selection.parquet")["rank"].to_numpy()
+    i = int(np.argwhere(ranks == 2)[0, 0])
+    row = sample_rows()[i]
+    read = page.inner_text("#reader")
+    assert row["reasoning"].strip() in read and row["answer"].strip() in read
+    assert page.evaluate("location.hash") == f"#row=s{i:03}"
+    page.keyboard.press("j")
+    until(page, f"location.hash !== '#row=s{i:03}'")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#reader")
+
+
+def test_decisions_by_hand_change_the_selection_and_are_exported(page, run):
+    before = saved(page, "#export-selection")
+    page.click(".line[aria-rowindex='2'] .start")
+    page.fill("#reader input", "wrong dose")
+    page.click("text=Never this one")
+    until(page, "document.getElementById('state').textContent.includes('by hand')")
+    first = before[0]["example_id"]
+    assert saved(page, "#export-edits") == [
+        {"example_id": first, "decision": "never", "reason": "wrong dose"}
+    ]
+    after = saved(page, "#export-selection")
+    assert len(after) == len(before) == 16
+    assert after[:15] == before[1:]  # the next one by rank moves up
+    page.reload()
+    page.wait_for_selector("#explorer[data-ready=yes]")
+    assert "by hand" in page.inner_text("#state")  # kept by the browser
+    page.click("#reset")
+    assert page.inner_text("#state") == "As the run selected."
+
+
+def test_budget_method_and_thresholds_show_what_would_be_selected(page, run):
+    page.fill("#percent", "50")
+    until(page, "document.getElementById('budget-text').textContent.includes('80 rows')")
+    assert shown(page) == (160, 80)
+    page.click("text=Back to the run's selection")
+    page.select_option("#method", "random")
+    until(page, "document.getElementById('state').textContent.startsWith('Changed')")
+    ranks = run.table("selection/selection.parquet")["rank"].to_numpy()
+    chosen = {row["example_id"] for row in saved(page, "#export-selection")}
+    assert chosen == {f"s{i:03}" for i in np.flatnonzero(ranks > 160 - 16)}
+    page.click("text=Back to the run's selection")
+    box = canvas(page)
+    left, top, width = box["x"], box["y"], box["width"]
+    for x in np.arange(left + 62, left + width - 12, 2.0):  # find it by the cursor
+        page.mouse.move(x, top + 200)
+        if page.evaluate("document.getElementById('marks').style.cursor") == "ew-resize":
+            break
+    page.mouse.down()
+    page.mouse.move(x + 60, top + 200)
+    page.mouse.up()
+    until(page, "document.getElementById('state').textContent.includes('Thresholds')")
+    assert len(saved(page, "#export-selection")) == 16
+
+
+def test_the_lasso_filters(page):
+    page.click("#lasso")
+    box = canvas(page)
+    corners = [(0.3, 0.2), (0.7, 0.2), (0.7, 0.6), (0.3, 0.6)]
+    places = [(box["x"] + a * box["width"], box["y"] + b * box["height"]) for a, b in corners]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place)
+    page.mouse.up()
+    page.wait_for_selector("#unlasso:not([hidden])")
+    inside = shown(page)[0]
+    assert 0 < inside < 160
+    assert len(saved(page, "#export-filtered")) == inside
+    page.click("#unlasso")
+    assert shown(page)[0] == 160
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_nothing_is_wider_than_the_window(browser, run, width):
+    size = {"width": width, "height": 800}
+    for page in opened(browser, run.path("report/report.html").as_uri(), viewport=size):
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(explorer, "INLINE_BYTES", 1000)
+    shutil.copytree(run.workdir, tmp_path / "run")
+    import dataclasses
+
+    stage.run(dataclasses.replace(run, workdir=tmp_path / "run"))
+    with view.open_server(str(tmp_path / "run"), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for page in opened(browser, f"http://127.0.0.1:{server.server_address[1]}/report.html"):
+            page.click(".line[aria-rowindex='2'] .start")
+            page.wait_for_selector("#reader h4")
+            assert "Answer" in page.inner_text("#reader")
+        server.shutdown()
