@@ -1,0 +1,175 @@
+"""What the lab's trainings say: a row for each arm and budget, as CSV, Markdown and a figure.
+
+Differences are to `random` at the same budget, paired by seed and question, with intervals over
+both (comparison/statistics.py). p-values are of the same resamplings, corrected by Holm over the
+arms of a budget.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+from comparison import statistics
+from diq_jax.evaluate import intervals
+from lab import arms, trainings
+
+PANELS = {
+    "choice_loss_letters": "choice loss, letters (nats)",
+    "test_loss_without_end": "test loss without end of turn (nats/token)",
+    "held_out_loss": "loss on held-out reasoning (nats/token)",
+}
+MORE = {"choice_loss": "choice loss, whole options (nats)", "test_loss": "test loss (nats/token)"}
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#7a828c")
+Values = Mapping[str, np.ndarray]
+
+
+def rows(
+    found: Mapping[tuple[str, float], Values],
+    base: Values,
+    about: Mapping[tuple[str, float], Mapping[str, float]],
+    samples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Compares every arm with random and with the base model.
+
+    Args:
+        found: {(arm, budget): {metric: (S, Q)}}.
+        base: {metric: (1, Q)}.
+        about: {(arm, budget): columns that are written beside}.
+    """
+    out = [{"arm": arms.BASE, "budget": 0.0, "metrics": {m: _mean(base[m]) for m in base}}]
+    for (arm, budget), values in found.items():
+        row = {"arm": arm, "budget": budget, **about[arm, budget], "metrics": {}}
+        for metric in trainings.METRICS:
+            cell = _mean(values[metric])
+            cell["versus_base"] = _difference(values[metric] - base[metric], samples, seed)
+            random = found.get((arms.RANDOM, budget))
+            if arm not in (arms.RANDOM, arms.FULL) and random is not None:
+                seeds = min(len(values[metric]), len(random[metric]))
+                gap = values[metric][:seeds] - random[metric][:seeds]
+                cell["versus_random"] = _difference(gap, samples, seed)
+            row["metrics"][metric] = cell
+        out.append(row)
+    _correct(out)
+    return out
+
+
+def _mean(values: np.ndarray) -> dict[str, Any]:
+    return {"mean": float(values.mean()), "sd_of_seeds": float(values.mean(axis=1).std())}
+
+
+def _difference(gap: np.ndarray, samples: int, seed: int) -> dict[str, float]:
+    """Returns the mean of paired differences (S, Q), its 95 % interval and a two-sided p."""
+    drawn = statistics.estimates(gap, samples, seed)
+    beyond = min(np.mean(drawn[1:] <= 0), np.mean(drawn[1:] >= 0))
+    return intervals.summary(drawn) | {"p": float(min(1.0, 2 * max(beyond, 1 / samples)))}
+
+
+def _correct(found: Sequence[Mapping[str, Any]]) -> None:
+    """Adds p_holm to each difference to random: over the arms of a budget, for each metric."""
+    for metric in trainings.METRICS:
+        for budget in {row["budget"] for row in found}:
+            cells = [
+                row["metrics"][metric]["versus_random"]
+                for row in found
+                if row["budget"] == budget and "versus_random" in row["metrics"][metric]
+            ]
+            for cell, p in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
+                cell["p_holm"] = p
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Corrects p-values by Holm's step-down method: (n - k) times the k-th smallest (k from 0),
+    never below one that is smaller, at most 1.
+    """
+    out, largest = [0.0] * len(p), 0.0
+    for place, i in enumerate(np.argsort(p, kind="stable")):
+        largest = max(largest, min(1.0, (len(p) - place) * p[i]))
+        out[i] = largest
+    return out
+
+
+def as_csv(found: Sequence[Mapping[str, Any]]) -> str:
+    """Writes one line for each arm, budget and metric."""
+    text = io.StringIO()
+    names = ["arm", "budget", "rows", "answer_tokens", "seeds", "metric", "mean", "sd_of_seeds"]
+    names += [f"{a}_{b}" for a in ("random", "base") for b in ("mean", "low", "high", "p")]
+    writer = csv.DictWriter(text, [*names, "random_p_holm"], lineterminator="\n")
+    writer.writeheader()
+    for row in found:
+        for metric, cell in row["metrics"].items():
+            line = {name: row.get(name, "") for name in names[:5]} | {"metric": metric}
+            line |= {name: cell[name] for name in ("mean", "sd_of_seeds")}
+            for other in ("random", "base"):
+                for name, value in cell.get(f"versus_{other}", {}).items():
+                    line[f"{other}_{name}"] = value
+            writer.writerow({k: v for k, v in line.items() if k != "base_p_holm"})
+    return text.getvalue()
+
+
+def as_markdown(found: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Writes a table for each budget, best choice loss first; * where Holm's p is below 0.05."""
+    lines = [title, ""]
+    for budget in sorted({row["budget"] for row in found}):
+        mine = [row for row in found if row["budget"] == budget]
+        mine.sort(key=lambda row: row["metrics"]["choice_loss_letters"]["mean"])
+        lines += [f"**{100 * budget:g} %**" if budget else "**base**", ""]
+        heads = ["arm", "rows", "answer tokens", *PANELS.values(), *MORE.values(), "accuracy (%)"]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in mine:
+            cells = [_cell(row["metrics"][m]) for m in (*PANELS, *MORE)]
+            about = [f"{row.get(name, 0):,.0f}" for name in ("rows", "answer_tokens")]
+            accuracy = f"{100 * row['metrics']['accuracy_norm']['mean']:.1f}"
+            lines.append(f"| {' | '.join([row['arm'], *about, *cells, accuracy])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    versus = cell.get("versus_random")
+    if versus is None:
+        return f"{cell['mean']:.4f}"
+    star = "*" if versus.get("p_holm", 1) < 0.05 else ""
+    return f"{versus['mean']:+.4f} ({versus['low']:+.4f} to {versus['high']:+.4f}){star}"
+
+
+def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Figure:
+    """Draws the difference to random of each arm: a panel for each metric, a color a budget."""
+    compared = [r for r in found if "versus_random" in r["metrics"]["choice_loss_letters"]]
+    budgets = sorted({row["budget"] for row in compared})
+    names = _by_mean(compared)
+    figure = matplotlib.figure.Figure((11, 0.3 * len(names) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True, squeeze=False)[0]
+    for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
+        for k, budget in enumerate(budgets):
+            mine = [row for row in compared if row["budget"] == budget]
+            cells = [row["metrics"][metric]["versus_random"] for row in mine]
+            places = np.array([names.index(row["arm"]) for row in mine]) + 0.22 * (k - 1)
+            mean, low, high = (np.array([c[n] for c in cells]) for n in ("mean", "low", "high"))
+            axis.errorbar(
+                mean, places, xerr=[mean - low, high - mean], fmt="o", ms=3, lw=1,
+                color=COLORS[k % len(COLORS)], label=f"{100 * budget:g} %",
+            )  # fmt: skip
+        axis.axvline(0, color="#7a828c", linewidth=1)
+        axis.set_xlabel(f"{label}\nminus random; left is better", fontsize=8)
+        axis.grid(axis="x", color="#d9dde1", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _by_mean(compared):
+    """Lists the arms by their mean difference in choice loss over budgets, the best first."""
+    gaps: dict[str, list[float]] = {}
+    for row in compared:
+        gaps.setdefault(row["arm"], []).append(
+            row["metrics"]["choice_loss_letters"]["versus_random"]["mean"]
+        )
+    return sorted(gaps, key=lambda arm: np.mean(gaps[arm]))
