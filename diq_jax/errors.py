@@ -18,10 +18,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
+def find_choice(value: str, choices: Iterable[str]) -> str | None:
+    """Returns the choice that a value names, or None: "peft:FOLDER" stands for all of peft:..."""
+    for choice in choices:
+        head, colon, _ = choice.partition(":")
+        if value == choice or (colon and value.startswith(f"{head}:")):
+            return choice
+    return None
+
+
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
-    """Raises UserError unless `value` is one of `choices`."""
+    """Raises UserError unless `value` is one of `choices`, as `find_choice` reads them."""
     choices = list(choices)
-    if value not in choices:
+    if find_choice(value, choices) is None:
         raise UserError(
             f"{field} must be one of {', '.join(choices)}; got {value!r}.{nearest(value, choices)}"
         )

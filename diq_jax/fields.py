@@ -5,9 +5,11 @@ Checks, the settings that a stage records and --help come from here.
 """
 
 import dataclasses
+import importlib
+import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from diq_jax import errors
@@ -60,9 +62,27 @@ class Declared(NamedTuple):
 
     says: str
     span: Span | None
-    choices: tuple[str, ...]
+    listed: tuple[str, ...] | str  # the choices, or the table whose names they are
     regex: bool
     decides: tuple[str, ...] | None  # the stages; None = those of its section
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """{text that the field may be: what it means, "" where only a table would say}."""
+        if isinstance(self.listed, str):
+            return {name: row.says for name, row in table(self.listed).items()}
+        return dict.fromkeys(self.listed, "")
+
+
+def table(name: str) -> Mapping[str, Any]:
+    """Returns the table of a room that a dotted name below diq_jax names.
+
+    Its rows are attributes that hold `says`, a sentence, and `conflicts`, a function like
+    Section.conflicts. A room registers its kinds in this way with the ground, which imports no
+    room; the module must be quick to import, as --help reads it.
+    """
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(f"diq_jax.{module}"), attribute)
 
 
 def field(
@@ -70,7 +90,7 @@ def field(
     says: str,
     span: Span | None = None,
     *,
-    choices: Iterable[str] = (),
+    choices: Iterable[str] | str = (),
     regex: bool = False,
     decides: Iterable[str] | None = None,
     harmless: bool = False,
@@ -80,13 +100,15 @@ def field(
     Args:
         says: one sentence, or a few, for --help.
         span: the range of a number.
-        choices: the texts that it may be.
+        choices: the texts that it may be, or the name of the table that holds them (`table`), such
+            as "influence.kinds.ENGINES".
         regex: whether it is a regular expression.
         decides: the stages whose results it can change, where these are not those of its section.
         harmless: it changes no result: speed, memory or what is shown.
     """
+    listed = choices if isinstance(choices, str) else tuple(choices)
     decided = () if harmless else None if decides is None else tuple(decides)
-    declared = Declared(says, span, tuple(choices), regex, decided)
+    declared = Declared(says, span, listed, regex, decided)
     return dataclasses.field(default=default, metadata={"declared": declared})
 
 
@@ -109,13 +131,23 @@ class Section:
             if not dataclasses.is_dataclass(declared.type):
                 name = f"{self.section}.{declared.name}"
                 _check(name, getattr(self, declared.name), declared.metadata["declared"])
-        for wrong, sentence in self.conflicts():
+        for wrong, sentence in itertools.chain(self.conflicts(), self._conflicts_of_choices()):
             if wrong:
                 raise errors.UserError(sentence)
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
         """Yields (whether it is so, the sentence) for values that do not go together."""
         yield from ()
+
+    def _conflicts_of_choices(self) -> Iterator[tuple[bool, str]]:
+        """Yields the conflicts of the rows that the fields' values name in their tables."""
+        for found in dataclasses.fields(self):
+            listed = found.metadata["declared"].listed if "declared" in found.metadata else ()
+            if isinstance(listed, str):
+                rows = table(listed)
+                name = errors.find_choice(getattr(self, found.name), rows)
+                assert name is not None  # _check has refused other values
+                yield from rows[name].conflicts(self)
 
 
 def _check(name: str, value: Any, declared: Declared) -> None:
@@ -236,7 +268,8 @@ def _sentence(found: dataclasses.Field) -> str:
     declared = found.metadata["declared"]
     kind = {int: "whole number", float: "number", bool: "True or False", str: "text"}[found.type]
     if declared.choices:
-        kind = ", ".join(declared.choices)
+        said = [f"{n}: {says}" if says else n for n, says in declared.choices.items()]
+        kind = ("; " if isinstance(declared.listed, str) else ", ").join(said)
     elif declared.regex:
         kind = "regex"
     elif declared.span:

@@ -3,12 +3,9 @@
 import dataclasses
 from collections.abc import Iterator
 
-from diq_jax import errors, fields
+from diq_jax import fields
 from diq_jax.fields import field
 
-ENGINES = ("exact", "projected", "factored")
-DIRECTIONS = ("mean", "adam", "gauss_newton", "less")
-PEFT_DIRECTION = "peft:"  # influence.direction=peft:FOLDER
 PROJECTIONS = ("rademacher", "gaussian", "sparse")
 DECIDES = ("influence",)
 
@@ -145,9 +142,8 @@ class Tuned(fields.Section, section="influence.tuned", decides=DECIDES):
 class Influence(fields.Section, section="influence", decides=DECIDES):
     engine: str = field(
         "exact",
-        "exact: forward mode, nothing projected; projected: per-example gradients, projected and "
-        "kept; factored: two-sided projections from one backward pass, kept.",
-        choices=ENGINES,
+        "How an example's gradient meets the direction.",
+        choices="influence.kinds.ENGINES",
     )
     parameters: str = field(
         "all",
@@ -156,10 +152,8 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
     )
     direction: str = field(
         "mean",
-        "mean: the mean target gradient (DIQ); adam: that, divided by the root of Adam's second "
-        "moment after the warm-up; gauss_newton: that, solved against the Gauss-Newton matrix "
-        "(influence functions); less: LESS's own form (engine=projected); peft:FOLDER: an "
-        "adapter's update.",
+        "What examples' gradients are multiplied with.",
+        choices="influence.kinds.DIRECTIONS",
     )
     direction_rank: int = field(
         0,
@@ -209,48 +203,3 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
     warmup: Warmup = dataclasses.field(default_factory=Warmup)
     gauss_newton: GaussNewton = dataclasses.field(default_factory=GaussNewton)
     tuned: Tuned = dataclasses.field(default_factory=Tuned)
-
-    def conflicts(self) -> Iterator[tuple[bool, str]]:
-        if not self.direction.startswith(PEFT_DIRECTION):
-            errors.check_choice("influence.direction", self.direction, DIRECTIONS)
-        exact, lora = self.engine == "exact", self.parameters == "lora"
-        peft, less = self.direction.startswith(PEFT_DIRECTION), self.direction == "less"
-        yield (
-            exact and self.normalize == "cosine",
-            "influence.normalize=cosine needs each example's gradient norm, which the "
-            "forward-mode engine 'exact' never forms; use dot, or engine=projected or factored.",
-        )
-        for name in ("direction_rank", "per_token", "packing"):
-            yield (
-                not exact and bool(getattr(self, name)),
-                f"influence.{name} belongs to engine=exact; got engine={self.engine}.",
-            )
-        yield (
-            lora and self.direction_rank > 0,
-            "influence.direction_rank does nothing with parameters=lora: its direction is thin "
-            "already; set it to 0.",
-        )
-        yield (
-            lora and self.engine == "factored",
-            "influence.engine=factored projects whole matrices; with parameters=lora use "
-            "projected.",
-        )
-        yield (
-            self.direction in ("adam", "less") and self.warmup.epochs == 0,
-            f"influence.direction={self.direction} needs Adam's moments: set "
-            "influence.warmup.epochs to at least 1.",
-        )
-        yield (
-            less and (self.engine, self.normalize) != ("projected", "cosine"),
-            "influence.direction=less is not linear in the example's gradient: it needs "
-            "engine=projected and normalize=cosine.",
-        )
-        yield (
-            peft and (self.parameters != "all" or self.warmup.epochs > 0 or not exact),
-            "influence.direction=peft:FOLDER is a direction of the base model's weights: it "
-            "needs engine=exact, parameters=all and no warm-up.",
-        )
-        yield (
-            peft and self.targets != "mean",
-            f"influence.direction=peft:FOLDER is one direction; got targets={self.targets}.",
-        )

@@ -32,7 +32,7 @@ import datamodel
 from diq_jax import config, errors, influence_config, stats, trees
 from diq_jax.commands import cli
 from diq_jax.data import batches, chat, encoded, example, sources
-from diq_jax.influence import curvature, direction, exact, projection
+from diq_jax.influence import curvature, direction, exact, kinds, projection
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, tokenizer
 from diq_jax.run import artifacts, devices, parts, progress
@@ -183,7 +183,7 @@ def score_all(
     solved = gauss_newton(space, goals, in_parts(pool, sample[: settings.examples]), settings, cfg)
     found = {
         "exact, mean": along(space, goals, parts, cfg),
-        "exact, adam": along(space, [direction.adam(g, moments) for g in goals], parts, cfg),
+        "exact, adam": along(space, [kinds.adam(g, moments) for g in goals], parts, cfg),
         "exact, gauss_newton": along(space, solved, parts, cfg),
     }
     found |= projected(space, goals, parts, cfg)

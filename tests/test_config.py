@@ -10,6 +10,7 @@ import scripts
 
 from diq_jax import config, config_files, errors, fields, pipeline
 from diq_jax.commands import train_classifier
+from diq_jax.influence import kinds
 from diq_jax.run import stages
 
 # Fields that another must go along with.
@@ -216,3 +217,18 @@ def test_every_field_has_a_sentence_in_the_help():
     assert "--config.influence.lora.rank=8" in only and "finetune" not in only
     with pytest.raises(errors.UserError, match="Did you mean 'influence'"):
         config.describe("influense")
+
+
+def test_a_row_of_a_table_is_a_choice_with_its_sentence_and_its_conflicts(monkeypatch):
+    def conflicts(settings):
+        yield settings.per_token, "influence.direction=new has no tokens."
+
+    row = kinds.DirectionKind("a new one", lambda problem, space, point, g: (g, {}), conflicts)
+    monkeypatch.setitem(kinds.DIRECTIONS, "new", row)
+    assert "new: a new one" in " ".join(config.describe("influence").split())
+    assert resolved({"influence.direction": "new"}).influence.direction == "new"
+    assert resolved({"influence.direction": "peft:mine"}).influence.direction == "peft:mine"
+    with pytest.raises(errors.UserError, match="new has no tokens"):
+        resolved({"influence.direction": "new", "influence.per_token": True})
+    with pytest.raises(errors.UserError, match=r"one of mean, .*peft:FOLDER, new; got 'nw'"):
+        resolved({"influence.direction": "nw"})

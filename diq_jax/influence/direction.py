@@ -1,13 +1,12 @@
 """Target examples -> a direction v in parameter space, so that an example's influence is <g(z), v>.
 
-KINDS is the table of influence.direction. A `space` is the pair (chosen, rest) into which
+Which directions there are: influence/kinds.py. A `space` is the pair (chosen, rest) into which
 {"params", "adapter"} is split: gradients are taken with respect to `chosen`, `rest` is held fixed.
 `trees.combine` joins them.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -16,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import errors, influence_config, trees
-from diq_jax.data import batches, example
-from diq_jax.influence import curvature, problems, thin
-from diq_jax.models import config, load, lora, loss, training
+from diq_jax.data import batches
+from diq_jax.influence import kinds, problems, thin
+from diq_jax.models import config, load, lora, loss
 from diq_jax.run import devices, progress
 
 Space = tuple[trees.Tree, trees.Tree]
@@ -194,96 +193,6 @@ class Point:
     count: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """Says how a direction is made.
-
-    Attributes:
-        turn: (problem, space, checkpoint, mean gradient of some targets) -> the direction and what
-            is known of how it was found.
-        features: (examples' gradients, first and second moments) -> what is scored in their place,
-            where that is not the gradients themselves; needs engine=projected.
-        apart: every target has a direction of its own. A group's score is the mean of the cosines
-            with its targets, an example's is that of its best group.
-    """
-
-    turn: Callable
-    features: Callable | None = None
-    apart: bool = False
-
-
-def adam(v: Any, checkpoint: Point) -> Any:
-    """Divides v by sqrt(second moment) + eps, the moment corrected for its start at zero, as Adam.
-
-    Where the moment is 0 the run has never seen a gradient and the direction is 0 (else a row of
-    the embedding that no warm-up example reads would outweigh everything).
-    """
-    correction = 1 - training.B2 ** checkpoint.count.astype(jnp.float32)
-
-    def divide(g, second):
-        return jnp.where(second > 0, g / (jnp.sqrt(second / correction) + training.EPS), 0.0)
-
-    return jax.tree.map(divide, v, checkpoint.second)
-
-
-def less_features(gradients: Any, first: Any, second: Any) -> Any:
-    """Gives LESS's form of examples' gradients: the Adam update that each alone would make.
-
-    The gradient enters both moments; as LESS has it, nothing is corrected for the start at zero and
-    eps stands inside the root.
-
-    Args:
-        gradients: leaves (b, ...); first, second: a checkpoint's, leaves (...).
-    """
-
-    B1, B2, EPS = training.B1, training.B2, training.EPS
-
-    def update(g, m, s):
-        g = g.astype(jnp.float32)
-        return (B1 * m[None] + (1 - B1) * g) / jnp.sqrt(B2 * s[None] + (1 - B2) * g * g + EPS)
-
-    return jax.tree.map(update, gradients, first, second)
-
-
-def _unchanged(problem, space, checkpoint, gbar):
-    return gbar, {}
-
-
-def _adam(problem, space, checkpoint, gbar):
-    return jax.jit(adam)(gbar, checkpoint), {}
-
-
-def _gauss_newton(problem, space, checkpoint, gbar):
-    """Solves against the Gauss-Newton matrix of a sample that is the same for every group."""
-    settings, solver = problem.settings, problem.settings.gauss_newton
-    rows = [problem.pool[i] for i in example.draw(problem.pool, solver.examples, solver.seed)]
-    tokens = problems.microbatch_tokens(settings) * problem.placement.rows_multiple
-    multiply = curvature.make_product(
-        space,
-        lambda: problems.placed(problem, rows, tokens),
-        problem.model.cfg,
-        settings.loss_reduction,
-        problem.placement,
-    )
-    one = jax.tree.map(lambda x: x[None], gbar)
-    limits = solver.damping, solver.iterations, solver.tolerance
-    v, [about] = curvature.solve(multiply, one, *limits)
-    return jax.tree.map(lambda x: x[0], v), about
-
-
-KINDS = {
-    "mean": Kind(_unchanged),
-    "adam": Kind(_adam),
-    "gauss_newton": Kind(_gauss_newton),
-    "less": Kind(_unchanged, less_features, apart=True),
-}
-
-
-def kind(settings: influence_config.Influence) -> Kind:
-    """Returns the kind of direction that influence.direction names."""
-    return KINDS[settings.direction]
-
-
 def make(
     problem: problems.Problem, space: Space, checkpoint: Point | None
 ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -292,14 +201,14 @@ def make(
     Raises:
         UserError: a direction is not finite; the target that makes it so is named.
     """
-    chosen_kind, groups = kind(problem.settings), problem.groups
-    if chosen_kind.apart:
+    kind, groups = kinds.of_direction(problem.settings), problem.groups
+    if kind.apart:
         groups = {problem.targets[i].example_id: [i] for group in groups.values() for i in group}
     total = sum(len(group) for group in groups.values())
     with progress.Progress("target gradient", total) as bar:
         for name, group in groups.items():
             gbar = _mean_of(problem, space, group, bar)
-            tree, about = chosen_kind.turn(problem, space, checkpoint, gbar)
+            tree, about = kind.turn(problem, space, checkpoint, gbar)
             norm = float(np.sqrt(trees.vdot(tree, tree)))
             if not np.isfinite(norm):
                 _name_bad_target(problem, space, group, name)
@@ -311,8 +220,8 @@ def make_direction(
 ) -> tuple[Direction, dict[str, Any]]:
     """Returns the Direction of all groups for the exact engine, and how it was made."""
     settings = problem.settings
-    if settings.direction.startswith(influence_config.PEFT_DIRECTION):
-        folder = settings.direction.removeprefix(influence_config.PEFT_DIRECTION)
+    if settings.direction.startswith(kinds.PEFT):
+        folder = settings.direction.removeprefix(kinds.PEFT)
         return from_peft(folder, problem.model.cfg, space[0]), {}
     found = list(make(problem, space, checkpoint))
     v = stack([tree for _, tree, _ in found], problem.weights, settings.direction_rank)

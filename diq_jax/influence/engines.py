@@ -4,7 +4,7 @@
     projected   each example's gradient, projected; scores are inner products with what is kept
     factored    the same from two-sided projections
 
-ENGINES is the table of influence.engine.
+influence/kinds.py has the table of influence.engine.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import example, gradient_store
-from diq_jax.influence import direction, exact, factored, per_example, problems, projection
+from diq_jax.influence import direction, exact, factored, kinds, per_example, problems, projection
 from diq_jax.models import config
 from diq_jax.run import devices
 
@@ -61,9 +61,10 @@ class Engine:
     join: Callable[[dict[str, Any]], Joined]
 
 
-def _exact(
+def exact_engine(
     problem: problems.Problem, space: direction.Space, point: direction.Point | None
 ) -> Engine:
+    """Opens the engine that scores by forward mode along the directions."""
     v, record = direction.make_direction(problem, space, point)
 
     def columns(group, out: exact.BatchScores):
@@ -87,11 +88,12 @@ def _exact(
     return Engine(step, columns, join)
 
 
-def _by_features(
+def features_engine(
     problem: problems.Problem, space: direction.Space, point: direction.Point | None
 ) -> Engine:
+    """Opens the engine that keeps each example's projected gradient and scores by products."""
     settings, dtype = problem.settings, problem.settings.store.dtype
-    cosine, apart = settings.normalize == "cosine", direction.kind(settings).apart
+    cosine, apart = settings.normalize == "cosine", kinds.of_direction(settings).apart
     features = open_features(space, settings, problem.model.cfg, problem.placement, point)
     ends, about = features.of_directions(problem, space, point)
     size = features.dim * gradient_store.stored(dtype).itemsize
@@ -119,9 +121,6 @@ def _by_features(
         return Joined(influence, loss, by_target, None, record, ends, features.record)
 
     return Engine(features.step, columns, join)
-
-
-ENGINES = {"exact": _exact, "projected": _by_features, "factored": _by_features}
 
 
 def exact_step(
@@ -196,7 +195,7 @@ def open_features(
 def _projected(space, shapes, settings, cfg, placement, checkpoint, record):
     sketch = settings.projection
     projection.check(sketch, sum(int(np.prod(shape)) for shape in shapes.values()))
-    form = direction.kind(settings).features
+    form = kinds.of_direction(settings).features
     moments = placement.replicate((checkpoint.first, checkpoint.second)) if form else ()
 
     def features(chosen, rest, moments, batch):

@@ -16,7 +16,7 @@ import numpy as np
 
 from diq_jax import errors, influence_config
 from diq_jax.data import example
-from diq_jax.influence import direction, engines, problems, warmup
+from diq_jax.influence import direction, engines, kinds, problems, warmup
 from diq_jax.models import load
 from diq_jax.run import devices, parts, processes
 
@@ -123,7 +123,7 @@ def _checkpoints(problem, space, epochs):
 
 
 def _at_checkpoint(problem, space, point, kept: Kept) -> engines.Joined:
-    engine = engines.ENGINES[problem.settings.engine](problem, space, point)
+    engine = kinds.ENGINES[problem.settings.engine].open(problem, space, point)
     done = frozenset(kept.done)
     for group, outputs in problems.run_batches(
         "influence", problem, problem.pool, engine.step, done

@@ -14,7 +14,7 @@ from absl import logging
 
 from diq_jax import influence_config, stats, trees
 from diq_jax.data import encoded
-from diq_jax.influence import direction, score, store
+from diq_jax.influence import kinds, score, store
 from diq_jax.models import checkpoint, decoder, load, lora
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, parts, processes, records, stages
@@ -29,10 +29,8 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
         # Also refuses scores of versions that added a random adapter to the model.
         found["gradients at"] = gradients_at(settings)
     folders = {"influence.lora.path": settings.lora.path if settings.parameters == "lora" else ""}
-    if settings.direction.startswith(influence_config.PEFT_DIRECTION):
-        folders["influence.direction"] = settings.direction.removeprefix(
-            influence_config.PEFT_DIRECTION
-        )
+    if settings.direction.startswith(kinds.PEFT):
+        folders["influence.direction"] = settings.direction.removeprefix(kinds.PEFT)
     for field, folder in folders.items():
         weights = pathlib.Path(folder) / "adapter_model.safetensors"
         if folder and weights.is_file():
@@ -49,9 +47,8 @@ def check(context: stages.Context) -> None:
     settings = context.config.influence
     opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
     cfg = model_config.decoder_config(opened.config, "model.path")
-    peft = influence_config.PEFT_DIRECTION
-    if settings.direction.startswith(peft):
-        lora.load_peft(settings.direction.removeprefix(peft), cfg, "influence.direction")
+    if settings.direction.startswith(kinds.PEFT):
+        lora.load_peft(settings.direction.removeprefix(kinds.PEFT), cfg, "influence.direction")
     if settings.parameters == "lora" and settings.lora.path:
         lora.load_peft(settings.lora.path, cfg, "influence.lora.path")
     elif settings.parameters == "lora":
@@ -213,7 +210,7 @@ def made_from(context: stages.Context) -> dict[str, Any]:
         record["lora"] = dataclasses.asdict(settings.lora)
     if settings.warmup.epochs:
         record["warmup"] = dataclasses.asdict(settings.warmup)
-    if direction.kind(settings).features:
+    if kinds.of_direction(settings).features:
         record["form"] = settings.direction
     return record
 

@@ -27,6 +27,7 @@ import numpy as np
 from diq_jax import config, influence_config
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
+from diq_jax.influence import kinds
 from diq_jax.models import checkpoint, lora
 from diq_jax.models import config as model_config
 from diq_jax.run import records
@@ -86,7 +87,7 @@ def influence_flops(cfg, settings: influence_config.Influence, pool, targets) ->
     remat = settings.remat and settings.engine != "exact"
     points = max(settings.warmup.epochs, 1)
     flops = points * total_flops(cfg, pool, kind, remat)
-    if not settings.direction.startswith(influence_config.PEFT_DIRECTION):
+    if not settings.direction.startswith(kinds.PEFT):
         flops += points * total_flops(cfg, targets, f"{thin}gradient")
     share = settings.warmup.fraction * settings.warmup.epochs
     flops += share * total_flops(cfg, pool, f"{thin}gradient")

@@ -8,7 +8,7 @@ import tiny
 
 from diq_jax import influence_config
 from diq_jax.data import batches
-from diq_jax.influence import direction, engines, score
+from diq_jax.influence import direction, score
 from diq_jax.run import parts
 
 POOL, TARGETS = tiny.rows(9, 24, seed=1), tiny.rows(4, 20, seed=7)
@@ -32,11 +32,6 @@ SETTINGS = {
 def scored(name, **more):
     tasks = ["a", "b", "a", "a"]
     return score.score(tiny.model(), POOL, TARGETS, SETTINGS[name], tiny.placement(), tasks, **more)
-
-
-def test_every_name_of_the_config_is_in_a_table():
-    assert tuple(direction.KINDS) == influence_config.DIRECTIONS
-    assert tuple(engines.ENGINES) == influence_config.ENGINES
 
 
 def test_scores_are_the_oracles():

@@ -10,7 +10,7 @@ import tiny
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, steps
-from diq_jax.influence import direction, engines, problems, stage, warmup
+from diq_jax.influence import direction, engines, kinds, problems, stage, warmup
 from diq_jax.models import training
 
 POOL = tiny.rows(12, 24, seed=2)
@@ -116,7 +116,7 @@ def test_an_epoch_that_ruins_the_parameters_is_named_and_kept_nowhere(warm, tmp_
 def test_adam_direction_by_hand():
     """g / (sqrt(v / (1 - 0.999^2)) + 1e-8) after two steps; 0 where Adam has seen nothing."""
     point = direction.Point({}, {}, {"w": jnp.array([0.001999 * 4.0, 0.0])}, jnp.array(2))
-    got = direction.adam({"w": jnp.array([6.0, 6.0])}, point)
+    got = kinds.adam({"w": jnp.array([6.0, 6.0])}, point)
     np.testing.assert_allclose(got["w"], [3.0, 0.0], rtol=1e-5)  # 6 / sqrt(4)
 
 
@@ -124,7 +124,7 @@ def test_adam_is_linear_in_the_gradient(warm):
     _, space, points, _ = warm
     v = oracle.random_like(space[0], 1)
     point = points[1][0]
-    once, twice = (direction.adam(jax.tree.map(lambda x, c=c: c * x, v), point) for c in (1, 2))
+    once, twice = (kinds.adam(jax.tree.map(lambda x, c=c: c * x, v), point) for c in (1, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-6), once, twice)
 
 
