@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: help setup peers demo test test-all lint format clean
+.PHONY: help setup peers demo test test-all lint format docs clean
 
 help:
 	@echo "make setup     install into .venv"
@@ -12,6 +12,7 @@ help:
 	@echo "make test      setup, then the fast tests"
 	@echo "make test-all  setup, then all tests"
 	@echo "make lint      ruff; make format mends what it can"
+	@echo "make docs      setup, then the documentation's pages into build/site"
 	@echo "make peers     the tools that benchmarks compare with, into .venv-peers"
 	@echo "make clean     remove what these made, runs aside"
 
@@ -54,6 +55,14 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The notebook is executed where it or the package has changed; nothing is fetched but packages.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venv-peers build dist *.egg-info

@@ -30,6 +30,7 @@ def test_the_example_of_the_readme_selects_what_a_run_ranks_first(made):
     example = re.search(
         r"## From Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
     )[1]
+    assert example in (ROOT / "docs/api.md").read_text()
     after = "\nimport json\nprint(json.dumps([row['id'] for row in subset]))"
     ended = subprocess.run(
         [sys.executable, "-c", example + after], capture_output=True, text=True, cwd=made,
