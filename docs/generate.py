@@ -119,11 +119,12 @@ def _row(*cells: str) -> str:
 
 
 def _commands() -> str:
+    jobs = (_row(f"[{name}](#diq-{name})", says) for name, says in cli.JOBS.items())
     parts = [
         "# Commands",
         "`diq NAME [flags]`, or `python -m diq_jax NAME [flags]`. A mistake is answered in one "
         "sentence and exit code 2. `diq NAME --help` adds all flags and config fields.",
-        "\n".join(["| | |", "|---|---|", *(_row(f"[{n}](#diq-{n})", s) for n, s in cli.JOBS.items())]),
+        "\n".join(["| | |", "|---|---|", *jobs]),
     ]
     for name in cli.JOBS:
         path = ROOT / f"diq_jax/commands/{name.replace('-', '_')}.py"
