@@ -196,7 +196,7 @@ class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
 
     @property
     def group_tasks(self) -> dict[str, tuple[str, ...]]:
-        """{group: its tasks}, in order."""
+        """Returns {group: its tasks}, in order."""
         return parse_groups(self.groups)
 
 
@@ -270,27 +270,29 @@ def _is_date(text: str) -> bool:
 
 
 def default() -> ml_collections.ConfigDict:
-    """Every field with its default, locked; model.path has none."""
+    """Returns every field with its default, locked; model.path has none."""
     return ml_collections.ConfigDict(fields.defaults(Config)).lock()
 
 
 def field_names() -> list[str]:
-    """The dotted name of every field, sections aside."""
+    """Lists the dotted name of every field, sections aside."""
     return [name for name, _, _ in fields.walk(Config)]
 
 
 def decided_by(stage: str) -> frozenset[str]:
-    """The fields that can change a stage's result."""
+    """Returns the fields that can change a stage's result."""
     return fields.decided_by(Config, stage)
 
 
 def describe(section: str = "") -> str:
-    """The fields of a section, or all, for --help. Raises UserError for an unknown section."""
+    """Describes the fields of a section, or all, for --help. Raises UserError for an unknown
+    section.
+    """
     return fields.describe(Config, section)
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
-    """The checked, frozen form.
+    """Returns the checked, frozen form of a config.
 
     Raises:
         UserError: a field that does not exist (with the nearest that does), of the wrong type, out
@@ -305,7 +307,9 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def _with_sample(cfg: Config) -> Config:
-    """The shipped targets, tests and labels where nothing is named, for the shipped pool alone."""
+    """Fills in the shipped targets, tests and labels where nothing is named, for the shipped pool
+    alone.
+    """
     if cfg.data.pool.strip() != SAMPLE:
         return cfg
     data, source = cfg.data, cfg.difficulty.source or SAMPLE

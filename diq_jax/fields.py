@@ -53,7 +53,9 @@ UNIT = Span(0, 1)
 
 
 def or_none(span: Span) -> Span:
-    """The same range with 0, which turns the field off or leaves the choice to the program."""
+    """Returns the same range with 0, which turns the field off or leaves the choice to the
+    program.
+    """
     return span._replace(least=0)
 
 
@@ -68,7 +70,7 @@ class Declared(NamedTuple):
 
     @property
     def choices(self) -> dict[str, str]:
-        """{text that the field may be: what it means, "" where only a table would say}."""
+        """Returns {text that the field may be: its meaning, "" where no table gives one}."""
         if isinstance(self.listed, str):
             return {name: row.says for name, row in table(self.listed).items()}
         return dict.fromkeys(self.listed, "")
@@ -170,7 +172,7 @@ def walk(cls: type) -> Iterator[tuple[str, type, dataclasses.Field]]:
 
 
 def decided_by(cls: type, stage: str) -> frozenset[str]:
-    """The dotted names of the fields that can change a stage's result."""
+    """Returns the dotted names of the fields that can change a stage's result."""
     names = set()
     for name, owner, found in walk(cls):
         decides = found.metadata["declared"].decides
@@ -180,7 +182,7 @@ def decided_by(cls: type, stage: str) -> frozenset[str]:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """Every field with its default, in nested dicts."""
+    """Returns every field with its default, in nested dicts."""
     return {
         found.name: defaults(found.type) if dataclasses.is_dataclass(found.type) else found.default
         for found in dataclasses.fields(cls)
@@ -188,7 +190,7 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """The checked dataclass of nested dicts; fields that are left out have their defaults.
+    """Makes the checked dataclass of nested dicts; fields that are left out have their defaults.
 
     Raises:
         UserError: a field that does not exist (with the nearest that does), of the wrong type, out
@@ -207,7 +209,7 @@ def _construct(cls, values):
 
 
 def typed(cls: type, values: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a section, whole numbers converted where a field is real.
+    """Returns the values of a section, whole numbers converted where a field is real.
 
     Raises:
         UserError: a field that does not exist, or of the wrong type.
@@ -242,7 +244,7 @@ def _typed_value(kind: type, value: Any, where: str) -> Any:
 
 
 def describe(cls: type, only: str = "") -> str:
-    """Lines for --help: every field of the sections that begin with `only`, grouped.
+    """Writes the lines of --help: every field of the sections that begin with `only`, grouped.
 
     Raises:
         UserError: there is no such section.
@@ -264,7 +266,7 @@ def describe(cls: type, only: str = "") -> str:
 
 
 def _sentence(found: dataclasses.Field) -> str:
-    """What a field says, with its type and range."""
+    """Writes what a field says, with its type and range."""
     declared = found.metadata["declared"]
     kind = {int: "whole number", float: "number", bool: "True or False", str: "text"}[found.type]
     if declared.choices:

@@ -137,5 +137,5 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether LoRA factors are trained, or else parameters themselves."""
+        """Tells whether LoRA factors are trained, and not parameters themselves."""
         return self.parameters == "lora"

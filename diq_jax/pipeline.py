@@ -38,7 +38,9 @@ def check_difficulty(context: stages.Context) -> None:
 
 
 def _existing(*names: str):
-    """Those artifacts that are there: a stage that shows or compares what has been made so far."""
+    """Returns a function that lists those artifacts that exist, for a stage that shows or compares
+    what has been made so far.
+    """
     return lambda context: tuple(name for name in names if context.path(name).exists())
 
 
@@ -134,7 +136,7 @@ STAGES = {
 
 
 def parse_stages(text: str) -> list[str]:
-    """The stages named in a comma-separated list, in pipeline order; "" = all.
+    """Parses a comma-separated list of stages, and puts them in pipeline order; "" = all.
 
     Raises:
         UserError: a name that is no stage.
@@ -146,7 +148,9 @@ def parse_stages(text: str) -> list[str]:
 
 
 def wanted(cfg: config.Config, names: Sequence[str]) -> list[str]:
-    """The stages to run of those that are named: all but dpo where it has no preferences."""
+    """Returns the stages to run of those that are named: all but dpo where it has no
+    preferences.
+    """
     skipped = ["dpo"] if not cfg.finetune.dpo.data and list(names) == list(STAGES) else []
     return [name for name in names if name not in skipped]
 
@@ -160,7 +164,7 @@ def check(context: stages.Context, names: Sequence[str]) -> None:
 
 
 def _check_named(cfg, names):
-    """The shipped rows stand in for the user's own only where the user says so."""
+    """Refuses the shipped rows in the place of the user's own unless the user asks for them."""
     fields = {"prepare": ("data.targets", "data.tests"), "difficulty": ("difficulty.source",)}
     read = [field for name, found in fields.items() if name in names for field in found]
     blank = [f for f in read if not getattr(getattr(cfg, f.split(".")[0]), f.split(".")[1]).strip()]
@@ -239,7 +243,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _lock(workdir) -> int:
-    """An open file, whose lock ends with the process; nothing is ever written into it."""
+    """Opens a file whose lock ends with the process; nothing is ever written into it."""
     try:
         artifacts.make_folder(workdir)
         lock = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

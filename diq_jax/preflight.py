@@ -34,7 +34,7 @@ def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> 
 
 
 def _inputs(cfg, names):
-    """(field, what it names, rows) of what the stages read."""
+    """Lists (field, what it names, rows) of what the stages read."""
     data, source, dpo = cfg.data, cfg.difficulty.source, cfg.finetune.dpo
     if "prepare" in names:
         prepare.open_layout(cfg)

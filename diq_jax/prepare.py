@@ -99,7 +99,8 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def open_layout(cfg: config.Config) -> chat.Layout:
-    """How the model's tokenizer lays out a conversation, with a warning where that may surprise.
+    """Returns how the model's tokenizer lays out a conversation, with a warning where that may
+    surprise.
 
     Raises:
         UserError: no tokenizer that can be used, or a chat template (chat.make_layout).
@@ -122,7 +123,7 @@ def open_layout(cfg: config.Config) -> chat.Layout:
 
 
 def _write(context, name, examples, rows, columns):
-    """One table row for each encoded example, in the order of the file."""
+    """Writes one table row for each encoded example, in the order of the file."""
     by_id = {e.example_id: e for e in examples}
     kept = [by_id[row.example_id] for row in rows]
     read = {
@@ -140,7 +141,9 @@ def _write(context, name, examples, rows, columns):
 
 
 def _write_tests(context, tests, options, end_ids):
-    """One table row for each question: the prompt's tokens once, and each option's after it."""
+    """Writes one table row for each question: the prompt's tokens once, and each option's
+    after it.
+    """
     prompts, answers = [], []
     for rows in options:
         start = int((rows[0].labels == example.IGNORED).sum())
@@ -166,5 +169,5 @@ def _write_tests(context, tests, options, end_ids):
 
 
 def _choices(row: example.Example) -> list[str]:
-    """The texts of the options, in order."""
+    """Returns the texts of the options, in order."""
     return list((row.options or {}).values())

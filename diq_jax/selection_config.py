@@ -81,10 +81,10 @@ class Selection(fields.Section, section="selection", decides=("selection",)):
 
     @property
     def band(self) -> tuple[float, float, float]:
-        """Center at 1 % of the pool, rise for ten times the budget, and width."""
+        """Returns the center at 1 % of the pool, rise for ten times the budget, and width."""
         return self.band_center, self.band_rise, self.band_width
 
     @property
     def quadrants(self) -> tuple[int, ...]:
-        """The quadrants in the order in which they fill the budget."""
+        """Returns the quadrants in the order in which they fill the budget."""
         return tuple(int(q) for q in self.quadrant_order.split(","))

@@ -5,14 +5,14 @@ from numpy.typing import ArrayLike
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
-    """Pearson correlation; nan where either side is constant."""
+    """Computes the Pearson correlation; nan where either side is constant."""
     x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (x, y))
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
     return float(np.sum(x * y) / norm) if norm > 0 else float("nan")
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Pearson correlation of average ranks."""
+    """Computes the Pearson correlation of average ranks."""
     from scipy import stats  # seconds to import
 
     return pearson(stats.rankdata(x), stats.rankdata(y))
@@ -31,8 +31,8 @@ def quadratic_kappa(labels: ArrayLike, predictions: ArrayLike, levels: int) -> f
 
 
 def krippendorff_alpha(ratings: ArrayLike, scale: str) -> float:
-    """Agreement of any number of raters, 1 - observed / expected disagreement (Krippendorff,
-    "Computing Krippendorff's Alpha-Reliability", 2011).
+    """Computes the agreement of any number of raters, 1 - observed / expected disagreement
+    (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011).
 
     Args:
         ratings: (raters, units), nan where a rater gave none. Units with fewer than two ratings do
@@ -58,7 +58,8 @@ def krippendorff_alpha(ratings: ArrayLike, scale: str) -> float:
 
 
 def bootstrap_spearman(columns: ArrayLike, y: ArrayLike, samples: int, seed: int) -> np.ndarray:
-    """Spearman of each column (n, C) with y (n,) over rows drawn with replacement: (samples, C).
+    """Computes Spearman of each column (n, C) with y (n,) over rows drawn with replacement:
+    (samples, C).
 
     The rows are the same for all columns, so that differences of columns are paired. nan where
     either side is constant.
@@ -82,5 +83,5 @@ def bootstrap_spearman(columns: ArrayLike, y: ArrayLike, samples: int, seed: int
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where it is not a number: what goes into JSON."""
+    """Returns the value, or None where it is not a number, as JSON needs it."""
     return float(value) if np.isfinite(value) else None

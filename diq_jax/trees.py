@@ -12,12 +12,12 @@ Tree = dict[str, Any]  # nested dicts of arrays, None where a leaf is elsewhere
 
 
 def path_name(path: Iterable[Any]) -> str:
-    """A jax key path as `layers/attn/q_proj/kernel`."""
+    """Writes a jax key path as `layers/attn/q_proj/kernel`."""
     return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """{slash path: leaf} in tree order."""
+    """Returns {slash path: leaf} in tree order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_name(path): leaf for path, leaf in leaves}
 
@@ -63,7 +63,7 @@ def combine(left: Tree, right: Tree) -> Tree:
 
 
 def insert(tree: dict, extra: dict[str, Any]) -> dict:
-    """A copy of a nested dict with values added at slash paths, beside what is there."""
+    """Returns a copy of a nested dict with values added at slash paths, beside what is there."""
     tree = dict(tree)
     for name, value in extra.items():
         first, _, rest = name.partition("/")
@@ -72,7 +72,7 @@ def insert(tree: dict, extra: dict[str, Any]) -> dict:
 
 
 def matching(names: Iterable[str], pattern: str, field: str) -> set[str]:
-    """The names in which the regex `pattern` is found.
+    """Returns the names in which the regex `pattern` is found.
 
     Raises:
         UserError: the pattern is no regex, or nothing matches.
@@ -89,7 +89,7 @@ def matching(names: Iterable[str], pattern: str, field: str) -> set[str]:
 
 
 def vdot(left: Any, right: Any) -> jax.Array:
-    """The inner product over all leaves, accumulated in float32."""
+    """Computes the inner product over all leaves, accumulated in float32."""
     products = jax.tree.map(
         lambda a, b: jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)), left, right
     )
@@ -97,5 +97,5 @@ def vdot(left: Any, right: Any) -> jax.Array:
 
 
 def size(tree: Any) -> int:
-    """How many numbers a tree holds."""
+    """Counts the numbers that a tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -53,19 +53,21 @@ SYSTEM = {"role": "system", "content": RUBRIC.format(fields=", ".join(SCHEMA["re
 
 
 def messages(question: str) -> tuple[dict[str, str], ...]:
-    """The rubric, the same each time, so that a server may cache it; then the fenced question."""
+    """Writes the messages of a question: the rubric, the same each time so that a server may cache
+    it, then the fenced question.
+    """
     asked = f"Rate this question.\n\n<question>\n{question.strip()}\n</question>"
     return SYSTEM, {"role": "user", "content": asked}
 
 
 def levels(answers: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """{perspective: level} of one question: the lower median of its checked answers."""
+    """Returns {perspective: level} of one question: the lower median of its checked answers."""
     middle = (len(answers) - 1) // 2
     return {p: sorted(answer[p] for answer in answers)[middle] for p in config.PERSPECTIVES}
 
 
 def labelled(row: Mapping[str, Any], question: str, found: Mapping[str, int]) -> dict[str, Any]:
-    """The row as it came with the columns of difficulty.source, in the place of any it had.
+    """Returns the row as it came, with the columns of difficulty.source in the place of any it had.
 
     A row that calls its question otherwise also gets the column `question`, which
     difficulty.source reads.
@@ -75,7 +77,7 @@ def labelled(row: Mapping[str, Any], question: str, found: Mapping[str, int]) ->
 
 
 def agreement(found: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, float]:
-    """{perspective: kappa}, quadratically weighted, the mean over pairs of draws.
+    """Returns {perspective: kappa}, quadratically weighted, the mean over pairs of draws.
 
     Args:
         found: for each question its answers, one of each draw. Of a single draw kappa is nan.
@@ -92,7 +94,7 @@ def agreement(found: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, float]:
 
 
 def histogram(found: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
-    """{perspective: how many questions have level 1, 2, ..., 5}."""
+    """Counts {perspective: questions of level 1, 2, ..., 5}."""
     return {
         p: [sum(row[p] == level for row in found) for level in LEVELS] for p in config.PERSPECTIVES
     }

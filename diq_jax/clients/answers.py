@@ -40,12 +40,14 @@ class Request:
 
     @functools.cached_property
     def key(self) -> str:
-        """A hash of all that the reply may depend on; of the server and its API key, nothing."""
+        """Hashes all that the reply may depend on, but not the server or its API key."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def retry(self, number: int) -> "Request":
-        """The same question asked again, with another seed; number 0 is the request itself."""
+        """Returns the same question asked again with another seed; number 0 is the request
+        itself.
+        """
         return dataclasses.replace(self, seed=self.seed + number * SEED_STRIDE)
 
 
@@ -65,7 +67,7 @@ class Outcome:
 
 
 def choices_schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
-    """Of an answer with one choice for each name, whole numbers or texts.
+    """Makes the JSON schema of an answer with one choice for each name, whole numbers or texts.
 
     The reason, `NAME_reason`, stands before its choice, so that the choice follows from it.
     """
@@ -83,7 +85,9 @@ def choices_schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
 
 
 def body(request: Request, structured: bool) -> dict:
-    """The fields of a chat-completions request; the schema as response_format, or in words."""
+    """Returns the fields of a chat-completions request; the schema goes in as response_format, or
+    in words.
+    """
     fields = {"model": request.model, "seed": request.seed}
     if request.temperature is not None:
         fields["temperature"] = request.temperature
@@ -104,7 +108,7 @@ def body(request: Request, structured: bool) -> dict:
 
 
 def settle(request: Request, cache: replies.Cache, tries: int) -> Outcome | Request:
-    """What the replies at hand decide, or else the request to send next.
+    """Returns what the replies at hand decide, or else the request to send next.
 
     A refused or malformed reply is asked for again, `tries` times in all; the last one counts.
     """
@@ -123,7 +127,9 @@ def settle(request: Request, cache: replies.Cache, tries: int) -> Outcome | Requ
 def split(
     requests: Iterable[Request], cache: replies.Cache, tries: int
 ) -> tuple[dict[str, Outcome], list[Request]]:
-    """What the cache decides, by key, and the requests that it does not, equal ones once."""
+    """Splits requests into what the cache decides, by key, and those that it does not, equal ones
+    once.
+    """
     outcomes, missing = {}, []
     for key, request in {request.key: request for request in requests}.items():
         found = settle(request, cache, tries)
@@ -135,7 +141,7 @@ def split(
 
 
 def judge(reply: replies.Reply, schema: Mapping[str, Any]) -> Outcome:
-    """Whether the reply is an answer: one JSON object that fits the schema."""
+    """Says whether the reply is an answer: one JSON object that fits the schema."""
     if reply.refusal or reply.finish == "content_filter":
         return Outcome("refused", detail=shorten(reply.refusal or "stopped by a content filter"))
     try:
@@ -149,7 +155,8 @@ def judge(reply: replies.Reply, schema: Mapping[str, Any]) -> Outcome:
 
 
 def parse_object(text: str) -> Any:
-    """The JSON from the first brace to the last, after whatever a model thought aloud.
+    """Parses the JSON from the first brace to the last, after any reasoning that a model wrote
+    before it.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -162,7 +169,7 @@ def parse_object(text: str) -> Any:
 
 
 def mistake(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    """What makes the value differ from the schema, or "".
+    """Says what makes the value differ from the schema; "" where nothing does.
 
     Known: type object (every property required, no other allowed), integer and string; enum.
     """

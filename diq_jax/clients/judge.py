@@ -75,7 +75,8 @@ at most thirty words, then first, second or tie. Answer with a JSON object of th
 
 
 def single_messages(question: str, text: str, reference: str) -> tuple[dict[str, str], ...]:
-    """The rubric, the same each time, so that a server may cache it; then the fenced texts.
+    """Writes the messages of a single judgment: the rubric, the same each time so that a server may
+    cache it, then the fenced texts.
 
     Args:
         reference: the right answer, or "" where it is not known.
@@ -103,13 +104,13 @@ def _messages(system, question, reference, texts):
 
 
 def levels(answer: Mapping[str, Any]) -> list[float]:
-    """(C,) of a checked single answer: the three levels and their mean."""
+    """Returns the three levels of a checked single answer and their mean, (C,)."""
     given = [answer[name] for name in RUBRIC]
     return [*given, sum(given) / len(given)]
 
 
 def verdicts(forward: Mapping[str, Any], backward: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """For each criterion (verdict, lean) of both orders' checked answers.
+    """Returns (verdict, lean) for each criterion from the checked answers of both orders.
 
     verdict: 1 where model A wins in both orders, -1 where B does, else 0. lean: the sum of what the
     first place won, -2 to 2: 0 where the orders agree.
@@ -166,7 +167,7 @@ def pair_summary(
 
 
 def _means(found: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
-    """Of (J, Q, C): {criterion: {questions, mean, low, high}}."""
+    """Averages (J, Q, C) into {criterion: {questions, mean, low, high}}."""
     out = {}
     for c, name in enumerate(CRITERIA):
         values = _over_judges(found[..., c])
@@ -195,7 +196,7 @@ def _pair(found: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
 
 
 def _over_judges(values: np.ndarray) -> np.ndarray:
-    """The mean over judges of (J, Q), of the questions that any judged."""
+    """Averages (J, Q) over the judges, for the questions that any of them judged."""
     values = values[:, np.isfinite(values).any(0)]
     return np.nanmean(values, axis=0) if values.size else np.zeros(0)
 
@@ -207,7 +208,8 @@ def _summary(values: np.ndarray, samples: int, seed: int) -> dict[str, float | N
 
 
 def _agreement(found: np.ndarray, judges: Sequence[str], lowest: int) -> dict[str, Any]:
-    """Of (J, units, criteria): {criterion: {alpha, kappa by pair}}; empty for one judge.
+    """Measures the agreement of (J, units, criteria): {criterion: {alpha, kappa by pair}}; empty
+    for one judge.
 
     Both weigh by squared distance; alpha's distance is ordinal. What is not defined is None.
     """

@@ -38,7 +38,7 @@ flags.mark_flags_as_required(["rows", "out", "base_url", "model"])
 
 
 def read_examples() -> list[example_lib.Example]:
-    """The rows to label, in the order of the file; a larger draw contains a smaller one.
+    """Reads the rows to label, in the order of the file; a larger draw contains a smaller one.
 
     Raises:
         UserError: a row is no pool row, or has no question.
@@ -101,7 +101,7 @@ def write(
 
 
 def print_levels(found: Sequence[Sequence[dict]]) -> None:
-    """The histogram of levels; with --repeat, the agreement of the draws."""
+    """Prints the histogram of levels and, with --repeat, the agreement of the draws."""
     print("level     " + "".join(f"{level:>7}" for level in annotate.LEVELS), end="")
     print("   kappa between draws" if REPEAT.value > 1 else "")
     counts = annotate.histogram([annotate.levels(mine) for mine in found])

@@ -100,7 +100,7 @@ def cache_of(out: pathlib.Path) -> pathlib.Path:
 def request(
     model: str, messages: Sequence[dict[str, str]], schema: Mapping[str, Any], draw: int = 0
 ) -> answers.Request:
-    """The request as the flags have it; another draw has another seed."""
+    """Makes the request as the flags have it; another draw has another seed."""
     seed = SEED.value + draw
     return answers.Request(
         model, tuple(messages), schema, seed, TEMPERATURE.value, MAX_TOKENS.value

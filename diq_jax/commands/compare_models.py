@@ -30,7 +30,7 @@ ARGUMENTS = ("RUN:MODEL", "RUN:MODEL")
 
 
 def read(specs: list[str]) -> tuple[list[str], list[predictions.ById], list[str]]:
-    """The names, the rows of both models, and the questions that both answered."""
+    """Reads the names and rows of both models, and the questions that both answered."""
     found = predictions.read_all(specs, "the models", cli.verify(VERIFY))
     names, (first, second) = list(found), found.values()
     ids = compare.common(first, second)

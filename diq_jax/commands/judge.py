@@ -43,7 +43,8 @@ flags.mark_flags_as_required(["answers", "models", "out", "base_url"])
 
 
 def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
-    """The rows by model, and the questions to judge: those of any, or with --pairwise of both.
+    """Reads the rows by model, and the questions to judge: those that any model answered, or with
+    --pairwise both.
 
     Raises:
         UserError: a row without question or text, questions that differ between the models, or not
@@ -80,7 +81,9 @@ def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
 def make_requests(
     found: dict[str, predictions.ById], ids: Sequence[str]
 ) -> list[tuple[dict[str, str], tuple[answers.Request, ...]]]:
-    """(what is judged, by whom; its requests: one, or with --pairwise one for each order)."""
+    """Makes pairs (what is judged, by whom; its requests: one, or with --pairwise one for each
+    order).
+    """
 
     def reference(row):
         return str(row.get("reference") or "")
@@ -110,7 +113,7 @@ def make_requests(
 def summarise(
     judged: Sequence[tuple[dict[str, str], list]], models: Sequence[str], ids: Sequence[str]
 ) -> dict[str, Any]:
-    """The part of judge.json that says what was found, of (what, checked answers)."""
+    """Makes the part of judge.json that says what was found, from (what, checked answers)."""
     judges, place = MODELS.value, {name: i for i, name in enumerate(ids)}
     chosen = BOOTSTRAP_SAMPLES.value, asking.SEED.value
     criteria = len(judge.CRITERIA)
@@ -127,7 +130,7 @@ def summarise(
 
 
 def cell(value: dict[str, Any], sign: bool = False) -> tables.Cell:
-    """Mean and interval."""
+    """Writes a mean and its interval."""
     if value["mean"] is None:
         return tables.Cell("-")
     mean, low, high = (tables.number(value[end], 2, sign) for end in ("mean", "low", "high"))

@@ -55,7 +55,7 @@ class Group:
 
     @property
     def slots(self) -> list[int]:
-        """Where each index stands in outputs (B,), or in outputs (B, S) flattened."""
+        """Returns where each index stands in outputs (B,), or in outputs (B, S) flattened."""
         return [
             r * max(self.examples, 1) + s
             for r, row in enumerate(self.members)
@@ -219,7 +219,8 @@ def _fill(
 
 
 def _batch_rows(count: int, most: int, multiple: int, is_last: bool) -> int:
-    """Rows of each batch in a bucket of `count` examples, `most` at most; 0 passes all of them on.
+    """Returns the rows of each batch in a bucket of `count` examples, at most `most`; 0 puts all of
+    them into the next bucket.
 
     The last bucket spreads its examples evenly, for few padding rows. The others take one batch
     where all fit, or else the size from 3/4 of `most` up that leaves the fewest.

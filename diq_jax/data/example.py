@@ -132,8 +132,8 @@ def has_options(row: Mapping[str, Any]) -> bool:
 
 
 def options_of(row: Mapping[str, Any]) -> Any:
-    """What a row says of its options: the column options or choices (a list, an object, or ARC's
-    lists of texts and labels), or MedMCQA's opa, opb, ..; None without any.
+    """Returns what a row says of its options: the column options or choices (a list, an object, or
+    ARC's lists of texts and labels), or MedMCQA's opa, opb, ..; None without any.
     """
     for name in ("options", "choices"):
         options = row.get(name)

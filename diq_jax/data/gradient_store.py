@@ -48,7 +48,7 @@ class GradientStore:
         return len(self.example_ids)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows (n, dim) float32), at most READ_ROWS at a time."""
+        """Yields (first row, rows (n, dim) float32), at most READ_ROWS at a time."""
         first = 0
         for name in self.shards:
             shard = self._shard(name)
@@ -58,7 +58,7 @@ class GradientStore:
                 first += len(part)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as float32; only what is asked for is read."""
+        """Reads rows [start, stop) as float32, and no others."""
         size, parts = self.manifest["shard_rows"], []
         for k in range(start // size, -(-min(stop, len(self)) // size)):
             shard = self._shard(self.shards[k])
@@ -68,7 +68,7 @@ class GradientStore:
         return self._read(np.concatenate(parts), start)
 
     def _read(self, stored: np.ndarray, first: int) -> np.ndarray:
-        """Rows as they lie on disk -> float32; `first` is the number of the first, for messages."""
+        """Converts rows on disk to float32; `first` is the number of the first, for messages."""
         rows = from_stored(stored, self.dtype)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
@@ -80,7 +80,9 @@ class GradientStore:
         return rows
 
     def scores(self, targets: np.ndarray, normalize: str = "dot") -> np.ndarray:
-        """Inner products, or cosines, of all rows with `targets` (Q, dim): (rows, Q) float32."""
+        """Computes the inner products, or cosines, of all rows with `targets` (Q, dim): (rows, Q)
+        float32.
+        """
         targets = np.asarray(targets, np.float32)
         if targets.ndim != 2 or targets.shape[1] != self.dim:
             raise errors.UserError(
@@ -100,7 +102,7 @@ class GradientStore:
             self._verified(name)
 
     def _shard(self, name: str) -> np.ndarray:
-        """A shard's rows as they lie on disk."""
+        """Returns a shard's rows as they lie on disk."""
         shard = np.load(self._verified(name), mmap_mode="r")
         if shard.ndim != 2 or shard.shape[1] != self.dim or shard.dtype != stored(self.dtype):
             raise errors.UserError(
@@ -110,7 +112,7 @@ class GradientStore:
         return shard
 
     def _verified(self, name: str) -> pathlib.Path:
-        """A file of the store that is as the manifest has it."""
+        """Returns the path of a file of the store, once its checksum is that of the manifest."""
         path = self.folder / name
         if not path.is_file():
             raise errors.UserError(f"{path} is missing; the store's manifest names it.")
@@ -164,7 +166,9 @@ def _check_manifest(manifest, path) -> None:
 def products(
     blocks: Iterable[tuple[int, np.ndarray]], count: int, targets: np.ndarray, unit_rows: bool
 ) -> np.ndarray:
-    """<row, target>, (count, Q), for rows that come in blocks, taken to length 1 where asked."""
+    """Computes <row, target>, (count, Q), for rows that come in blocks, scaled to length 1 where
+    asked.
+    """
     out = np.zeros((count, len(targets)), np.float32)
     for first, rows in blocks:
         out[first : first + len(rows)] = (unit(rows) if unit_rows else rows) @ targets.T
@@ -172,19 +176,19 @@ def products(
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows (n, dim) taken to length 1; a row of zeros stays."""
+    """Scales rows (n, dim) to length 1; a row of zeros stays."""
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norm > 0, norm, 1)
 
 
 def stored(dtype: str) -> np.dtype:
-    """The dtype on disk: .npy knows no bfloat16, which is kept as its bits."""
+    """Returns the dtype on disk: .npy has no bfloat16, which is kept as its bits."""
     return np.dtype(np.uint16) if dtype == "bfloat16" else np.dtype(DTYPES[dtype])
 
 
 @np.errstate(over="ignore")  # the caller asks `fits`
 def to_stored(rows: np.ndarray, dtype: str) -> np.ndarray:
-    """Rows (n, dim) float32 -> as they lie on disk."""
+    """Converts rows (n, dim) float32 to the form on disk."""
     return np.ascontiguousarray(rows.astype(DTYPES[dtype])).view(stored(dtype))
 
 
@@ -197,14 +201,14 @@ def fits(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_stored(rows: np.ndarray, dtype: str) -> np.ndarray:
-    """Rows as they lie on disk -> float32."""
+    """Converts rows from the form on disk to float32."""
     return np.ascontiguousarray(rows).view(DTYPES[dtype]).astype(np.float32)
 
 
 def refuse_other(
     found: Mapping[str, Any], expected: Mapping[str, Any], folder: pathlib.Path
 ) -> None:
-    """UserError naming what differs between two records of how rows were made."""
+    """Raises UserError naming what differs between two records of how rows were made."""
 
     def flat(tree, prefix=""):
         for name, value in tree.items():

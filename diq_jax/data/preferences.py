@@ -29,7 +29,9 @@ class PreferencePair:
 
     @property
     def longer(self) -> example_lib.Encoded:
-        """The side whose shape both fit, under the pair's id: what steps are planned by."""
+        """Returns the side whose shape both fit, under the pair's id, by which steps are
+        planned.
+        """
         side = max(self.sides, key=lambda side: (len(side.input_ids), side.answer_tokens))
         return dataclasses.replace(side, example_id=self.example_id)
 

@@ -91,7 +91,7 @@ def _whole(level):
 
 
 def _interval(values) -> dict[str, float]:
-    """The middle 95 %; empty where a resampling has no value."""
+    """Returns the middle 95 %; empty where a resampling has no value."""
     if not np.isfinite(values).all():
         return {}
     low, high = np.percentile(values, [2.5, 97.5])

@@ -23,14 +23,14 @@ P_CORRECT = "p_correct"
 
 
 def is_columns(source: str) -> bool:
-    """Whether the scores are columns of the pool, so that nothing is trained."""
+    """Tells whether the scores are columns of the pool, so that nothing is trained."""
     return source.partition(":")[0] == "columns"
 
 
 def column_scores(
     rows: Sequence[Mapping[str, Any]], ids: Sequence[str], source: str, needed: str
 ) -> dict[str, np.ndarray]:
-    """Scores that stand in the pool's rows: {perspective: (n,) float32 in [1, 5]}.
+    """Reads scores that stand in the pool's rows: {perspective: (n,) float32 in [1, 5]}.
 
     Args:
         rows: the pool's rows as they came; ids: theirs, for messages.
@@ -54,7 +54,8 @@ def column_scores(
 
 
 def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
-    """Questions, and their levels (n, 3) float32 in [1, 5] in the order of config.PERSPECTIVES.
+    """Reads questions and their levels (n, 3) float32 in [1, 5], in the order of
+    config.PERSPECTIVES.
 
     A row holds the columns difficulty_knowledge, difficulty_reasoning and difficulty_overall
     (integers), or `p_correct`, the share of those asked (people or models) who answered right: its
@@ -113,7 +114,7 @@ def _from_share(row, place):
 
 
 def fingerprint(source: str) -> str:
-    """A hash of the label files; of a hub data set, its name."""
+    """Hashes the label files; of a hub data set, its name."""
     return sources.fingerprint(source, FIELD, sample="pool")
 
 
@@ -170,7 +171,7 @@ def column_names(source: str, needed: str) -> dict[str, str]:
 
 
 def _level(row, column, where, expected) -> float:
-    """The number in a column; a text that is a number counts, as CSV knows nothing else."""
+    """Reads the number in a column; a text that is a number counts, since CSV holds only text."""
     if column not in row:
         raise errors.UserError(
             f"{where} has no column {column!r}; expected {expected}.{errors.nearest(column, row)}"

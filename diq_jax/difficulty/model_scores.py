@@ -170,7 +170,7 @@ def reasoning_tokens(texts: Sequence[str], layout: chat.Layout, template: str) -
 
 
 def _embed(context, model, targets) -> np.ndarray:
-    """(Q, D) float32."""
+    """Computes the embeddings of rows, (Q, D) float32."""
 
     def embed(params, batch):
         return embeddings(loss.hidden_states(params, model.cfg, batch), batch)

@@ -39,8 +39,8 @@ PARTIAL = "difficulty/partial"  # what a killed run continues from; removed at t
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """What the stage reads beside artifacts: the encoder and the label files; for the model's
-    scores, its weights.
+    """Fingerprints what the stage reads beside artifacts: the encoder and the label files, and for
+    the model's scores its weights.
     """
     settings = context.config.difficulty
     found = model_scores.fingerprints(context) if settings.model_scores else {}
@@ -132,8 +132,8 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def train(context: stages.Context) -> dict[str, Any]:
-    """The stage of `diq train-classifier`: cross-validates, trains on all labelled rows,
-    and writes classifier/, a folder for difficulty.source (trained.py), with metrics.json.
+    """Runs the stage of `diq train-classifier`: cross-validates, trains on all labelled rows, and
+    writes classifier/, a folder for difficulty.source (trained.py), with metrics.json.
 
     Returns:
         rows, tokens and resumed_tokens, and the cross-validation's metrics.
@@ -163,7 +163,7 @@ def train(context: stages.Context) -> dict[str, Any]:
 
 
 def _labelled(settings) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(questions, levels (n, 3), (3,) bool: the perspectives that have labels)."""
+    """Reads (questions, levels (n, 3), (3,) bool: the perspectives that have labels)."""
     questions, levels = labels.labelled_rows(settings.source)
     known = np.isfinite(levels).any(axis=0)
     _check_perspective(settings, known)
@@ -179,7 +179,7 @@ def _check_perspective(settings, known):
 
 
 def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
-    """(scores of the pool rows, metrics, token counts)."""
+    """Returns (scores of the pool rows, metrics, token counts)."""
     settings = context.config.difficulty
     questions, levels, known = _labelled(settings)
     pretrained, _ = _load(settings, context.placement)
@@ -190,7 +190,7 @@ def _classify(context, pool) -> tuple[dict[str, np.ndarray], dict[str, Any], dic
 
 
 def _apply(context, pool) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """(scores of the pool rows by the folder of difficulty.source, token counts)."""
+    """Returns (scores of the pool rows by the folder of difficulty.source, token counts)."""
     settings = context.config.difficulty
     found = trained.load(settings.source)
     known = trained.known(found.temperatures)
@@ -220,14 +220,14 @@ def _measure(task, probabilities, questions, settings):
 
 
 def _scores(probabilities, known) -> dict[str, np.ndarray]:
-    """{perspective: (rows,) expected levels}, nan where nobody has labelled the perspective."""
+    """Returns {perspective: (rows,) expected levels}, nan where the perspective has no labels."""
     expected = classifier.expected_level(probabilities)
     expected[:, ~known] = np.nan
     return {p: expected[:, i] for i, p in enumerate(config.PERSPECTIVES)}
 
 
 def _open(settings) -> tuple[checkpoint.Checkpoint, model_config.EncoderConfig]:
-    """The encoder, its weights not yet read, held against its config and the settings."""
+    """Opens the encoder, without its weights, and checks it against its config and the settings."""
     opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
     cfg = model_config.encoder_config(opened.config, FIELD)
     hf.check_encoder(opened, cfg, FIELD)
@@ -242,7 +242,7 @@ def _open(settings) -> tuple[checkpoint.Checkpoint, model_config.EncoderConfig]:
 
 
 def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
-    """(the encoder, its config.json)."""
+    """Loads (the encoder, its config.json)."""
     opened, cfg = _open(settings)
     params = hf.load_encoder(opened, cfg, np.float32, FIELD)
     layers = settings.layers or cfg.num_layers
@@ -256,8 +256,8 @@ def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
 def _task(
     pretrained, questions: Sequence[str], levels, pool: Sequence[str]
 ) -> folds.CrossValidation:
-    """Texts that the encoder cannot tell apart, being the same tokens, are one text, and the first
-    one's words are its words.
+    """Treats texts that the encoder cannot tell apart, since their tokens are the same, as one
+    text, and takes the words of the first.
     """
     settings = pretrained.settings
     encode = tokenizer.load_tokenizer(settings.encoder, FIELD)
@@ -282,7 +282,7 @@ def _task(
 
 
 def _pool_questions(context, pool) -> list[str]:
-    """The questions; of a pre-tokenised row, which has none, its prompt, decoded."""
+    """Returns the questions; for a pre-tokenised row, which has none, its decoded prompt."""
     questions = pool["question"].to_pylist()
     missing = [i for i, question in enumerate(questions) if not question.strip()]
     if missing:

@@ -12,13 +12,15 @@ BINS = 10  # of equal width
 
 
 def confidence(log_likelihoods: Sequence[float]) -> float:
-    """The likeliest option's share of the softmax over the options' log-likelihoods, in nats."""
+    """Computes the likeliest option's share of the softmax over the options' log-likelihoods, in
+    nats.
+    """
     values = np.asarray(log_likelihoods, np.float64)
     return float(1 / np.exp(values - values.max()).sum())
 
 
 def reliability(confidences: ArrayLike, correct: ArrayLike) -> list[dict[str, float]]:
-    """For each bin that is not empty: low, high, questions, confidence and accuracy (means).
+    """Lists for each bin that is not empty: low, high, questions, confidence and accuracy (means).
 
     Args:
         confidences: (Q,) in [0, 1]; a bin holds its lower end, the last one its upper end too.
@@ -39,8 +41,8 @@ def reliability(confidences: ArrayLike, correct: ArrayLike) -> list[dict[str, fl
 
 
 def error(table: Sequence[dict[str, float]]) -> float:
-    """The mean of |accuracy - confidence| over the questions of a `reliability` table (Guo et al.,
-    arXiv 1706.04599, equation 3).
+    """Computes the mean of |accuracy - confidence| over the questions of a `reliability` table (Guo
+    et al., arXiv 1706.04599, equation 3).
     """
     total = sum(row["questions"] for row in table)
     gaps = (row["questions"] * abs(row["accuracy"] - row["confidence"]) for row in table)

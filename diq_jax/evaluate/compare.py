@@ -16,7 +16,7 @@ CHOICES = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}  # metr
 
 
 def common(first: predictions.ById, second: predictions.ById) -> list[str]:
-    """The ids that both have, in the order of the first.
+    """Returns the ids that both have, in the order of the first.
 
     Raises:
         UserError: none, or a question whose task or right answer is not the same in both.
@@ -35,7 +35,8 @@ def common(first: predictions.ById, second: predictions.ById) -> list[str]:
 
 
 def correct(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.ndarray:
-    """(Q,) float64: 1 where the model's choice is the right answer; no choice is a wrong one.
+    """Marks right answers, (Q,) float64: 1 where the model's choice is right; no choice is a wrong
+    one.
 
     Raises:
         UserError: a row without the columns.
@@ -50,13 +51,14 @@ def correct(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.ndarr
 
 
 def unparsable(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.ndarray:
-    """(Q,) bool: the model answered, and no choice could be read."""
+    """Marks, (Q,) bool, questions that the model answered without a choice that can be read."""
     return np.array([rows[name][CHOICES[metric]] is None for name in ids])
 
 
 def paired(hits: np.ndarray, unread: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
-    """Of (Q, 2) right answers: both accuracies and first - second with intervals; the questions
-    that only one of the two gets right, McNemar's exact p, and how many of each are unparsable.
+    """Compares (Q, 2) right answers: both accuracies and first - second with intervals; the
+    questions that only one of the two gets right, McNemar's exact p, and how many of each are
+    unparsable.
 
     Args:
         unread: (Q, 2) of `unparsable`.
@@ -77,7 +79,7 @@ def paired(hits: np.ndarray, unread: np.ndarray, samples: int, seed: int) -> dic
 def by_group(
     hits: np.ndarray, unread: np.ndarray, labels: Sequence[str], samples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """{label: `paired` of its questions, with `p_holm`, adjusted over the labels}."""
+    """Returns {label: `paired` of its questions, with `p_holm`, adjusted over the labels}."""
     names = np.asarray(labels)
     groups = {x: names == x for x in sorted(set(labels))}
     found = {x: paired(hits[of], unread[of], samples, seed) for x, of in groups.items()}
@@ -86,14 +88,16 @@ def by_group(
 
 
 def winner(value: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The better model where the p-value, Holm's where there is one, is below LEVEL; else ""."""
+    """Names the better model where the p-value, Holm's where there is one, is below LEVEL;
+    else "".
+    """
     if value.get("p_holm", value["p"]) >= LEVEL:
         return ""
     return names[0 if value["difference"]["mean"] > 0 else 1]
 
 
 def sentence(value: Mapping[str, Any], names: Sequence[str]) -> str:
-    """What the overall comparison says."""
+    """Writes what the overall comparison says."""
     gap = value["difference"]
     better = names[0 if gap["mean"] >= 0 else 1]
     ends = sorted(100 * abs(gap[end]) for end in ("low", "high"))
@@ -111,8 +115,8 @@ def sentence(value: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def calibrated(rows: predictions.ById, ids: Sequence[str]) -> dict[str, Any] | None:
-    """`ece` and its table, of the choice by summed log-likelihood; None where a row has none, or
-    its choice was read off generated answers.
+    """Returns `ece` and its table, of the choice by summed log-likelihood; None where a row has
+    none, or its choice was read off generated answers.
     """
     given = [rows[name].get("log_likelihoods") for name in ids]
     if not all(given) or any("answers" in rows[name] for name in ids):

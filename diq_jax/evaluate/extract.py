@@ -61,7 +61,7 @@ SHORTEST_TEXT = 4  # characters of an option that a sentence may name by its tex
 
 
 def extract(text: str, options: Mapping[str, str], cut: bool) -> str | None:
-    """The letter that an answer chooses.
+    """Finds the letter that an answer chooses.
 
     Args:
         options: letter -> text.
@@ -97,7 +97,7 @@ def _stated(text, options) -> set[str]:
 
 
 def _after(rest, options) -> set[str]:
-    """The options that begin what follows "the answer is"; "not A but B" is B."""
+    """Finds the options that begin what follows "the answer is"; "not A but B" is B."""
     rest = rest[FILLER.match(rest).end() :]
     if NEGATED.match(rest):
         but = re.match(r"[^.\n]*?\bbut\b(?:\s+rather\b)?", rest)
@@ -128,7 +128,7 @@ def _sentence_start(before: str) -> str:
 
 
 def _lines(text, options) -> set[str]:
-    """Lines that are an option and nothing else; a list of several options is no choice."""
+    """Finds lines that are an option and nothing else; a list of several options is no choice."""
     found = set()
     for line in filter(str.strip, text.splitlines()):
         match = LETTER.match(line)
@@ -157,7 +157,9 @@ def _last_sentence(text, options) -> set[str]:
 
 
 def _leading(span, options) -> set[str]:
-    """The options that a span begins with: a letter (or several, joined), or an option's text."""
+    """Finds the options that a span begins with: a letter (or several, joined), or an option's
+    text.
+    """
     texts = _leading_text(span, options)
     match = LETTER.match(span)
     if match is None or match["letter"].upper() not in options:
@@ -179,7 +181,9 @@ def _leading(span, options) -> set[str]:
 
 
 def _leading_text(span, options) -> set[str]:
-    """The option whose text a span begins with, the longest if one is the beginning of another."""
+    """Finds the option whose text a span begins with, the longest if one is the beginning of
+    another.
+    """
     span = _normal(span) + " "
     found = [
         letter
@@ -195,7 +199,7 @@ def _leading_text(span, options) -> set[str]:
 
 
 def _normal(text: str) -> str:
-    """Words in small letters, without articles and punctuation."""
+    """Returns the words in lower case, without articles and punctuation."""
     words = re.sub(r"[^\w%.+/<>≥≤=-]+", " ", text.lower()).split()
     words = [word.strip(".-/") for word in words]
     return " ".join(word for word in words if word and word not in ("a", "an", "the"))

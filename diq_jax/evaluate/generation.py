@@ -120,7 +120,7 @@ def make_answers(
 
 
 def ask(tests: Sequence[example.Example], layout: chat.Layout) -> list[list[int]]:
-    """The prompts' token ids: each question with its options, and INSTRUCTION."""
+    """Returns the prompts' token ids: each question with its options, and INSTRUCTION."""
     asked = [
         dataclasses.replace(
             test, question=f"{chat.question_text(test)}\n\n{INSTRUCTION}", options=None
@@ -131,7 +131,7 @@ def ask(tests: Sequence[example.Example], layout: chat.Layout) -> list[list[int]
 
 
 def from_table(table: pa.Table) -> list[example.Example]:
-    """The questions of prepare/tests.parquet as they were read."""
+    """Reads the questions of prepare/tests.parquet as they were written."""
     return [
         example.Example(
             row["example_id"],
@@ -148,7 +148,9 @@ def from_table(table: pa.Table) -> list[example.Example]:
 
 
 def end_tokens(model: load.Model, layout: chat.Layout) -> tuple[int, ...]:
-    """What ends an answer: the model's and the tokenizer's end tokens, and that of a turn."""
+    """Returns the tokens that end an answer: the model's and the tokenizer's end tokens, and that
+    of a turn.
+    """
     eos = model.hf_config.get("eos_token_id")
     found = {layout.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     return tuple(sorted((found | set(layout.end_ids[-1:])) - {None}))
@@ -196,7 +198,9 @@ def add_answers(answers: Answers, rows: Sequence[dict], columns: measure.Columns
 
 
 def unparsable(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Questions without a readable answer, and answers that cannot be read: both count as wrong."""
+    """Counts questions without a readable answer, and answers that cannot be read: both are
+    wrong.
+    """
     return {
         "unparsable": sum(p["prediction"] is None for p in predictions),
         "unparsable_answers": sum(a["letter"] is None for p in predictions for a in p["answers"]),

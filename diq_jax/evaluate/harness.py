@@ -33,7 +33,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what
 
 
 def find_tasks(names: Sequence[str], include_path: str) -> task_lib.TaskManager:
-    """The harness's index of tasks, with those of a folder of one's own, "" for none.
+    """Makes the harness's index of tasks, with those of a folder of the user's own, "" for none.
 
     Raises:
         UserError: it has none of a name.
@@ -54,7 +54,7 @@ def run(
     num_fewshot: int | None,
     as_chat: bool,
 ) -> tuple[dict[str, Any], str]:
-    """What the harness finds, and its table.
+    """Runs tasks of the harness and returns its results and its table.
 
     Args:
         limit: the first so many rows of a task; 0 = all.
@@ -128,7 +128,9 @@ class HarnessModel(lm_model.TemplateLM):
         return self.model.path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """A text that begins with the BOS token, as chat templates write it, gets no second one."""
+        """Tokenizes a text; one that begins with the BOS token, as chat templates write it, gets no
+        second one.
+        """
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         chat.check_tokens(ids, self.layout, f"A text that begins with {string[:40]!r}")
         first = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
@@ -142,7 +144,7 @@ class HarnessModel(lm_model.TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[instance.Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of each text the log-likelihood in nats, in windows where it is too long."""
+        """Computes the log-likelihood of each text in nats, in windows where it is too long."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
             # A window's row holds its last token too.
@@ -163,7 +165,7 @@ class HarnessModel(lm_model.TemplateLM):
     def generate_until(
         self, requests: list[instance.Instance], disable_tqdm: bool = False
     ) -> list[str]:
-        """Texts up to the first of each request's stop strings.
+        """Generates texts up to the first of each request's stop strings.
 
         Raises:
             UserError: there is nothing to generate with.
@@ -194,7 +196,9 @@ class HarnessModel(lm_model.TemplateLM):
         return found
 
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """For each pair the log-likelihood in nats, and whether greedy decoding gives it."""
+        """Computes for each pair the log-likelihood in nats, and whether greedy decoding
+        gives it.
+        """
         questions, places = share_contexts([self._cut(*pair) for pair in pairs])
         out = [(0.0, True)] * len(pairs)  # of nothing that follows
         for i, losses, greedy in self._outputs(questions):
@@ -220,7 +224,7 @@ class HarnessModel(lm_model.TemplateLM):
         return context[-room:], follows
 
     def _outputs(self, questions):
-        """(index of a question, losses (A,), greedy (A,)) of its row."""
+        """Yields (index of a question, losses (A,), greedy (A,)) of its row."""
         rows = [question.row for question in questions]
         groups = batches.plan(rows, self.batch_tokens, self.placement.rows_multiple, MAX_SHAPES)
 
@@ -245,7 +249,8 @@ def token_scores(
     batch: batches.Batch,
     adapter: trees.Tree | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each scored token its negative log-likelihood in nats, and whether it is the likeliest.
+    """Computes for each scored token its negative log-likelihood in nats, and whether it is the
+    likeliest.
 
     Returns:
         (B, A) float32, 0 at padding, and (B, A) bool.
@@ -267,8 +272,8 @@ def token_scores(
 
 
 def share_contexts(pairs: Sequence[Pair]) -> tuple[list[options.Question], list[list[int]]]:
-    """One question for each context, with what follows it as options, and for each question the
-    pairs that its options are. A pair with nothing that follows is in none.
+    """Groups pairs into one question for each context, with what follows it as options, and returns
+    for each question the pairs that its options are. A pair with nothing that follows is in none.
     """
     members: dict[tuple[int, ...], list[int]] = {}
     for i, (context, follows) in enumerate(pairs):
@@ -289,7 +294,7 @@ def share_contexts(pairs: Sequence[Pair]) -> tuple[list[options.Question], list[
 
 
 def until(text: str, stops: str | Sequence[str]) -> str:
-    """The text before the first stop string that stands in it."""
+    """Returns the text before the first stop string in it."""
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.partition(stop)[0] if stop else text
     return text

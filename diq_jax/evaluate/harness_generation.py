@@ -30,7 +30,8 @@ def make_generate(
     seed: int,
     adapter: Mapping[str, Any] | None,
 ) -> Generate:
-    """What HarnessModel generates with. A context that is too long is cut from its beginning.
+    """Makes the function that HarnessModel generates with. A context that is too long is cut at its
+    beginning.
 
     A drawn text depends on (seed, context, how often that context came before in the call).
 
@@ -77,7 +78,7 @@ def make_generate(
 def make_prompts(
     contexts: Sequence[Sequence[int]], text: Callable[[Sequence[int]], str]
 ) -> list[generate.Prompt]:
-    """A context that comes again is another sample of the same prompt."""
+    """Makes the prompts; a context that comes again is another sample of the same prompt."""
     seen: collections.Counter[tuple[int, ...]] = collections.Counter()
     prompts = []
     for context in contexts:
@@ -90,7 +91,7 @@ def make_prompts(
 def read_arguments(
     arguments: Mapping[str, Any], seed: int
 ) -> tuple[sampling.Sampling, tuple[str, ...]]:
-    """How texts are drawn, and the texts that stop them.
+    """Reads how texts are drawn, and the texts that stop them.
 
     As in the harness, the likeliest token is taken unless do_sample or, without it, a temperature
     asks for a draw.

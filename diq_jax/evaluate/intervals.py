@@ -19,7 +19,8 @@ HIGHER_IS_BETTER = ("accuracy", "accuracy_norm", "margin")  # of all others less
 
 
 def estimates(values: ArrayLike, samples: int, seed: int | Sequence[int]) -> np.ndarray:
-    """The mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...) float64.
+    """Computes the mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...)
+    float64.
 
     Questions are drawn with replacement, the same for every column; so the difference of two
     columns is the paired bootstrap of their difference.
@@ -37,7 +38,7 @@ def estimates(values: ArrayLike, samples: int, seed: int | Sequence[int]) -> np.
 
 
 def summary(column: np.ndarray) -> dict[str, float]:
-    """The mean and the 95 % percentile interval of a column (1 + S,) of `estimates`."""
+    """Summarizes a column (1 + S,) of `estimates` as its mean and 95 % percentile interval."""
     low, high = np.percentile(column[1:], [2.5, 97.5])
     return {"mean": float(column[0]), "low": float(low), "high": float(high)}
 
@@ -53,7 +54,7 @@ def results(
     metrics: Sequence[str] = METRICS,
     groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict:
-    """The `models` part of evaluate/results.json.
+    """Makes the `models` part of evaluate/results.json.
 
     Args:
         names: M models.
@@ -111,7 +112,8 @@ def averages(
     seed: int,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """{group: {metric: (1 + S, M)}} of every metric: the mean over tasks, drawn as `estimates`.
+    """Averages every accuracy over the tasks of each group, drawn as `estimates`: {group: {metric:
+    (1 + S, M)}}.
 
     Each task's questions are drawn apart from every other task's, as they were collected.
     """

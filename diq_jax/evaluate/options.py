@@ -42,18 +42,18 @@ class Question:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each option, its end aside."""
+        """Counts the tokens of each option, its end aside."""
         return np.array([len(ids) for ids in self.option_ids])
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each option begins among the scored tokens of the row."""
+        """Returns where each option begins among the scored tokens of the row."""
         spans = self.lengths + len(self.end_ids)
         return np.cumsum(spans) - spans
 
     @property
     def row(self) -> example.Encoded:
-        """Prompt and options one after another, each with its end; the options scored."""
+        """Joins prompt and options one after another, each with its end; the options are scored."""
         end = np.array(self.end_ids, np.int32)
         options = np.concatenate([part for ids in self.option_ids for part in (ids, end)])
         ignored = np.full(len(self.prompt_ids), example.IGNORED, np.int32)
@@ -68,7 +68,7 @@ COLUMNS = ("example_id", "task", "prompt_ids", "options", "option_ids", "answer"
 
 
 def from_table(table: pa.Table, where: str) -> list[Question]:
-    """The questions of prepare/tests.parquet.
+    """Reads the questions of prepare/tests.parquet.
 
     Raises:
         UserError: an empty prompt or option, or an answer that is no option; `where` is the file.
@@ -100,7 +100,7 @@ def from_table(table: pa.Table, where: str) -> list[Question]:
 
 
 def pack(questions: Sequence[Question], rows: int, tokens: int, answers: int) -> batches.Batch:
-    """A numpy batch of (rows, tokens) that scores (rows, answers) option tokens.
+    """Packs rows of (rows, tokens) into a numpy batch that scores (rows, answers) option tokens.
 
     A row scores its options' tokens one after another; each option's first token is read off the
     prompt's last. Rows beyond the questions are padding.
@@ -119,7 +119,7 @@ def pack(questions: Sequence[Question], rows: int, tokens: int, answers: int) ->
 
 
 def scores(question: Question, losses: np.ndarray) -> tuple[np.ndarray, float]:
-    """What a model says of a question, in float64.
+    """Computes what a model says of a question, in float64.
 
     Args:
         losses: (A,) token losses of the question's row (loss.token_losses).
@@ -162,7 +162,7 @@ def choice_loss(log_likelihoods: np.ndarray, answer: int) -> float:
 
 
 def brier(log_likelihoods: np.ndarray, answer: int) -> float:
-    """The squared distance of the options' shares from 1 for the right one and 0 for the others, in
+    """Computes the squared distance of the options' shares from 1 for the right one and 0 for the others, in
     [0, 2] (Brier 1950).
     """
     scores = np.asarray(log_likelihoods, np.float64)
@@ -172,14 +172,18 @@ def brier(log_likelihoods: np.ndarray, answer: int) -> float:
 
 
 def margin(log_likelihoods: np.ndarray, answer: int) -> float:
-    """The right option's log-likelihood less the best other one's, in nats; 0 without another."""
+    """Computes by how much the right option's log-likelihood is above the best other one's, in nats;
+    0 without another.
+    """
     scores = np.asarray(log_likelihoods, np.float64)
     others = np.delete(scores, answer)
     return float(scores[answer] - others.max()) if len(others) else 0.0
 
 
 def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-    """The likeliest option, by the sum and by the mean of a token. Ties go to the first option."""
+    """Chooses the likeliest option, by the sum and by the mean of a token. Ties go to the first
+    option.
+    """
     return int(np.argmax(log_likelihoods)), int(np.argmax(log_likelihoods / lengths))
 
 

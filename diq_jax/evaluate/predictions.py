@@ -21,7 +21,7 @@ ById = dict[str, dict[str, Any]]  # by example_id, in the order of the file
 
 
 def read_all(specs: Sequence[str], field: str, verified: bool = True) -> dict[str, ById]:
-    """{name: rows} of each spec: a model's name where the names differ, else the specs.
+    """Reads {name: rows} of each spec: a model's name where the names differ, else the specs.
 
     Args:
         verified: whether a run's files are held against its records.
@@ -80,7 +80,9 @@ def _file(path: str, field: str) -> pathlib.Path:
 
 
 def _text(row: dict[str, Any]) -> dict[str, str]:
-    """The first answer that chooses what was predicted, or the first; {} without answers."""
+    """Returns the first answer that chooses what was predicted, or the first; {} without
+    answers.
+    """
     answers = row.get("answers")
     if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
         return {}
@@ -90,7 +92,9 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _tests(file: pathlib.Path, verified: bool) -> ById:
-    """What the run's tests say of each question: its text with the options, the right one."""
+    """Returns what the run's tests say of each question: its text with the options, and the right
+    one.
+    """
     path = file.parent.parent / "prepare" / "tests.parquet"
     if file.parent.name != "evaluate" or not path.is_file():
         return {}

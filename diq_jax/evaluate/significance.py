@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of `wins` against `losses` where both are equally likely.
+    """Computes the two-sided p-value of `wins` against `losses` where both are equally likely.
 
     McNemar's exact test is this, of the questions that only one of two models gets right. Without
     any win or loss p is 1.

@@ -22,8 +22,8 @@ TARGETS, TESTS = "prepare/targets.parquet", "prepare/tests.parquet"
 
 
 def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
-    """The models by name: `base` (None), `selected`, the baselines, and `dpo` where asked for; each
-    with its PEFT folder, or its own model folder where finetune trained parameters.
+    """Lists the models by name: `base` (None), `selected`, the baselines, and `dpo` where asked
+    for; each with its PEFT folder, or its own model folder where finetune trained parameters.
 
     Only `base` where the finetune stage never ran in this workdir.
 
@@ -52,14 +52,14 @@ def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
 
 
 def reads(context: stages.Context) -> tuple[str, ...]:
-    """The targets, the tests and the files of the adapters, or of the models."""
+    """Lists the targets, the tests and the files of the adapters, or of the models."""
     folders = [folder for _, folder in arms(context) if folder is not None]
     files = sorted(file for folder in folders for name in WEIGHTS for file in folder.glob(name))
     return (TARGETS, TESTS, *(str(file.relative_to(context.workdir)) for file in files))
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """The hash of the base model; of its tokenizer, where it is asked."""
+    """Hashes the base model, and its tokenizer where text is generated."""
     path = context.config.model.path
     writes = context.config.evaluate.protocol == "generate"  # options were tokenised by prepare
     tokens = tokenizer.fingerprints(path, "model.path") if writes else {}
@@ -116,7 +116,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def groups(settings: config_lib.Evaluate, tasks: Collection[str]) -> dict[str, list[str]]:
-    """{group of evaluate.groups: those of its tasks that are tested}, without empty ones.
+    """Returns {group of evaluate.groups: those of its tasks that are tested}, without empty ones.
 
     Raises:
         UserError: a task is neither tested nor a benchmark.
@@ -134,8 +134,8 @@ def groups(settings: config_lib.Evaluate, tasks: Collection[str]) -> dict[str, l
 
 
 def _weights(models, model, context) -> Iterator[tuple[str, tuple[dict, dict | None]]]:
-    """Each model's (parameters, adapter), placed. With adapters the base gets zeros of the same
-    shape, which add exactly 0: so one compiled program serves all models.
+    """Yields each model's (parameters, adapter), placed. With adapters the base gets zeros of the
+    same shape, which add exactly 0: so one compiled program serves all models.
     """
     placement, settings = context.placement, context.config
     folders = [folder for _, folder in models if folder is not None]

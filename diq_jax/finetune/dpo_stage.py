@@ -54,14 +54,14 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def reads(context: stages.Context) -> tuple[str, ...]:
-    """The adapter to begin at."""
+    """Lists the files of the adapter to begin at."""
     if context.config.finetune.dpo.start == "base":
         return ()
     return tuple(f"{SFT}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """What the stage reads beside artifacts: the weights and the preferences.
+    """Fingerprints what the stage reads beside artifacts: the weights and the preferences.
 
     Raises:
         UserError: no preferences are named.
@@ -84,7 +84,7 @@ def _layout(cfg) -> chat.Layout:
 def load_pairs(
     cfg: config.Config, layout: chat.Layout
 ) -> tuple[list[preferences.PreferencePair], list[str]]:
-    """The preferences, tokenised, and the ids of those left out (preferences.encode).
+    """Loads the preferences, tokenised, and the ids of those left out (preferences.encode).
 
     Raises:
         UserError: a wrong row, a token that the model does not have, or no pair that fits.
@@ -102,7 +102,7 @@ def load_pairs(
 
 
 def _as_sft(settings: finetune_config.Finetune) -> finetune_config.Finetune:
-    """The settings by which steps are planned and taken: DPO's where it has its own."""
+    """Returns the settings by which steps are planned and taken: DPO's where it has its own."""
     own = ("epochs", "learning_rate", "warmup_ratio", "batch_size", "accumulation_steps", "seed")
     values = {name: getattr(settings.dpo, name) for name in own}
     return dataclasses.replace(settings, **values, dropout=0.0, packing=False, max_steps=0)
@@ -134,7 +134,7 @@ def _train(context, pairs, planned, settings):
 
 
 def _start(context, model):
-    """The adapter where the policy begins, which is also the reference."""
+    """Loads the adapter where the policy begins, which is also the reference."""
     settings = context.config.finetune
     if settings.dpo.start == "sft":
         return lora.load_peft(context.path(SFT), model.cfg, "finetune.dpo.start=sft")
@@ -152,7 +152,8 @@ def _alpha(adapter) -> float:
 
 
 def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
-    """{pair: the reference's log-probabilities (chosen, rejected)}, taken once and kept on disk.
+    """Computes {pair: the reference's log-probabilities (chosen, rejected)} once, and keeps them on
+    disk.
 
     A killed run continues after the last finished batch.
     """

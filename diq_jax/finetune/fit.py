@@ -152,7 +152,7 @@ def shapes_of(rows: Sequence[example.Encoded]) -> list[tuple[int, int]]:
 
 
 def _fit(step, rows, shapes):
-    """A step whose microbatches have the first shape that is long enough."""
+    """Returns a step whose microbatches have the first shape that is long enough."""
 
     def padded(group):
         longest = max(len(rows[i].input_ids) for i in group.indices)

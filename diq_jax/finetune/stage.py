@@ -61,14 +61,14 @@ def check(context: stages.Context) -> None:
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """What the stage reads beside artifacts: the weights."""
+    """Fingerprints what the stage reads beside artifacts: the weights."""
     opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
     return {"model.path": opened.fingerprint}
 
 
 def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
-    """The examples of all arms, and each arm's as indices into them: the selected ones, and the
-    first as many by each baseline's rank.
+    """Returns the examples of all arms, and each arm's as indices into them: the selected ones, and
+    the first as many by each baseline's rank.
     """
     selection = context.table("selection/selection.parquet", "example_id", "selected")
     ids = np.array(selection["example_id"].to_pylist())
@@ -96,7 +96,7 @@ def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
 
 
 def _folders(context, arms):
-    """Where each arm's last state goes; its best goes beside it, as best_NAME."""
+    """Returns where each arm's last state goes; its best goes beside it, as best_NAME."""
     selected = "adapter" if context.config.finetune.trains_adapter else "model"
     return {
         arm: context.path(f"finetune/{selected if arm == SELECTED else f'baselines/{arm}'}")
@@ -148,7 +148,7 @@ def _export(context, model, folder, factors, frozen):
 
 
 def _rows(arm, steps, records, encoded, settings):
-    """The lines of losses.jsonl; target_loss stands where it was evaluated."""
+    """Yields the lines of losses.jsonl; target_loss stands where it was evaluated."""
     rates = fit.learning_rates(settings, len(steps))
     for number, (step, record, rate) in enumerate(zip(steps, records, rates, strict=True)):
         yield {

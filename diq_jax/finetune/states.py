@@ -78,7 +78,7 @@ class States:
 
 
 def _newest(folder, name) -> int | None:
-    """The step of the newest state that is whole. Newer ones are removed, which is said."""
+    """Finds the step of the newest state that is whole, and removes newer ones with a warning."""
     steps = sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
     wrong: dict[int, str] = {}
     whole = None
@@ -102,7 +102,7 @@ def _newest(folder, name) -> int | None:
 
 
 def _problem(folder) -> str:
-    """What makes a state unfit to go on from, or ""."""
+    """Says what makes a state unfit to continue from; "" where nothing does."""
     if not (folder / CHECKSUMS).exists():
         return "it was not finished"
     try:

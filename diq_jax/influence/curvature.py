@@ -32,7 +32,7 @@ def product(
     cfg: config.DecoderConfig,
     reduction: str,
 ) -> trees.Tree:
-    """The sum over a batch's examples of J^T H J v.
+    """Computes the sum over a batch's examples of J^T H J v.
 
     Args:
         chosen, rest: a space (influence/direction.py).
@@ -86,7 +86,8 @@ def make_product(
     reduction: str,
     placement: devices.Placement,
 ) -> Callable[[trees.Tree], trees.Tree]:
-    """A function v -> G v, the mean over the examples of `make_batches`; leaves (1, ...) both.
+    """Makes a function v -> G v, the mean over the examples of `make_batches`; leaves (1, ...)
+    both.
 
     Args:
         make_batches: gives (number of examples, placed batch) pairs anew at each call.
@@ -121,7 +122,7 @@ def solve(
     iterations: int,
     tolerance: float,
 ) -> tuple[trees.Tree, list[dict[str, Any]]]:
-    """v with (G + lambda I) v = gbar for Q right sides, by conjugate gradients from 0.
+    """Solves (G + lambda I) v = gbar for Q right sides, by conjugate gradients from 0.
 
     Args:
         multiply: v -> G v of trees of leaves (Q, ...), G symmetric and positive semi-definite.
@@ -157,7 +158,7 @@ _dots = jax.jit(jax.vmap(trees.vdot))
 
 @jax.jit
 def _plus(left: Any, factors, right):
-    """left + factor * right for each of Q."""
+    """Computes left + factor * right for each of Q."""
     return jax.tree.map(lambda a, b: a + factors.reshape(-1, *(1,) * (a.ndim - 1)) * b, left, right)
 
 

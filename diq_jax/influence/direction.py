@@ -163,7 +163,7 @@ def mean_gradient(
 
 @functools.lru_cache(maxsize=1)
 def _gradient_step(cfg, reduction, placement):
-    """Compiled once for all groups of targets."""
+    """Compiles the gradient of a batch, once for all groups of targets."""
 
     def gradient(chosen, rest, batch):
         def total(chosen):

@@ -96,7 +96,9 @@ def make_layout(
 
 
 def make_maps(layout: ProbeLayout) -> dict[str, dict[str, jax.Array]]:
-    """{matrix path: {left (in,), right (out,)}}, signs, stacked over layers where the matrix is."""
+    """Makes {matrix path: {left (in,), right (out,)}} of signs, stacked over layers where the
+    matrix is.
+    """
     maps = {}
     for name, (n, n_in, n_out) in layout.matrices.items():
         key = jax.random.fold_in(jax.random.key(layout.seed), zlib.crc32(name.encode()))
@@ -118,7 +120,7 @@ def features(
     layout: ProbeLayout,
     remat: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each example's projected gradient.
+    """Computes each example's projected gradient.
 
     Args:
         maps: from `make_maps`.
@@ -153,7 +155,7 @@ def features(
 def project_tree(
     v: trees.Tree, maps: dict[str, dict[str, jax.Array]], layout: ProbeLayout
 ) -> jax.Array:
-    """The same projection of directions.
+    """Projects directions in the same way.
 
     Args:
         v: {"params": ..., "adapter"} of leaves (Q, ...), as a space's chosen part.
@@ -173,7 +175,7 @@ def project_tree(
 
 
 def _fold_both(G, left, right, rank):
-    """Lt G Rt of one matrix, (P, P)."""
+    """Computes Lt G Rt of one matrix, (P, P)."""
     return layers.fold(layers.fold(G, right, rank).T, left, rank).T
 
 

@@ -87,12 +87,12 @@ def in_microbatches(
 
 
 def _divisor(rows: int, most: int) -> int:
-    """The largest divisor of `rows` up to `most`, at least 1."""
+    """Returns the largest divisor of `rows` up to `most`, at least 1."""
     return max(b for b in range(1, rows + 1) if rows % b == 0 and b <= max(most, 1))
 
 
 def _in_parts(fn, batch, size, shards):
-    """fn on `size` rows of each shard at a time; its outputs (b, ...) put together again."""
+    """Computes fn on `size` rows of each shard at a time, and joins its outputs (b, ...)."""
     rows = jax.tree.leaves(batch)[0].shape[0] // shards
     if size == rows:
         return fn(batch)

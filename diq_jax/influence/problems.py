@@ -30,13 +30,13 @@ class Problem:
 
     @property
     def weights(self) -> np.ndarray:
-        """Each group's share of the targets, (Q,) float32."""
+        """Returns each group's share of the targets, (Q,) float32."""
         sizes = np.array([len(group) for group in self.groups.values()], np.float32)
         return sizes / sizes.sum()
 
     @property
     def dtype(self) -> str:
-        """The dtype of the model's parameters."""
+        """Returns the dtype of the model's parameters."""
         return str(self.model.params["embed"]["embedding"].dtype)
 
 

@@ -69,7 +69,7 @@ def _dense(make, key, flat, dim, block_bytes):
 
 
 def _signs(key, first, atoms, dim):
-    """Rows first * ATOM ... of the sign matrix, (atoms * ATOM, dim) float32."""
+    """Makes rows first * ATOM ... of the sign matrix, (atoms * ATOM, dim) float32."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(atoms))
     words = jax.vmap(lambda k: jax.random.bits(k, (dim,), jnp.uint32))(keys)
     return _unpack(words[:, None, :], jnp.arange(ATOM, dtype=jnp.uint32)[None, :, None]).reshape(
@@ -78,7 +78,7 @@ def _signs(key, first, atoms, dim):
 
 
 def _unpack(words, places):
-    """Bit `place` of a word as +-1.0: the float's sign bit is set directly."""
+    """Turns bit `place` of a word into +-1.0, by setting the float's sign bit."""
     one = jnp.uint32(0x3F800000)
     sign = (words << (31 - places)) & jnp.uint32(0x80000000)
     return jax.lax.bitcast_convert_type(sign | one, jnp.float32)
@@ -90,7 +90,7 @@ def _normals(key, first, atoms, dim):
 
 
 def _sparse(key, flat, dim):
-    """BUCKETS sketches of dim / BUCKETS places side by side.
+    """Makes BUCKETS sketches of dim / BUCKETS places side by side.
 
     A block of as many coordinates as there are places gets signs, is rolled by a random shift and
     added up: no scatter, and no index is stored.

@@ -216,6 +216,6 @@ def made_from(context: stages.Context) -> dict[str, Any]:
 
 
 def _by_task(tasks, losses):
-    """Mean loss of each task and of all targets."""
+    """Averages the loss over each task and over all targets."""
     by_task = {t: float(losses[[t == u for u in tasks]].mean()) for t in sorted(set(tasks))}
     return {"mean": float(losses.mean()), "tasks": by_task}

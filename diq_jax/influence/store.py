@@ -47,7 +47,7 @@ class Writer:
 
     @property
     def done(self) -> set[int]:
-        """The positions of the rows that are on disk."""
+        """Returns the positions of the rows that are on disk."""
         return self.rows.done
 
     def add(self, rows: Sequence[int], columns: Mapping[str, Any]) -> None:

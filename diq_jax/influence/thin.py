@@ -13,7 +13,7 @@ MATRICES = ("kernel", "embedding")  # leaves that a factored direction or a prob
 
 
 def truncate(v: trees.Tree, rank: int) -> tuple[trees.Tree, dict[str, dict[str, jax.Array]]]:
-    """Each matrix of v by a truncated SVD.
+    """Replaces each matrix of v by its truncated SVD.
 
     Returns:
         (v with None at its matrices, {path: {a (..., in, R), b (..., R, out)}}); stacked matrices
@@ -30,7 +30,9 @@ def truncate(v: trees.Tree, rank: int) -> tuple[trees.Tree, dict[str, dict[str, 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _thin(leaf, rank):
-    """Subspace iteration, a basis made orthonormal by way of its small Gram matrix."""
+    """Finds the leading subspace by iteration, with a basis made orthonormal through its small Gram
+    matrix.
+    """
     *batch, n_in, n_out = leaf.shape
     leaf = leaf.astype(jnp.float32)
     if rank >= min(n_in, n_out):
@@ -48,7 +50,9 @@ def _thin(leaf, rank):
 
 
 def _orthonormal(columns):
-    """Cholesky QR, twice, since once squares the condition number."""
+    """Makes columns orthonormal by Cholesky QR, applied twice since once squares the condition
+    number.
+    """
     for _ in range(2):
         gram = columns.swapaxes(-1, -2) @ columns
         shift = 1e-7 * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]

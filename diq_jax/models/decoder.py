@@ -34,7 +34,7 @@ PARTITION_RULES = (
 
 
 def shapes(cfg: config.DecoderConfig) -> dict:
-    """The parameter tree with a shape tuple at each leaf."""
+    """Returns the parameter tree with a shape tuple at each leaf."""
     N, D, F, C = cfg.num_layers, cfg.model_dim, cfg.ffn_dim, cfg.head_dim
     heads, kv_heads = cfg.num_heads * C, cfg.num_kv_heads * C
 
@@ -68,7 +68,9 @@ def shapes(cfg: config.DecoderConfig) -> dict:
 
 
 def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.Tree:
-    """Random parameters (normal 0.02; norm gains one, biases zero), for tests and benchmarks."""
+    """Draws random parameters (normal 0.02; norm gains one, biases zero), for tests and
+    benchmarks.
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
     )

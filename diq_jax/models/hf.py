@@ -134,7 +134,7 @@ def save_decoder(
 
 
 def _check(source, shapes, names, prefix, stored_as, ignored, field):
-    """See `check_decoder`; `stored_as` gives the name in the file where it is another."""
+    """Checks as `check_decoder`; `stored_as` gives the name in the file where it is another."""
     wanted = trees.named_leaves(shapes, lambda x: isinstance(x, tuple))
     available = set(source.names)
     problems, used, found = [], set(ignored), {}

@@ -29,8 +29,8 @@ QUERY_BLOCK = 256  # queries of one attention block: scores are (B, H, QUERY_BLO
 
 
 def checkpointed(layer: Callable, remat: bool = False) -> Callable:
-    """A layer for `lax.scan` whose backward pass keeps what matrix products and `kept` gave, a
-    third of it all, and recomputes the cheap rest; with `remat` it recomputes everything. Less is
+    """Wraps a layer for `lax.scan`: its backward pass keeps the results of matrix products and of
+    `kept`, a third of all, and recomputes the rest, or with `remat` everything. Keeping less is
     also faster on a CPU, where fresh memory costs more than arithmetic (docs/results.md).
     """
     policies = jax.checkpoint_policies
@@ -42,7 +42,7 @@ def checkpointed(layer: Callable, remat: bool = False) -> Callable:
 
 
 def kept(x: jax.Array) -> jax.Array:
-    """x, which the backward pass of a `checkpointed` layer keeps."""
+    """Returns x, and marks it as kept by the backward pass of a `checkpointed` layer."""
     return ad_checkpoint.checkpoint_name(x, "kept")
 
 
@@ -86,7 +86,7 @@ def linear(
 
 
 def _factors(adapter):
-    """The two factors of an adapter's change of the kernel.
+    """Returns the two factors of an adapter's change of the kernel.
 
     With an origin it is A B - A0 B0 = (A - A0) B + A0 (B - B0), as one product of rank 2 R: exactly
     0 at the origin, where a difference of two products would leave their rounding.
@@ -124,7 +124,7 @@ def probed(
 
 
 def fold(x: jax.Array, signs: jax.Array, size: int) -> jax.Array:
-    """Coordinate i of the last axis, times its sign, goes to place i mod `size`: (..., size)
+    """Adds coordinate i of the last axis, times its sign, to place i mod `size`: (..., size)
     float32.
 
     With random signs the inner product of two folded vectors is unbiased for that of the vectors:
@@ -137,7 +137,7 @@ def fold(x: jax.Array, signs: jax.Array, size: int) -> jax.Array:
 
 @jax.custom_jvp
 def _along(y, low, b, scale):
-    """y + low b * scale at scale = 0: the product is formed for the tangent alone."""
+    """Computes y + low b * scale at scale = 0: the product is formed for the tangent alone."""
     return y
 
 
@@ -150,7 +150,7 @@ def _along_jvp(primals, tangents):
 
 @jax.custom_vjp
 def _probed(y, low, core, right):
-    """y + (low core) spread by `right` at core = 0: never formed, only the core's gradient is."""
+    """Computes y + (low core) spread by `right` at core = 0, for the gradient of the core alone."""
     return y
 
 
@@ -177,7 +177,7 @@ def rms_norm(params: Tree, x: jax.Array, eps: float, probe: Tree | None = None) 
 
 
 def layer_norm(params: Tree, x: jax.Array, eps: float) -> jax.Array:
-    """Layer norm over the last axis, in float32."""
+    """Normalizes over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -202,7 +202,7 @@ def _along_last(vector, x):
 
 
 def rope_frequencies(rope: config.Rope, head_dim: int) -> jax.Array:
-    """Inverse frequencies, (C // 2,) float32, after the scaling that the checkpoint names."""
+    """Computes inverse frequencies, (C // 2,) float32, scaled as the checkpoint says."""
     settings = dict(rope.settings)
     inverse = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if rope.kind == "linear":
@@ -221,7 +221,7 @@ def rope_frequencies(rope: config.Rope, head_dim: int) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: batches.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotary embedding, half-split layout.
+    """Applies the rotary embedding, half-split layout.
 
     Args:
         x: (B, T, heads, C).
@@ -245,8 +245,8 @@ def attention(
     positions: batches.Array | None = None,
     parent_ids: batches.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention inside segments, in blocks of queries, so that no (T, T) array of all heads
-    exists at once.
+    """Computes softmax attention inside segments, in blocks of queries, so that no (T, T) array of
+    all heads exists at once.
 
     A causal block reads only the keys up to its own end. Plain jnp, so that it can be
     differentiated in forward mode; in reverse mode each block is recomputed.
@@ -301,7 +301,7 @@ def attention(
 
 
 def _seen(queries, keys, start, window):
-    """Which keys each query sees, (B, Q, S) bool, by the places of both; see `attention`.
+    """Marks which keys each query sees, (B, Q, S) bool, by the places of both; see `attention`.
 
     Args:
         start: the place of the first query among the keys where none sees a later one, else None.
@@ -322,7 +322,7 @@ def _seen(queries, keys, start, window):
 def attention_to_parts(
     q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
 ) -> jax.Array:
-    """Softmax attention of one query a row, to keys that lie in several arrays.
+    """Computes softmax attention of one query a row, to keys that lie in several arrays.
 
     Args:
         q: (B, 1, H, C).

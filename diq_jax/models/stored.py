@@ -39,7 +39,7 @@ def map_file(file: pathlib.Path) -> mmap.mmap | bytes:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether an array has neither NaN nor infinity; a bfloat16 array by its bits, which is
+    """Tells whether an array has neither NaN nor infinity; a bfloat16 array by its bits, which is
     faster.
     """
     if array.dtype == BFLOAT16:

@@ -55,7 +55,7 @@ class Explorer:
 
     @property
     def served(self) -> bool:
-        """Whether the rows lie beside the page."""
+        """Tells whether the rows lie beside the page."""
         return bool(self.files)
 
 
@@ -203,5 +203,5 @@ def _json(value) -> bytes:
 
 
 def _safe(value) -> markupsafe.Markup:
-    """JSON that may stand inside a script element, whatever text it holds."""
+    """Writes JSON that may stand inside a script element, whatever text it holds."""
     return markupsafe.Markup(tables.script_json(value))

@@ -82,7 +82,9 @@ def render(draw: Callable, *args: Any) -> Picture:
 
 @contextlib.contextmanager
 def _missing_glyphs_pass():
-    """A name in a script that the PNG's font lacks shows as boxes there and well in the page."""
+    """Ignores a name in a script that the PNG's font lacks: it shows as boxes there and well in the
+    page.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

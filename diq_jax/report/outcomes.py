@@ -50,7 +50,7 @@ def headline(results: Mapping[str, Any] | None) -> str:
 
 
 def _claim(models, metric, better, against):
-    """One sentence on one metric: its levels, the paired difference, and what that shows."""
+    """Writes one sentence on one metric: its levels, the paired difference, and what that shows."""
     what, unit, factor, decimals = METRICS[metric]
     names = {"selected": "selected", against: "the base model" if against == "base" else against}
     means = (
@@ -123,9 +123,7 @@ def _versus(results) -> dict[str, Mapping[str, Any]]:
 
 
 def _measured(found: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> list[str]:
-    """The metrics that any has: generated answers have no length-normalised accuracy, results of
-    earlier versions no choice loss.
-    """
+    """Lists the metrics that any has: generated answers have no length-normalised accuracy."""
     names = set().union(*found)
     return [metric for metric in metrics if metric in names]
 
@@ -155,7 +153,7 @@ def averages(results: Mapping[str, Any]) -> tables.Table | None:
 
 
 def _group_title(results, group, found):
-    """The group and how many of its tasks were tested: fewer make another average."""
+    """Writes the group and how many of its tasks were tested: fewer make another average."""
     tested = found[group]["tasks"]
     size = results.get("group_sizes", {}).get(group, tested)
     return f"{group}, {tested} tasks" if tested == size else f"{group}, {tested} of {size} tasks"

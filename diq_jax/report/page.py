@@ -51,17 +51,17 @@ class ReportData:
 
     @property
     def has_difficulty(self) -> bool:
-        """Whether every example has a difficulty."""
+        """Tells whether every example has a difficulty."""
         return bool(np.isfinite(self.examples["difficulty"]).all())
 
     @functools.cached_property
     def influence(self) -> np.ndarray:
-        """Influence as it is drawn: an outlier stands at the fence."""
+        """Returns the influence as it is drawn: an outlier stands at the fence."""
         return np.clip(self.examples["influence"], *figures.fences(self.examples["influence"]))
 
     @functools.cached_property
     def drawn(self) -> np.ndarray:
-        """Indices of the examples in the scatters."""
+        """Returns the indices of the examples in the scatters."""
         return figures.shown(self.examples["selected"], self.examples["rank"], MOST_POINTS)
 
     @functools.cached_property
@@ -69,12 +69,12 @@ class ReportData:
         return tables.decimals_for(self.influence)
 
     def score(self, i: int) -> str:
-        """The influence of example i, in as many decimals as all of them."""
+        """Writes the influence of example i, in as many decimals as all of them."""
         return tables.number(float(self.examples["influence"][i]), self._decimals)
 
     @property
     def quadrant_counts(self) -> dict[int, tuple[int, int]]:
-        """{quadrant: (examples, selected ones)}."""
+        """Returns {quadrant: (examples, selected ones)}."""
         quadrant, selected = self.examples["quadrant"], self.examples["selected"]
         return {
             q: (int(np.sum(quadrant == q)), int(np.sum(selected & (quadrant == q))))
@@ -202,7 +202,7 @@ def explore(run: ReportData) -> explorer.Explorer:
 
 
 def _curves(losses, name):
-    """{arm: (steps, values)} of the steps that have the value."""
+    """Returns {arm: (steps, values)} of the steps that have the value."""
     curves: dict[str, tuple[list, list]] = {}
     for entry in losses:
         if name in entry:
@@ -213,7 +213,7 @@ def _curves(losses, name):
 
 
 def _extremes(run):
-    """The examples at both ends of influence; ties by example_id; none at both ends."""
+    """Finds the examples at both ends of influence; ties by example_id; none at both ends."""
     e = run.examples
     ids = e["example_id"]
     order = sorted(range(len(ids)), key=lambda i: (-e["influence"][i], ids[i]))

@@ -35,7 +35,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def summary(context: stages.Context) -> str:
-    """The comparison as aligned text, and where to look, for the end of a run."""
+    """Writes the comparison as aligned text, and where to look, for the end of a run."""
     results = _optional(context, "evaluate/results.json")
     parts = [outcomes.headline(results)]
     if results:

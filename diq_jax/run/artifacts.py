@@ -62,7 +62,7 @@ def _drop_stale(path) -> None:
 
 
 def temporary_of(name: str) -> str:
-    """The name of the file that `atomic` was writing under this temporary name, or ""."""
+    """Returns the name of the file that `atomic` was writing under this temporary name, or ""."""
     found = re.fullmatch(r"\.(.+)\.\w{8}\.tmp", name)
     return found[1] if found else ""
 
@@ -129,7 +129,7 @@ def _dumps(path, value, indent=None):
 
 
 def _unfit(value, name) -> Iterator[tuple[str, Any]]:
-    """The values inside that are no JSON in UTF-8, as (dotted name, value)."""
+    """Yields the values inside that are no JSON in UTF-8, as (dotted name, value)."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _unfit(inner, f"{name}.{key}" if name else str(key))

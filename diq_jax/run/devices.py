@@ -31,12 +31,12 @@ class Placement:
 
     @property
     def rows_multiple(self) -> int:
-        """A batch's rows must be a multiple of this."""
+        """Returns the number of which a batch's rows must be a multiple."""
         return self.mesh.shape["data"]
 
     @property
     def shards(self) -> int:
-        """How many devices share the rows of the batch that a compiled function sees."""
+        """Counts the devices that share the rows of the batch that a compiled function sees."""
         return self.rows_multiple
 
     def _put(self, array, spec):
@@ -219,7 +219,7 @@ def _joined(x):
 
 
 def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
-    """An array, the same in every process, as the sharding has it."""
+    """Places an array, the same in every process, by a sharding."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -230,12 +230,12 @@ def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
 
 @functools.cache
 def _to(sharding):
-    """A program that moves arrays between processes."""
+    """Compiles a program that moves arrays between processes."""
     return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def whole(array: ArrayLike) -> np.ndarray:
-    """A placed array on the host, also where other processes hold parts of it."""
+    """Fetches a placed array to the host, also where other processes hold parts of it."""
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
@@ -255,15 +255,15 @@ def one_behind(started: Iterable) -> Iterator:
 
 
 def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
-    """A context for matrix products as model.dtype asks: TPUs and GPUs round those of float32 to
-    bfloat16 or TF32 unless told otherwise.
+    """Returns a context for matrix products as model.dtype asks: TPUs and GPUs round those of
+    float32 to bfloat16 or TF32 unless told otherwise.
     """
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def make_placement(settings: config.Parallel, everywhere: bool = False) -> Placement:
-    """The placement that `parallel.*` asks for: over this process's devices, or, `everywhere`, over
-    those of all processes.
+    """Makes the placement that `parallel.*` asks for: over this process's devices, or,
+    `everywhere`, over those of all processes.
 
     Raises:
         UserError: more devices asked for than there are, or a compiler that gives wrong sums.
@@ -302,8 +302,9 @@ def make_placement(settings: config.Parallel, everywhere: bool = False) -> Place
 
 @functools.cache
 def reduces_right() -> bool:
-    """Whether rows are summed right in a case that a CPU compiler got wrong (diq_jax/__init__.py):
-    |I x|^2 of 40,000 rows x, each compiled as a matrix product with its square and sum.
+    """Tells whether rows are summed correctly in a case that a CPU compiler got wrong
+    (diq_jax/__init__.py): |I x|^2 of 40,000 rows x, each compiled as a matrix product with its
+    square and sum.
     """
     x = np.stack([np.arange(40_000, dtype=np.float32), *np.zeros((2, 40_000), np.float32)], axis=1)
     squares = jax.jit(jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row))))(x)

@@ -68,7 +68,7 @@ class Parts:
         self._keep(self.folder / name, table)
 
     def remaining(self, count: int) -> list[int]:
-        """The positions of `count` rows that are not finished."""
+        """Returns the positions of `count` rows that are not finished."""
         return [row for row in range(count) if row not in self.done]
 
     def batches(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
@@ -79,8 +79,8 @@ class Parts:
             yield columns.pop(ROW), columns
 
     def columns(self) -> dict[str, Any]:
-        """All columns, in the order of the rows: (R, ..) arrays, or lists where values are not
-        numbers. Empty without parts.
+        """Reads all columns, in the order of the rows: (R, ..) arrays, or lists where values are
+        not numbers. Empty without parts.
         """
         return joined(list(self.batches()))
 

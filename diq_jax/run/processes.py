@@ -58,12 +58,12 @@ def joined() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes files and prints."""
+    """Tells whether this process writes files and prints."""
     return _index == 0
 
 
 def wait(what: str) -> None:
-    """Until every process is here; what the first one wrote before is then there for all."""
+    """Waits until every process is here; what the first one wrote before is then there for all."""
     if _joined:
         from orbax.checkpoint import multihost
 
@@ -147,8 +147,8 @@ def _is_told() -> bool:
 
 
 def _others(ask: Callable[[Any], Any]) -> Any:
-    """The answer of the service by which processes know of each other; None where it has none, or
-    is gone.
+    """Asks the service by which processes know of each other; None where it has no answer, or is
+    gone.
     """
     from orbax.checkpoint import multihost
 

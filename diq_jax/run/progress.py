@@ -39,7 +39,7 @@ class Progress:
 
 
 def byte_bar(title: str, total: int) -> tqdm.tqdm:
-    """A bar over bytes, shown once it has taken a few seconds; in the first process."""
+    """Opens a bar over bytes, shown once it has taken a few seconds; in the first process."""
     return tqdm.tqdm(
         total=total,
         desc=title,

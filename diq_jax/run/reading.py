@@ -275,17 +275,19 @@ def _lists_are(inner: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], 
 
 
 def _finite_lists(column):
-    """Whether each list has neither nulls nor numbers that are not finite."""
+    """Tells whether each list has neither nulls nor numbers that are not finite."""
     return _lists_of(column, lambda x: np.isfinite(x.to_numpy(False).astype(np.float64)))
 
 
 def _finite_nested(column):
-    """Whether each list of lists has no nulls on any level."""
+    """Tells whether each list of lists has no nulls on any level."""
     return _lists_of(column, lambda lists: _finite_lists(pa.chunked_array([lists])))
 
 
 def _lists_of(column, allowed: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
-    """Whether each list of a column has values that are allowed and not null, alone."""
+    """Makes a check of whether each list of a column has only values that are allowed and
+    not null.
+    """
     ok, start = np.ones(len(column), bool), 0
     for chunk in column.chunks:
         inner = chunk.flatten()

@@ -61,7 +61,7 @@ OPTIONAL: dict[str, dict[str, str]] = {  # columns that only some settings write
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The record of a stage's folder; None where there is none.
+    """Reads the record of a stage's folder; None where there is none.
 
     Raises:
         UserError: a stage.json that this version of diq_jax does not write.
@@ -87,7 +87,7 @@ def read(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def finished(workdir: pathlib.Path, stage: str, field: str = "--workdir") -> dict[str, Any]:
-    """The record of a finished stage of another run.
+    """Reads the record of a finished stage of another run.
 
     Raises:
         UserError: naming `field`, a flag: the stage has not finished there.
@@ -102,8 +102,8 @@ def finished(workdir: pathlib.Path, stage: str, field: str = "--workdir") -> dic
 
 
 def config_of(record: Mapping[str, Any], path: pathlib.Path) -> config.Config:
-    """The config that a record, of the folder `path`, was made with. Raises UserError where it is
-    none of this version's.
+    """Returns the config that a record, of the folder `path`, was made with. Raises UserError where
+    it is none of this version's.
     """
     try:
         return config.from_dict(record["config"])
@@ -170,7 +170,7 @@ def checksums(title: str, paths: Sequence[pathlib.Path]) -> Iterator[tuple[pathl
 
 
 def seal(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result of a study with the checksum of its values, for `unseal`."""
+    """Adds the checksum of its values to a result of a study, for `unseal`."""
     return {**result, SEAL: _checksum(result)}
 
 
@@ -195,7 +195,8 @@ def _checksum(result) -> str:
 
 
 def table(workdir: pathlib.Path, name: str, verified: bool = True) -> pa.Table:
-    """A table of a run, such as influence/influence.parquet, with the columns that it must have.
+    """Reads a table of a run, such as influence/influence.parquet, with the columns that it must
+    have.
 
     Args:
         verified: whether to hold it against its record.
@@ -209,7 +210,9 @@ def table(workdir: pathlib.Path, name: str, verified: bool = True) -> pa.Table:
 
 
 def read_table(workdir: pathlib.Path, name: str, columns: Sequence[str] = ()) -> pa.Table:
-    """A table of a run, or some columns of it. Raises UserError as `table`, but for its record."""
+    """Reads a table of a run, or some columns of it. Raises UserError as `table`, but for its
+    record.
+    """
     known = COLUMNS[name] | OPTIONAL.get(name, {})
     kinds = {column: known[column] for column in columns or COLUMNS[name]}
     try:

@@ -40,11 +40,11 @@ class Context:
     verify: bool = True
 
     def path(self, name: str) -> pathlib.Path:
-        """An artifact, such as influence/influence.parquet."""
+        """Returns the path of an artifact, such as influence/influence.parquet."""
         return self.workdir / name
 
     def table(self, name: str, *columns: str) -> pa.Table:
-        """A table that the stage declares to read, or these columns of it.
+        """Reads a table that the stage declares to read, or these columns of it.
 
         Raises:
             UserError: it is damaged, or a column is not as it must be.
@@ -166,7 +166,7 @@ def versions() -> dict[str, str]:
 
 
 def _before(stage, folder) -> dict[str, Any] | None:
-    """The record of an earlier call, None in a new folder.
+    """Reads the record of an earlier call, None in a new folder.
 
     Raises:
         UserError: the folder, or one in it, is a symbolic link; or it holds files of others.
@@ -199,7 +199,9 @@ def _before(stage, folder) -> dict[str, Any] | None:
 
 
 def _inputs(stage, context) -> tuple[dict[str, str], list[str]]:
-    """{artifact: checksum} of what the stage reads, and those that no record vouches for."""
+    """Returns {artifact: checksum} of what the stage reads, and those that no record
+    vouches for.
+    """
     found, unverified = {}, []
     for name in stage.reads(context):
         path = context.path(name)
@@ -221,7 +223,7 @@ def _inputs(stage, context) -> tuple[dict[str, str], list[str]]:
 
 
 def _is_whole(context, folder, record) -> bool:
-    """Whether every output is there. Raises UserError where one is not as it was written."""
+    """Tells whether every output is there. Raises UserError where one is not as it was written."""
     if context.verify and processes.is_first():
         records.verify_outputs(folder, record)
     return all((folder / name).is_file() for name in record["outputs"])
@@ -246,7 +248,7 @@ def _clear(stage, folder, before, now) -> None:
 
 
 def _is_own(stage, name: str, outputs: Mapping[str, str] | None = None) -> bool:
-    """Whether a stage writes a file of this name, relative to its folder, or wrote it."""
+    """Tells whether a stage writes a file of this name, relative to its folder, or wrote it."""
     path = pathlib.PurePosixPath(name)
     name = str(path.with_name(artifacts.temporary_of(path.name) or path.name))
     patterns = (records.NAME, *stage.writes)
@@ -254,7 +256,9 @@ def _is_own(stage, name: str, outputs: Mapping[str, str] | None = None) -> bool:
 
 
 def _files(folder) -> Iterator[str]:
-    """The files below a folder, relative to it; what a symbolic link leads to is not below."""
+    """Lists the files below a folder, relative to it; what a symbolic link leads to is not
+    below.
+    """
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in sorted([*names, *links]):
@@ -262,7 +266,7 @@ def _files(folder) -> Iterator[str]:
 
 
 def _outputs(stage, folder) -> dict[str, str]:
-    """{file: checksum} of the stage's own files, all on the disk."""
+    """Returns {file: checksum} of the stage's own files, all on the disk."""
     artifacts.sync_tree(folder)
     names = sorted(n for n in _files(folder) if n != records.NAME and _is_own(stage, n))
     found = records.checksums(f"checksums {folder.name}", [folder / name for name in names])
@@ -287,7 +291,7 @@ def _refuse_difference(stage, folder, before, now):
 
 
 def _decisive(stage, record):
-    """The inputs and those config fields that decide the result, flat."""
+    """Returns the inputs and those config fields that decide the result, flat."""
     decisive = config.decided_by(stage.name)
 
     def flatten(tree, prefix):

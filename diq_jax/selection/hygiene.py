@@ -54,7 +54,7 @@ class Repeat(NamedTuple):
 
 
 def ask(stem: str, choices: Iterable[str]) -> str:
-    """A question with its choices as lines "A. ...", as the pool's questions carry them."""
+    """Writes a question with its choices as lines "A. ...", as the pool's questions carry them."""
     return "\n".join([stem, *(f"{chr(ord('A') + i)}. {c}" for i, c in enumerate(choices))])
 
 
@@ -64,7 +64,7 @@ def find(
     settings: selection_config.Selection,
     embed: Embed | None,
 ) -> list[Repeat]:
-    """All pairs, sorted; they depend on the rows, not on their order.
+    """Finds all pairs, sorted; they depend on the rows, not on their order.
 
     Args:
         against: targets and tests; they are not compared with each other.
@@ -90,8 +90,8 @@ def find(
 
 
 def dropped(pairs: Sequence[Repeat]) -> dict[str, Repeat]:
-    """The rows to leave out, and a pair that is the reason: first all that overlap a target or a
-    test; then, in the order of ids, each that repeats a row which stays.
+    """Returns the rows to leave out, each with a pair that is the reason: first all that overlap a
+    target or a test; then, in the order of ids, each that repeats a row which stays.
 
     So no pair is left, and every duplicate that is left out repeats a row which stays.
     """
@@ -106,7 +106,9 @@ def dropped(pairs: Sequence[Repeat]) -> dict[str, Repeat]:
 
 
 def _row_pairs(view, pool, settings, embed) -> Found:
-    """Pairs of rows, the first of the two in the pool; rows of the same words are one text."""
+    """Yields pairs of rows, the first of the two in the pool; rows of the same words are
+    one text.
+    """
     groups: dict[texts.Words, list[int]] = {}
     for row, text in enumerate(view):
         if found := texts.words(text):
@@ -125,7 +127,7 @@ def _row_pairs(view, pool, settings, embed) -> Found:
 
 
 def _text_pairs(raw, in_pool, settings, embed) -> Found:
-    """Pairs of texts, one of them in the pool; a pair may come under several kinds."""
+    """Yields pairs of texts, one of them in the pool; a pair may come under several kinds."""
     # A run of words that goes on through the letters of options would be longer than it is.
     distinct = [texts.unlettered(text) for text in raw]
 

@@ -21,7 +21,7 @@ BATCH_TOKENS = 4096  # padded tokens of one batch
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """The encoder and how much it reads, where paraphrases are looked for."""
+    """Fingerprints the encoder and how much it reads, where paraphrases are looked for."""
     cfg = context.config
     if cfg.selection.hygiene == "off" or cfg.selection.paraphrase_similarity == 0:
         return {}
@@ -111,7 +111,7 @@ def _choice_rows(context, place) -> list[hygiene.ComparedRow]:
 
 
 def _embedder(context) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts to the mean of the encoder's last hidden states, (n, D) float32.
+    """Makes a function from texts to the mean of the encoder's last hidden states, (n, D) float32.
 
     It reads the first difficulty.max_tokens tokens, and uses all layers.
     """
@@ -143,7 +143,7 @@ def _embedder(context) -> Callable[[Sequence[str]], np.ndarray]:
 
 
 def _batches(lengths, max_tokens):
-    """Rows of one padded width, that width, and how many rows a batch of it has."""
+    """Yields rows of one padded width, that width, and how many rows a batch of it has."""
     by_width: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         width = min(max_tokens, -(-length // WIDTH_STEP) * WIDTH_STEP)

@@ -41,7 +41,7 @@ class OrderSettings:
 
     @property
     def edges(self) -> tuple[float, float]:
-        """The band of `adaptive`, lowest and highest percentile."""
+        """Returns the band of `adaptive`, lowest and highest percentile."""
         center, rise, width = self.band
         center = min(100.0, max(0.0, center + rise * math.log10(100 * self.ratio)))
         return center - width / 2, center + width / 2

@@ -35,7 +35,7 @@ class Selected:
 
     @property
     def keep(self) -> int:
-        """The size of the subset."""
+        """Returns the size of the subset."""
         return int(self.selected.sum())
 
 

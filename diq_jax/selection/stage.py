@@ -144,7 +144,7 @@ def _more(context, ids, file, names):
 
 
 def _by_target(context):
-    """The influence on each of several targets, and their names."""
+    """Reads the influence on each of several targets, and their names."""
     name = "influence_by_target"
     if name not in _names(context.path(INFLUENCE)):
         return {}

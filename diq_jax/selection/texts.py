@@ -27,38 +27,40 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, or the first words of a run w
 
 
 def words(text: str) -> Words:
-    """The words in order, without case, punctuation, white space and Unicode's variants (NFKC)."""
+    """Returns the words in order, without case, punctuation, white space and Unicode's variants
+    (NFKC).
+    """
     return tuple(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def unlettered(text: str) -> Words:
-    """The words without the letters of options."""
+    """Returns the words without the letters of options."""
     return words(OPTION.sub("", text))
 
 
 def lines(text: str) -> tuple[Words, ...]:
-    """The lines as words, sorted, without option letters: the same for shuffled options."""
+    """Returns the lines as words, sorted, without option letters: the same for shuffled options."""
     return tuple(sorted(filter(None, map(unlettered, text.splitlines()))))
 
 
 def shingles(text: Words, n: int) -> frozenset[Words]:
-    """Its runs of n words; of a shorter text, the text itself."""
+    """Returns the runs of n words of a text; of a shorter text, the text itself."""
     n = min(n, len(text))
     return frozenset(text[i : i + n] for i in range(len(text) - n + 1))
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:
-    """The share of what either holds that both hold."""
+    """Computes the size of the intersection as a share of the union."""
     return len(a & b) / len(a | b)
 
 
 def containment(a: frozenset, b: frozenset) -> float:
-    """The share of the smaller that the larger holds."""
+    """Computes the size of the intersection as a share of the smaller set."""
     return len(a & b) / min(len(a), len(b))
 
 
 def alike(texts: Sequence[Words], n: int, threshold: float) -> Iterator[tuple[int, int]]:
-    """Candidates (u, v), u < v, whose shingles of n words may have that Jaccard similarity.
+    """Yields candidates (u, v), u < v, whose shingles of n words may have that Jaccard similarity.
 
     MinHash with banding: a pair at the threshold is missed with a probability of at most `MISSED`,
     a more similar one more rarely; many of the pairs are less similar.
@@ -78,7 +80,7 @@ def alike(texts: Sequence[Words], n: int, threshold: float) -> Iterator[tuple[in
 
 
 def sharing(texts: Sequence[Words], n: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Candidates (u, v), u < v, that share a run of n words which is no boilerplate.
+    """Yields candidates (u, v), u < v, that share a run of n words which is no boilerplate.
 
     Boilerplate is a run that stands in more than `limit` of the texts, or one put together from
     stock phrases: half of its pieces of 4 words stand, whatever their numbers, in more than `limit`
@@ -98,8 +100,8 @@ def sharing(texts: Sequence[Words], n: int, limit: int) -> Iterator[tuple[int, i
 
 
 def _telling_runs(texts, n, limit):
-    """Hashes of each text's distinct runs of n words, those of stock phrases aside: (R,) uint64;
-    and the texts that they stand in: (R,).
+    """Returns hashes of each text's distinct runs of n words, those of stock phrases aside, (R,)
+    uint64, and the texts that they stand in, (R,).
     """
     vocabulary = {word for text in texts for word in text}
     masks = {word: NUMBER.sub("0", word) for word in vocabulary}
@@ -122,7 +124,9 @@ def _telling_runs(texts, n, limit):
 
 
 def _band_rows(threshold):
-    """The most rows a band may have, for the fewest candidates, so that hardly a pair is missed."""
+    """Finds the most rows that a band may have, for the fewest candidates, so that hardly a pair is
+    missed.
+    """
     for rows in range(PERMUTATIONS // 2, 1, -1):
         if (1 - threshold**rows) ** (PERMUTATIONS // rows) <= MISSED:
             return rows
@@ -130,7 +134,7 @@ def _band_rows(threshold):
 
 
 def _codes(vocabulary):
-    """A 64-bit number for each word, the same in every process."""
+    """Returns a 64-bit number for each word, the same in every process."""
     return {
         word: int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
         for word in vocabulary
@@ -138,7 +142,7 @@ def _codes(vocabulary):
 
 
 def _runs(codes, n):
-    """A hash of each run of n codes: (T,) -> (max(0, T - n + 1),) uint64, modulo 2**64."""
+    """Hashes each run of n codes: (T,) -> (max(0, T - n + 1),) uint64, modulo 2**64."""
     codes = np.array(codes, np.uint64)
     total = np.zeros(max(0, len(codes) - n + 1), np.uint64)
     for i in range(n):
