@@ -162,8 +162,8 @@ def choice_loss(log_likelihoods: np.ndarray, answer: int) -> float:
 
 
 def brier(log_likelihoods: np.ndarray, answer: int) -> float:
-    """Computes the squared distance of the options' shares from 1 for the right one and 0 for the others, in
-    [0, 2] (Brier 1950).
+    """Computes the squared distance of the options' shares from 1 for the right one and 0 for the
+    others, in [0, 2] (Brier 1950).
     """
     scores = np.asarray(log_likelihoods, np.float64)
     shares = np.exp(scores - scores.max())
@@ -172,8 +172,8 @@ def brier(log_likelihoods: np.ndarray, answer: int) -> float:
 
 
 def margin(log_likelihoods: np.ndarray, answer: int) -> float:
-    """Computes by how much the right option's log-likelihood is above the best other one's, in nats;
-    0 without another.
+    """Computes how far the right option's log-likelihood is above the best other one's, in nats; 0
+    without another.
     """
     scores = np.asarray(log_likelihoods, np.float64)
     others = np.delete(scores, answer)
