@@ -71,8 +71,13 @@ class Data(fields.Section, section="data", decides=("prepare",)):
     tests_per_task: int = field(0, "Drawn with the seed; 0 = all.", fields.COUNT)
     columns: str = field(
         "",
-        "How columns are named: huatuo, m23k, medreason, finemed, or "
-        "question=A,reasoning=B,answer=C; empty = our names.",
+        "How columns are named: a layout (data/layouts.py) such as messages, huatuo or alpaca, or "
+        "question=A,reasoning=B,answer=C; empty = recognised.",
+    )
+    turns: str = field(
+        "last",
+        "Which answers of a conversation are scored: the last, or all.",
+        choices=("last", "all"),
     )
     template: str = field(
         "plain",

@@ -75,7 +75,7 @@ WRITES = {
     ),
     "selection": (
         "selection.parquet", "baselines.parquet", "thresholds.json", "selected.jsonl",
-        "hygiene.parquet",
+        "selected.messages.jsonl", "examples.parquet", "hygiene.parquet",
     ),
     "finetune": ("losses.jsonl", *TRAINED, "state/*", "tensorboard/*"),
     "dpo": (

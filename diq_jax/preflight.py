@@ -38,10 +38,11 @@ def _inputs(cfg, names):
     data, source, dpo = cfg.data, cfg.difficulty.source, cfg.finetune.dpo
     if "prepare" in names:
         prepare.open_layout(cfg)
-        pool = sources.load_examples(data.pool, data.columns, data.pool_limit)
+        pool = sources.stream_examples(data.pool, data.columns, data.pool_limit)
+        yield "data.pool", data.pool, sum(1 for _ in pool)
         targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
-        tests = sources.load_tests(data.tests, data.tests_per_task, data.seed)
-        yield "data.pool", data.pool, len(pool)
+        tests = sources.load_tests(data.tests, data.tests_per_task, data.seed, texts=True)
+        prepare.check_tests(tests, cfg.evaluate.protocol)
         yield "data.targets", data.targets, len(targets)
         yield "data.tests", data.tests, len(tests)
     if "difficulty" in names and not labels.is_columns(source) and not trained.is_folder(source):

@@ -60,12 +60,12 @@ def read_examples() -> list[example_lib.Example]:
 
 def make_requests(examples: Sequence[example_lib.Example]) -> list[list[answers.Request]]:
     """Returns for each row --repeat requests, which differ in the seed."""
-    from diq_jax.data import chat
+    from diq_jax.data import wording
 
     return [
         [
             asking.request(
-                MODEL.value, annotate.messages(chat.question_text(e)), annotate.SCHEMA, draw
+                MODEL.value, annotate.messages(wording.question_text(e)), annotate.SCHEMA, draw
             )
             for draw in range(REPEAT.value)
         ]

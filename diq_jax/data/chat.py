@@ -5,7 +5,7 @@ conversation. `make_layout` finds out once how the chat template writes one, and
 of which prompt and completion cannot be told apart.
 
 The prompt is what the chat template makes of the question, as at generation time. The completion
-is ours (`TEMPLATES`). It never passes through the chat template, because some (Qwen3) rewrite what
+is ours (wording.py). It never passes through the chat template, because some (Qwen3) rewrite what
 they take for reasoning. The end is what the template puts after a message of the assistant, up to
 its first special token. A tokenizer without a chat template gets "Question: ... Answer: ..." and
 its end-of-sequence token.
@@ -28,19 +28,14 @@ from collections.abc import Callable, Sequence
 import transformers
 
 from diq_jax import errors
-from diq_jax.data import chat_template
+from diq_jax.data import chat_template, wording
 from diq_jax.data import example as example_lib
 from diq_jax.run import reading
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
-TEMPLATES = {
-    "plain": "{reasoning}\n\n{answer}",
-    "huatuo": "## Thinking\n\n{reasoning}\n\n## Final Response\n\n{answer}",
-    "think": "<think>\n{reasoning}\n</think>\n\n{answer}",
-}
 ANCHORS = ("\n", "a", ".")  # texts of which no token goes on into most completions
-OPEN, CLOSE = "<think>", "\n</think>\n\n"
+OPEN, CLOSE = wording.OPEN, "\n</think>\n\n"
 _USER, _ASSISTANT = "what-the-user-says", "what-the-assistant-says"  # stand for messages
 _EMPTY_BLOCK = r"\s*<think>\s*</think>\s*"
 
@@ -78,36 +73,6 @@ class Layout:
     first: tuple[int, ...] = ()
 
 
-def question_text(example: example_lib.Example) -> str:
-    """Returns the question, with a line "A. text" for each option of a multiple-choice one."""
-    return example_lib.ask(example.question, example.options)
-
-
-def completion_text(example: example_lib.Example, template: str) -> str:
-    """Writes reasoning and answer in `template`, a name of `TEMPLATES` or a text with {answer}.
-
-    An example without reasoning gets its answer alone where the template has {reasoning}.
-    Reasoning that brings its own tags is not tagged twice. The answer of a multiple-choice example
-    is "B. text", or its own words.
-    """
-    if template not in TEMPLATES and "{answer}" not in template:
-        raise errors.UserError(
-            f"data.template must be one of {', '.join(TEMPLATES)} or a text with {{answer}} in it; "
-            f"got {template!r}.{errors.nearest(template, TEMPLATES)}"
-        )
-    template = TEMPLATES.get(template, template)
-    answer, reasoning = example.answer, example.reasoning
-    if example.options is not None and answer == example.options.get(example.answer_idx):
-        answer = f"{example.answer_idx}. {answer}"
-    if OPEN in template:  # reasoning that brings its own tags
-        reasoning = re.sub(r"^\s*<think>\n*|\n*</think>\s*$", "", reasoning)
-    if "{reasoning}" in template and not reasoning.strip():
-        return answer
-    values = {"{reasoning}": reasoning, "{answer}": answer}
-    # Not str.format: templates hold other braces (\boxed{}), and so do texts.
-    return re.sub(r"\{reasoning\}|\{answer\}", lambda match: values[match[0]], template)
-
-
 def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) -> Layout:
     """Finds out how the chat template writes a conversation, by rendering one of marked messages.
 
@@ -130,7 +95,7 @@ def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) ->
     asked = _as_parts(_messages(_USER, None), layout.parts)
     derived = prompt == layout.render(asked, False)
     layout = dataclasses.replace(layout, derived=derived)
-    [prompt] = _prompts([_USER], layout)
+    [prompt] = _prompts([_messages(_USER, None)], layout)
     # Qwen3 writes an empty block of reasoning: before an answer that has none of its own, and at
     # the end of prompts that ask for none.
     start = re.sub(r"<think>\s*(</think>\s*)?$", "", prompt)
@@ -161,7 +126,9 @@ def prompt_ids(examples: Sequence[example_lib.Example], layout: Layout) -> list[
     Raises:
         UserError: the model has no embedding for a token.
     """
-    found = _tokenize(_prompts([question_text(e) for e in examples], layout), layout)
+    found = _tokenize(
+        _prompts([wording.before_answer(e, "plain") for e in examples], layout), layout
+    )
     for example, ids in zip(examples, found, strict=True):
         check_tokens(ids, layout, f"The prompt of example {example.example_id!r}")
     return [[*layout.first, *ids] for ids in found]
@@ -253,16 +220,18 @@ def _end_text(after: str, tokenizer: Tokenizer) -> str:
     return after[: place - length]
 
 
-def _prompts(questions: Sequence[str], layout: Layout) -> list[str]:
+def _prompts(conversations: Sequence[list[dict]], layout: Layout) -> list[str]:
+    """Writes each prompt, of messages that end with a question."""
     if layout.render is None:
-        return [f"Question: {question}\n\nAnswer:" for question in questions]
-    prompts = [_ask(_messages(question, None), layout) for question in questions]
-    for question, prompt in zip(questions, prompts, strict=True):
-        if question.strip() not in prompt:
-            raise errors.UserError(
-                f"{layout.field} has a chat template that changes what the user says, or leaves "
-                f"part of it out: {reading.shorten(question)}."
-            )
+        return ["".join(map(wording.plainly, asked)) + "Answer:" for asked in conversations]
+    prompts = [_ask(asked, layout) for asked in conversations]
+    for asked, prompt in zip(conversations, prompts, strict=True):
+        for said in (m["content"] for m in asked if m["role"] != "assistant"):
+            if said.strip() not in prompt:
+                raise errors.UserError(
+                    f"{layout.field} has a chat template that changes what the user says, or "
+                    f"leaves part of it out: {reading.shorten(said)}."
+                )
     return prompts
 
 
@@ -287,10 +256,17 @@ def _completion(text: str, layout: Layout) -> str:
 
 
 def pairs(
-    examples: Sequence[example_lib.Example], completions: Sequence[Sequence[str]], layout: Layout
+    examples: Sequence[example_lib.Example],
+    completions: Sequence[Sequence[str]],
+    layout: Layout,
+    template: str = "plain",
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """Tokenises the prompt of each example, and each of its completions without the end."""
-    prompts = _prompts([question_text(example) for example in examples], layout)
+    """Tokenises the prompt of each example, and each of its completions without the end.
+
+    Args:
+        template: of earlier answers that are scored.
+    """
+    prompts = _prompts([wording.before_answer(example, template) for example in examples], layout)
     written = [[_completion(text, layout) for text in texts] for texts in completions]
     wholes = [
         prompt + text + layout.end
@@ -305,6 +281,34 @@ def pairs(
         kept = [own or _inside(text, layout) for own, text in zip(cut, texts, strict=True)]
         found.append(([*layout.first, *tokens], kept))
     return found
+
+
+def earlier_answers(
+    example: example_lib.Example, template: str, layout: Layout
+) -> list[tuple[int, int]]:
+    """Finds where the earlier answers of a conversation stand in its prompt's tokens: from the
+    first that the assistant writes to after the end of its turn.
+
+    Raises:
+        UserError: there is no chat template, or the prompt up to an answer does not begin the whole
+            prompt, as where the template writes earlier turns otherwise than the last.
+    """
+    messages, spans = wording.before_answer(example, template), []
+    [whole] = _prompts([messages], layout)
+    ids = _tokenize([whole], layout)[0]
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        [before] = _prompts([messages[:i]], layout)
+        stop = whole.find(layout.end, len(before)) if layout.end else -1
+        start, after = _tokenize([before, whole[: stop + len(layout.end)]], layout)
+        if stop < 0 or ids[: len(start)] != start or ids[: len(after)] != after:
+            raise errors.UserError(
+                f"Example {example.example_id!r}: {layout.field} has no chat template that writes "
+                "an earlier answer as it writes the last one: set data.turns=last."
+            )
+        spans.append((len(layout.first) + len(start), len(layout.first) + len(after)))
+    return spans
 
 
 def _between(prompt: list[int], ids: list[int], end: list[int]) -> list[int]:

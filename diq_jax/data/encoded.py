@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from diq_jax import errors
-from diq_jax.data import chat
+from diq_jax.data import chat, wording
 from diq_jax.data import example as example_lib
 
 COLUMNS = ("example_id", "input_ids", "labels")
@@ -60,13 +60,17 @@ def encode_all(
     errors.check_choice("model.truncation", truncation, TRUNCATIONS)
     texts = [example for example in examples if example.input_ids is None]
     end = list(layout.end_ids)
-    tokens = iter(chat.pairs(texts, [[chat.completion_text(e, template)] for e in texts], layout))
+    answers = [[wording.completion_text(e, template)] for e in texts]
+    tokens = iter(chat.pairs(texts, answers, layout, template))
     made, outcomes, dropped = [], collections.Counter(), []
     for example in examples:
         if example.input_ids is None:
             prompt, [completion] = next(tokens)
             ids = prompt + completion + end
             labels = [example_lib.IGNORED] * len(prompt) + completion + end
+            if example.every_turn:
+                for start, stop in chat.earlier_answers(example, template, layout):
+                    labels[start:stop] = ids[start:stop]
         else:
             ids, labels = example.input_ids, example.labels
         chat.check_tokens([*ids, *labels], layout, f"{where} {example.example_id!r}")

@@ -29,7 +29,8 @@ class Example:
 
     Multiple-choice examples have `options` (letter -> text). Their `answer_idx` is the right letter
     and their `answer` the text of that option, unless the row answers in words of its own.
-    Pre-tokenised examples have `input_ids` and `labels`; their texts are "".
+    Pre-tokenised examples have `input_ids` and `labels`; their texts are "". In a conversation
+    `context` holds what stands before the question, {role, content} and an answer's `reasoning`.
     """
 
     example_id: str
@@ -42,6 +43,8 @@ class Example:
     answer_idx: str = ""
     input_ids: tuple[int, ...] | None = None
     labels: tuple[int, ...] | None = None
+    context: tuple[Mapping[str, str], ...] = ()
+    every_turn: bool = False  # whether the answers in `context` are scored too
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,12 +1,12 @@
 """Preference rows: a question, the completion that is preferred, and one that is not."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from diq_jax import errors
-from diq_jax.data import chat, encoded, sources
+from diq_jax.data import chat, encoded, layouts, sources
 from diq_jax.data import example as example_lib
-from diq_jax.run import reading
 
 SIDES = ("chosen", "rejected")
 
@@ -43,18 +43,19 @@ def load_preferences(
 
     A row has id, question (or prompt), chosen and rejected; each of the two is a text, or an object
     with `answer` and, which may be empty, `reasoning`; or both are lists of messages that end with
-    the assistant's and share what stands before it, one message of the user. `options` belong to
-    the question.
+    the assistant's answer and share what stands before it. `options` belong to the question.
 
     Raises:
         UserError: naming `field`, the file and the line, where a row is not like that, prefers a
             completion to itself, or repeats an id.
     """
-    rows = sources.read_rows(spec, field)[: limit or None]
-    pairs = [
-        _from_row(row, f"{field}: {where}", position) for position, (row, where) in enumerate(rows)
-    ]
-    sources.check_ids([chosen for chosen, _ in pairs], [where for _, where in rows], spec, field)
+
+    def read():
+        rows = itertools.islice(sources.read_rows(spec, field), limit or None)
+        for position, (row, where) in enumerate(rows):
+            yield _from_row(row, f"{field}: {where}", position), where
+
+    pairs = [pair for pair, _ in sources.unique(read, spec, field, lambda p: p[0].example_id)]
     return pairs
 
 
@@ -99,66 +100,53 @@ def _same(left, right):
 
 
 def _from_row(row, where, position):
-    example_id = example_lib.row_id(row, where, position)
+    place = layouts.Place(where, example_lib.row_id(row, where, position), "")
     if any(isinstance(row.get(name), list) for name in SIDES):
-        row = _from_messages(row, where)
-    elif "question" not in row and "prompt" in row:
-        row = {**row, "question": row["prompt"]}
-    sides = [_side(row, name, where, example_id) for name in SIDES]
+        sides = _from_messages(row, place)
+    else:
+        if "question" not in row and "prompt" in row:
+            row = {**row, "question": row["prompt"]}
+        sides = [_side(row, name, place) for name in SIDES]
     if all(getattr(sides[0], k) == getattr(sides[1], k) for k in ("reasoning", "answer")):
         raise errors.UserError(f"{where}: chosen and rejected are the same.")
     return tuple(sides)
 
 
-def _side(row, name, where, example_id):
+def _side(row, name, place):
     """Makes one side an example of the row's question; it may be a text or an object."""
     columns = {"question": "question", "answer": name}
-    side = row.get(name)
+    side, where = row.get(name), place.where
     # A side answers for itself: which option is right says nothing about the other one.
     asked = {k: row[k] for k in row if k not in ("answer_idx", "input_ids")}
     if isinstance(side, dict):
         columns = {"question": "question", "reasoning": "reasoning", "answer": "answer"}
         kept = {k: asked[k] for k in ("question", "options") if k in asked}
         asked, where = {**side, **kept}, f"{where}: {name}"
-    return example_lib.from_row(asked, where, example_id, "", columns)
+    return example_lib.from_row(asked, where, place.example_id, "", columns)
 
 
-def _from_messages(row, where):
-    """Returns the row with a question and two objects instead of messages."""
-    made, contexts = dict(row), []
+def _from_messages(row, place):
+    """Makes both sides of lists of messages, after those of `prompt` where there is one."""
     given = row.get("prompt") or row.get("question")
+    asked = []
     if given is not None:
-        asked = [{"role": "user", "content": given}] if isinstance(given, str) else given
-        contexts.append(_messages(asked, f"{where}: prompt"))
+        where = f"{place.where}: prompt"
+        asked = layouts.read_messages(layouts.as_messages(given, "user", where), where)
+    sides = []
     for name in SIDES:
-        *before, (role, text) = _messages(row.get(name), f"{where}: {name}")
-        if role != "assistant":
-            raise errors.UserError(
-                f"{where}: {name} must end with a message of the assistant; got one of {role}."
-            )
-        contexts += [before] if before else []
-        made[name] = {"answer": text, "reasoning": row[name][-1].get("reasoning_content")}
-    if not contexts or any(context != contexts[0] for context in contexts):
-        raise errors.UserError(
-            f"{where}: chosen and rejected must answer the same messages (and the prompt, where "
-            "there is one)."
-        )
-    roles = [role for role, _ in contexts[0]]
-    if roles != ["user"]:
-        raise errors.UserError(
-            f"{where}: one message of the user must stand before the answer; got "
-            f"{', '.join(roles)}."
-        )
-    return {**made, "question": contexts[0][0][1]}
+        said = layouts.read_messages(row.get(name), f"{place.where}: {name}")
+        if asked and said[: len(asked)] != asked:
+            if len(said) > 1:
+                raise _different(place)
+            said = asked + said
+        sides.append(layouts.from_messages(said, row, place, name))
+    if any(getattr(sides[0], k) != getattr(sides[1], k) for k in ("question", "context")):
+        raise _different(place)
+    return sides
 
 
-def _messages(value, where) -> list[tuple[str, str]]:
-    """Returns (role, content) of each message."""
-    if not isinstance(value, list) or not value:
-        raise errors.UserError(
-            f"{where} must be a list of messages, as the other side is; got "
-            f"{reading.shorten(value)}."
-        )
-    for i, message in enumerate(value):
-        reading.check_record(message, f"{where} message {i}", {"role": str, "content": str})
-    return [(message["role"], message["content"]) for message in value]
+def _different(place):
+    return errors.UserError(
+        f"{place.where}: chosen and rejected must answer the same messages (and the prompt, where "
+        "there is one)."
+    )

@@ -12,28 +12,17 @@ import importlib.resources
 import itertools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from diq_jax import errors
-from diq_jax.data import benchmarks, files
+from diq_jax.data import benchmarks, files, layouts
 from diq_jax.data import example as example_lib
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts, progress, reading
 
-# Column names of public pools; "a+b" joins two columns by a blank line.
-MAPPINGS = {
-    # FreedomIntelligence/medical-o1-reasoning-SFT: as in data/demo_data.json of its repository.
-    "huatuo": {"question": "Question", "reasoning": "Complex_CoT", "answer": "Response"},
-    # UCSC-VLAA/m23k-tokenized: the names that its authors' tokenising script reads.
-    "m23k": {"question": "prompt", "reasoning": "reasoning", "answer": "distilled_answer_string"},
-    # UCSC-VLAA/MedReason: the names that several public loaders read. The options are a text of
-    # their own, and without them "which of the following" asks nothing.
-    "medreason": {"question": "question+options", "reasoning": "reasoning", "answer": "answer"},
-    # hongzhouyu/FineMed-SFT: uncertain, from one public loader. It has no column of reasoning.
-    "finemed": {"question": "instruction", "answer": "response"},
-}
-CONTRACT = example_lib.CONTRACT
+HEAD_ROWS = 1000  # of a source, whose columns tell its layout
 # A file of such a name says nothing about its task: the folder does.
 SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "validation"}
 
@@ -88,28 +77,48 @@ def check(spec: str, field: str, sample: str = "") -> None:
 
 
 def load_examples(
-    spec: str, columns: str = "", limit: int = 0, field: str = "data.pool"
+    spec: str, columns: str = "", limit: int = 0, field: str = "data.pool", turns: str = "last"
 ) -> list[example_lib.Example]:
     """Loads the examples of a pool: the first `limit`, or all for 0.
 
     Args:
-        columns: "" (id, question, reasoning, answer), a name of `MAPPINGS`, or
+        columns: "" (each source's layout is recognised), a name of `layouts.LAYOUTS`, or
             "question=Q,reasoning=R,answer=A[,id=ID]". A row without an id is named after its
             position in the pool, counted from 0: "row-000017". Pre-tokenised rows need no mapping;
             rows of choices have `options` and `answer_idx` under these names, and then need no
             answer (example.from_choices).
+        turns: of a conversation, whether the `last` answer is scored or `all`.
     """
-    sources = _resolve(spec, field, sample="pool")
-    rows = itertools.chain.from_iterable(_rows(source, field) for source in sources)
-    rows = list(itertools.islice(rows, limit or None))
-    mapping = _mapping(columns)
-    _check_columns(mapping, rows)
-    examples = [
-        _from_row(row, f"{field}: {where}", position, "", mapping)
-        for position, (row, where) in enumerate(rows)
-    ]
-    check_ids(examples, [where for _, where in rows], spec, field)
-    return examples
+    return list(stream_examples(spec, columns, limit, field, turns))
+
+
+def stream_examples(
+    spec: str, columns: str = "", limit: int = 0, field: str = "data.pool", turns: str = "last"
+) -> Iterator[example_lib.Example]:
+    """Yields the examples of `load_examples` one by one, so that a pool may be larger than memory.
+
+    A file is read while it is iterated over: a mistake in its last row is raised after all others
+    have been yielded.
+    """
+    asked = layouts.named(columns)
+
+    def read() -> Iterator[tuple[example_lib.Example, str]]:
+        position = 0
+        for source in _resolve(spec, field, sample="pool"):
+            if limit and position == limit:
+                return
+            for head, (row, where) in _heads(_rows(source, field), limit and limit - position):
+                if head is not None:  # the first row of a source
+                    layout = _layout(head, source, field, asked)
+                place = _place(row, f"{field}: {where}", position, "", layout)
+                position += 1
+                yield _turned(layout.read(row, place), turns), where
+
+    examples = (example for example, _ in unique(read, spec, field))
+    first = list(itertools.islice(examples, HEAD_ROWS))
+    layouts.check_questions(first, f"{field}: {spec}")
+    yield from first
+    yield from examples
 
 
 def load_targets(
@@ -119,8 +128,9 @@ def load_targets(
     columns: str,
     field: str = "data.targets",
     sample: str = "targets",
+    turns: str = "last",
 ) -> list[example_lib.Example]:
-    """Loads the target examples, rows like the pool's: choices, texts, or pre-tokenised ones.
+    """Loads the target examples, rows like the pool's: choices, texts, chats, or tokens.
 
     Draws `per_task` examples of every task (0: all; fewer where a task has fewer), in the order of
     the file. The draw depends on the seed, the task's name and its ids, not on the order of rows or
@@ -129,41 +139,94 @@ def load_targets(
     like. `columns` is the pool's mapping: it applies to the rows that have its columns. `sample`:
     targets, or tests for those of the shipped sample and of benchmarks.
     """
-    mapping = _mapping(columns)
 
-    def parse(row: dict, where: str, position: int, task: str) -> example_lib.Example:
-        fits = set(mapping["question"].split("+")) <= row.keys()
-        return _from_row(row, where, position, task, mapping if fits else CONTRACT)
+    def parse(row: dict, place: layouts.Place, layout: layouts.RowLayout) -> example_lib.Example:
+        return _turned(layout.read(row, place), turns)
 
-    return _load_tasks(spec, per_task, seed, field, sample, parse)
+    return _load_tasks(spec, per_task, seed, field, sample, columns, parse)
 
 
 def load_tests(
-    spec: str, per_task: int, seed: int, field: str = "data.tests"
+    spec: str, per_task: int, seed: int, field: str = "data.tests", texts: bool = False
 ) -> list[example_lib.Example]:
-    """Loads multiple-choice rows (id, task, question, options, answer_idx), drawn as targets."""
-    return _load_tasks(spec, per_task, seed, field, "tests", _from_test)
+    """Loads multiple-choice rows (id, task, question, options, answer_idx), drawn as targets.
+
+    Args:
+        texts: whether rows without options are taken too, as questions whose answer is a text.
+    """
+
+    def parse(row: dict, place: layouts.Place, layout: layouts.RowLayout) -> example_lib.Example:
+        if texts and not example_lib.has_options(row):
+            return layout.read(row, place)
+        return _from_test(row, place)
+
+    return _load_tasks(spec, per_task, seed, field, "tests", "", parse)
 
 
 def _load_tasks(
-    spec: str, per_task: int, seed: int, field: str, sample: str, parse: Callable
+    spec: str, per_task: int, seed: int, field: str, sample: str, columns: str, parse: Callable
 ) -> list[example_lib.Example]:
-    examples, places = [], []
-    for source in _resolve(spec, field, sample):
-        for row, where in _rows(source, field):
-            task = row.get("task") or _task_name(source)
-            if not isinstance(task, str):
-                raise errors.UserError(
-                    f"{field}: {where}: task must be a text, got {reading.shorten(task)}."
-                )
-            examples.append(parse(row, f"{field}: {where}", len(examples), task))
-            places.append(where)
-    check_ids(examples, places, spec, field)
+    asked = layouts.named(columns)
+
+    def read() -> Iterator[tuple[example_lib.Example, str]]:
+        position = 0
+        for source in _resolve(spec, field, sample):
+            for head, (row, where) in _heads(_rows(source, field)):
+                task = row.get("task") or _task_name(source)
+                if not isinstance(task, str):
+                    raise errors.UserError(
+                        f"{field}: {where}: task must be a text, got {reading.shorten(task)}."
+                    )
+                if head is not None:
+                    own = [row for row in head if not (asked and asked.fits(row))]
+                    layout = _layout(own, source, field) if own else layouts.OURS
+                chosen = asked if asked and asked.fits(row) else layout
+                place = _place(row, f"{field}: {where}", position, task, chosen)
+                position += 1
+                yield parse(row, place, chosen), where
+
+    examples = [example for example, _ in unique(read, spec, field)]
     ids: dict[str, list[str]] = {}
     for example in examples:
         ids.setdefault(example.task, []).append(example.example_id)
     drawn = {id_ for task in ids for id_ in _draw(sorted(ids[task]), task, per_task, seed)}
     return [example for example in examples if example.example_id in drawn]
+
+
+def _heads(
+    rows: files.PlacedRows, limit: int = 0
+) -> Iterator[tuple[list[dict] | None, tuple[dict, str]]]:
+    """Yields each row; with the first comes the list of the first rows, with others None."""
+    rows = itertools.islice(rows, limit or None)
+    first = list(itertools.islice(rows, HEAD_ROWS))
+    for i, row in enumerate(itertools.chain(first, rows)):
+        yield None if i else [row for row, _ in first], row
+
+
+def _layout(
+    head: list[dict], source: Source, field: str, asked: layouts.RowLayout | None = None
+) -> layouts.RowLayout:
+    """Returns the layout that is asked for, or else the one that a source's first rows show."""
+    if asked is not None:
+        layouts.check_columns(asked, head, source.place)
+        return asked
+    name, found = layouts.recognise(head, f"{field}: {source.place}")
+    if found is not layouts.OURS:
+        told = ", ".join(found.needs)
+        progress.say(f"{field}: {source.place}: rows of the layout {name} ({told})")
+    return found
+
+
+def _place(
+    row: dict, where: str, position: int, task: str, layout: layouts.RowLayout
+) -> layouts.Place:
+    id_ = example_lib.row_id(row, where, position, layout.id_column)
+    return layouts.Place(where, id_, task)
+
+
+def _turned(example: example_lib.Example, turns: str) -> example_lib.Example:
+    whole = turns == "all" and any(m["role"] == "assistant" for m in example.context)
+    return dataclasses.replace(example, every_turn=True) if whole else example
 
 
 def _draw(ids: list[str], task: str, count: int, seed: int) -> list[str]:
@@ -182,67 +245,39 @@ def _task_name(source: Source) -> str:
     return path.parent.name if stem in SPLIT_NAMES else stem
 
 
-def check_ids(
-    examples: list[example_lib.Example], places: list[str], spec: str, field: str
-) -> None:
-    """Raises UserError where there is no example, or two have one id."""
-    if not examples:
+def unique(
+    read: Callable[[], Iterator[tuple[Any, str]]],
+    spec: str,
+    field: str,
+    id_of: Callable[[Any], str] = lambda example: example.example_id,
+) -> Iterator[tuple[Any, str]]:
+    """Yields what `read` yields, examples with their places, and keeps nothing but hashes of ids.
+
+    Raises:
+        UserError: there is nothing, or two have one id; then `read` is called again to say where.
+    """
+    seen: set[int] = set()
+    for i, (example, where) in enumerate(read()):
+        id_ = id_of(example)
+        if hash(id_) in seen:
+            for earlier, place in itertools.islice(read(), i):
+                if id_of(earlier) == id_:
+                    raise errors.UserError(
+                        f"{field}: id {id_!r} stands at {place} and again at {where}; ids must be "
+                        "unique."
+                    )
+        seen.add(hash(id_))
+        yield example, where
+    if not seen:
         raise errors.UserError(f"{field} holds no rows: {spec}.")
-    first: dict[str, str] = {}
-    for example, where in zip(examples, places, strict=True):
-        if example.example_id in first:
-            raise errors.UserError(
-                f"{field}: id {example.example_id!r} stands at {first[example.example_id]} and "
-                f"again at {where}; ids must be unique."
-            )
-        first[example.example_id] = where
 
 
-def _mapping(columns: str) -> dict[str, str]:
-    if not columns or columns in MAPPINGS:
-        return MAPPINGS.get(columns, CONTRACT)
-    pairs = [[text.strip() for text in part.partition("=")] for part in columns.split(",")]
-    mapping = {name: column for name, _, column in pairs}
-    if "=" not in columns or not all(mapping.values()):
-        raise errors.UserError(
-            f"data.columns must be empty, one of {', '.join(MAPPINGS)}, or like "
-            f"question=Q,reasoning=R,answer=A; got {columns!r}.{errors.nearest(columns, MAPPINGS)}"
-        )
-    for name in mapping:
-        errors.check_choice("data.columns: the name before =", name, CONTRACT)
-    for name in ("question", "answer"):
-        if name not in mapping:
-            raise errors.UserError(f"data.columns must map {name} too; got {columns!r}.")
-    return mapping
-
-
-def _check_columns(mapping: dict[str, str], rows: list[tuple[dict, str]]) -> None:
-    """Refuses a mapped column that no row has: a typo. The contract is checked row by row."""
-    known = {column for row, _ in rows for column in row}
-    if mapping is CONTRACT or not known or "input_ids" in known:
-        return
-    for column in "+".join(mapping.values()).split("+"):
-        if column not in known:
-            raise errors.UserError(
-                f"data.columns names the column {column!r}, but the rows from {rows[0][1]} on have "
-                f"{', '.join(sorted(known))}.{errors.nearest(column, known)}"
-            )
-
-
-def _from_row(
-    row: dict, where: str, position: int, task: str, mapping: dict[str, str]
-) -> example_lib.Example:
-    example_id = example_lib.row_id(row, where, position, mapping.get("id", "id"))
-    return example_lib.from_row(row, where, example_id, task, mapping)
-
-
-def _from_test(row: dict, where: str, position: int, task: str) -> example_lib.Example:
+def _from_test(row: dict, place: layouts.Place) -> example_lib.Example:
     """Makes an example of a row of choices with one right letter, which tests ask for."""
-    example_id = example_lib.row_id(row, where, position)
-    example = example_lib.from_choices(row, where, example_id, task)
+    example = example_lib.from_choices(row, *place)
     if not example.answer_idx:
         letters = ", ".join(example.options)
-        raise errors.UserError(f"{where}: answer_idx must be one of {letters}; got None.")
+        raise errors.UserError(f"{place.where}: answer_idx must be one of {letters}; got None.")
     return dataclasses.replace(example, answer=example.options[example.answer_idx])
 
 

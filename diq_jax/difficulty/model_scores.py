@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from diq_jax import errors
-from diq_jax.data import batches, chat, encoded, example
+from diq_jax.data import batches, chat, encoded, example, wording
 from diq_jax.models import checkpoint, load, loss, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, devices, parts, progress, stages
@@ -164,7 +164,7 @@ def reasoning_tokens(texts: Sequence[str], layout: chat.Layout, template: str) -
     """Counts the tokens of each text, (n,) int32, as inside of another; 0 where the template has no
     {reasoning}.
     """
-    if "{reasoning}" not in chat.TEMPLATES.get(template, template):
+    if "{reasoning}" not in wording.TEMPLATES.get(template, template):
         return np.zeros(len(texts), np.int32)
     return np.array(chat.count_tokens(texts, layout), np.int32)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from diq_jax import config as config_lib
 from diq_jax import errors
-from diq_jax.data import batches, chat, example
+from diq_jax.data import batches, chat, example, wording
 from diq_jax.evaluate import extract, measure
 from diq_jax.models import generate, load, sampling, tokenizer
 from diq_jax.run import devices
@@ -123,7 +123,7 @@ def ask(tests: Sequence[example.Example], layout: chat.Layout) -> list[list[int]
     """Returns the prompts' token ids: each question with its options, and INSTRUCTION."""
     asked = [
         dataclasses.replace(
-            test, question=f"{chat.question_text(test)}\n\n{INSTRUCTION}", options=None
+            test, question=f"{wording.question_text(test)}\n\n{INSTRUCTION}", options=None
         )
         for test in tests
     ]

@@ -13,6 +13,8 @@ METRICS = (
     "test_loss", "test_loss_without_end", "accuracy", "accuracy_norm",
     "choice_loss", "choice_loss_letters", "brier", "margin",
 )  # fmt: skip
+# Where an answer is a text, without options.
+TEXT_METRICS = ("test_loss", "test_loss_without_end")
 # Where answers are generated: accuracy is of those.
 GENERATED_METRICS = tuple(metric for metric in METRICS if metric != "accuracy_norm")
 HIGHER_IS_BETTER = ("accuracy", "accuracy_norm", "margin")  # of all others less is better

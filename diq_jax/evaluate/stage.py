@@ -160,6 +160,10 @@ def _write(context, questions, found, written) -> None:
         for name, rows in predictions.items():
             generation.add_answers(answers, rows, found[name][answers.name])
     metrics, counts = intervals.METRICS, {name: {} for name in names}
+    if all(
+        len(question.letters) == 1 for question in questions
+    ):  # texts: there is nothing to choose
+        metrics = intervals.TEXT_METRICS
     if written:
         metrics = intervals.GENERATED_METRICS
         counts = {name: generation.unparsable(rows) for name, rows in predictions.items()}
@@ -168,7 +172,8 @@ def _write(context, questions, found, written) -> None:
     versus = {name: [BASE] if name != BASE else [] for name in names}
     if SELECTED in versus:
         versus[SELECTED] += [name for name in names if name not in (BASE, SELECTED)]
-    of_groups = groups(settings, {question.task for question in questions})
+    tasks = {question.task for question in questions}
+    of_groups = {} if metrics is intervals.TEXT_METRICS else groups(settings, tasks)
     results = intervals.results(
         names,
         np.stack(losses, axis=1),

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,10 +110,11 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, _dumps(path, value, indent=1) + "\n")
 
 
-def write_jsonl(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError as `write_json`."""
-    lines = (_dumps(f"{path}:{i}", row) + "\n" for i, row in enumerate(rows, start=1))
-    write_text(path, "".join(lines))
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a line for each row, one by one. Raises UserError as `write_json`."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for i, row in enumerate(rows, start=1):
+            f.write(_dumps(f"{path}:{i}", row) + "\n")
 
 
 def _dumps(path, value, indent=None):
@@ -154,6 +156,27 @@ def write_table(
         UserError: another number is not finite; the column and the row are named.
     """
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    write_tables(path, [table], unknown)
+
+
+def write_tables(
+    path: str | os.PathLike, tables: Iterable[pa.Table], unknown: Collection[str] = ()
+) -> None:
+    """Writes tables of one schema, at least one, as row groups of a parquet file: `write_table` for
+    what does not fit into memory.
+
+    Raises:
+        UserError: as `write_table`.
+    """
+    tables = iter(tables)
+    first = next(tables)
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, first.schema) as writer:
+        for table in itertools.chain([first], tables):
+            _check_finite(path, table, unknown)
+            writer.write_table(table)
+
+
+def _check_finite(path, table, unknown) -> None:
     for name in table.column_names:
         finite = reading.finite_rows(table[name], nan=name in unknown)
         if not finite.all():
@@ -163,8 +186,6 @@ def write_table(
                 f"{path} is not written: {name} of {str(ids[row])!r} would be "
                 f"{reading.shorten(table[name][row].as_py())}, which is not finite."
             )
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary)
 
 
 def remove(path: str | os.PathLike) -> None:

@@ -1,5 +1,6 @@
 """One progress bar for long work: examples/s, tokens/s, time left; in the first process."""
 
+import sys
 import time
 
 import tqdm
@@ -12,7 +13,7 @@ class Progress:
     rate.
     """
 
-    def __init__(self, name: str, total: int, resumed: int = 0) -> None:
+    def __init__(self, name: str, total: int | None, resumed: int = 0) -> None:
         self.tokens, self.examples, self._start = 0, 0, time.perf_counter()
         self._bar = tqdm.tqdm(
             total=total,
@@ -50,3 +51,9 @@ def byte_bar(title: str, total: int) -> tqdm.tqdm:
         disable=not processes.is_first(),
         dynamic_ncols=True,
     )
+
+
+def say(line: str) -> None:
+    """Writes a line to standard error, beside the bars; in the first process."""
+    if processes.is_first():
+        tqdm.tqdm.write(line, file=sys.stderr)

@@ -20,6 +20,7 @@ from diq_jax import errors
 
 MOST_DEPTH = 100  # lists and objects inside each other
 MOST_DIGITS = 400  # of one number: no float has more, and Python takes quadratic time for them
+BATCH_ROWS = 8192  # of a table that is read part by part
 MOST_BYTES = 2**28  # of a JSON file that is read as a whole
 _MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 # What a damaged file makes pyarrow raise; OSError is a codec's complaint.
@@ -186,6 +187,28 @@ def read_table(
         if rows:  # an empty column may have any type
             _check_column(table[name], kind, f"{path}: column {name!r}")
     return table
+
+
+def table_batches(path: str | os.PathLike, columns: Mapping[str, str]) -> Iterator[pa.Table]:
+    """Reads the columns of `read_table` a row group at a time, or a part of one.
+
+    Raises:
+        UserError: as `read_table`, for a value once its part is read.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            lacks = [name for name in columns if name not in file.schema_arrow.names]
+            if lacks:
+                raise errors.UserError(f"{path} has no column {lacks[0]!r}.")
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+                table = pa.Table.from_batches([batch])
+                table.validate(full=True)
+                for name, kind in columns.items():
+                    _check_column(table[name], kind, f"{path}: column {name!r}")
+                yield table
+    except PARQUET_ERRORS as e:
+        said = " ".join(str(e).split())[:200]
+        raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
 
 
 def parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:

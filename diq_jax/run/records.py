@@ -4,6 +4,7 @@ Nobody uses an artifact unverified: a stage verifies what it declares to read, a
 done (stages.py); a study reads another run's tables with `table` and other files after `verify`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -54,7 +55,8 @@ COLUMNS: dict[str, dict[str, str]] = {
     | dict.fromkeys(("other", "other_in", "kind"), "text")
     | {"similarity": "number"},
 }
-OPTIONAL: dict[str, dict[str, str]] = {  # columns that only some settings write
+OPTIONAL: dict[str, dict[str, str]] = {  # columns that only some settings, or later versions, write
+    "prepare/pool.parquet": {"letter": "text", "context": "text"},
     "influence/influence.parquet": {"influence_by_target": "finites"},
     "influence/tuned.parquet": {"color": "finite", "temp": "finite", "temp_cluster": "whole"},
 }
@@ -215,8 +217,22 @@ def read_table(workdir: pathlib.Path, name: str, columns: Sequence[str] = ()) ->
     """
     known = COLUMNS[name] | OPTIONAL.get(name, {})
     kinds = {column: known[column] for column in columns or COLUMNS[name]}
-    try:
+    with _redone(workdir, name):
         return reading.read_table(workdir / name, kinds, only=bool(columns))
+
+
+def read_batches(workdir: pathlib.Path, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a table of a run, part by part. Raises UserError as `read_table`."""
+    known = COLUMNS[name] | OPTIONAL.get(name, {})
+    with _redone(workdir, name):
+        yield from reading.table_batches(workdir / name, {c: known[c] for c in columns})
+
+
+@contextlib.contextmanager
+def _redone(workdir: pathlib.Path, name: str) -> Iterator[None]:
+    """Says of a table that cannot be read how to make it again."""
+    try:
+        yield
     except errors.UserError as e:
         if not (workdir / name).exists():
             raise

@@ -22,7 +22,7 @@ import transformers
 from absl import logging
 
 import diq_jax
-from diq_jax import config, errors
+from diq_jax import config, errors, fields
 from diq_jax.run import artifacts, devices, processes, records
 
 
@@ -301,7 +301,12 @@ def _decisive(stage, record):
             elif f"{prefix}{name}" in decisive:
                 yield f"{prefix}{name}", value
 
-    return {**dict(flatten(record["config"], "")), **record["inputs"]}
+    # A field that an earlier version did not have stands at its default, which changes nothing.
+    known = {
+        **dict(flatten(fields.defaults(config.Config), "")),
+        **dict(flatten(record["config"], "")),
+    }
+    return {**known, **record["inputs"]}
 
 
 def _short(value):

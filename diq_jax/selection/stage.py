@@ -3,7 +3,6 @@ might take.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from diq_jax import config, errors, stats
 from diq_jax.data import gradient_store
 from diq_jax.run import artifacts, records, stages
-from diq_jax.selection import diversity, hygiene_stage, methods
+from diq_jax.selection import diversity, handoff, hygiene_stage, methods
 from diq_jax.selection import select as selecting
 
 POOL = "prepare/pool.parquet"
@@ -23,8 +22,8 @@ MODEL_SCORES, STORE = "difficulty/model_scores.parquet", "influence/store"
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes selection.parquet, baselines.parquet, thresholds.json, selected.jsonl and, unless
-    selection.hygiene is off, hygiene.parquet.
+    """Writes selection.parquet, baselines.parquet, thresholds.json, the files of handoff.py and,
+    unless selection.hygiene is off, hygiene.parquet.
 
     baselines.parquet holds each method's own ranks, without selection.source_cap; a method whose
     input is not there is left out. With selection.length_residual every method that reads the
@@ -35,7 +34,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             examples than the budget.
     """
     cfg = context.config
-    pool = context.table(POOL, "example_id", "source", "row")
+    pool = context.table(POOL, "example_id", "source")
     ids = pool["example_id"].to_pylist()
     scores, levels = read_scores(context, ids)
     removed, cleaned = hygiene_stage.run(context)
@@ -46,6 +45,7 @@ def run(context: stages.Context) -> dict[str, Any]:
     )  # fmt: skip
     influence = pa.array(scores["influence"])
     _write(context, found, pool, levels[cfg.difficulty.perspective], influence)
+    _hand_off(context, found, levels, scores)
     quadrants = {f"Q{q}": found.quadrants == q for q in (1, 2, 3, 4)}
     return {
         "rows": len(ids),
@@ -108,9 +108,22 @@ def _write(context, found, pool, difficulty, influence):
             "selected": found.keep,
         },
     )
-    rows = pool["row"].to_pylist()
-    picked = [json.loads(rows[i]) for i in np.argsort(found.ranks)[: found.keep]]
-    artifacts.write_jsonl(context.path("selection/selected.jsonl"), picked)
+
+
+def _hand_off(context, found, levels, scores):
+    """Joins what is known of each row, for handoff.py."""
+    columns = {f"difficulty_{p}": pa.array(levels[p]) for p in levels}
+    columns["loss"] = context.table(INFLUENCE, "loss")["loss"]
+    names = ("influence", "tokens", "ifd", "similarity", "reasoning_tokens")
+    columns |= {name: pa.array(scores[name]) for name in names if name in scores}
+    columns |= {
+        "repeats": handoff.repeats(context, scores["example_ids"]),
+        "quadrant": pa.array(found.quadrants),
+        "rank": pa.array(found.ranks),
+        "selected": pa.array(found.selected),
+        "why": pa.array(found.why),
+    }
+    handoff.write(context, np.argsort(found.ranks)[: found.keep], columns)
 
 
 def check(context: stages.Context) -> None:

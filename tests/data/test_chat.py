@@ -9,7 +9,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from diq_jax import errors
-from diq_jax.data import chat
+from diq_jax.data import chat, wording
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example as example_lib
 
@@ -130,14 +130,14 @@ def test_without_a_chat_template(adds_bos):
 
 def test_completions():
     def text(template, **changes):
-        return chat.completion_text(dataclasses.replace(TEXT, **changes), template)
+        return wording.completion_text(dataclasses.replace(TEXT, **changes), template)
 
     assert text("plain") == "Since.\n\nSo."
     assert text("huatuo") == "## Thinking\n\nSince.\n\n## Final Response\n\nSo."
     assert text("huatuo", reasoning=" \n") == "So."
     assert text("\\boxed{{answer}} {x}", reasoning="") == "\\boxed{So.} {x}"
     assert text("{reasoning}|{answer}", reasoning="{answer}") == "{answer}|So."
-    assert chat.completion_text(CHOICE, "plain") == "B. two"
+    assert wording.completion_text(CHOICE, "plain") == "B. two"
     for template in ("huatou", "", "{reasoning}"):
         with pytest.raises(errors.UserError, match=r"data\.template"):
             text(template)
@@ -284,11 +284,11 @@ def test_a_prompt_with_a_closed_block_is_followed_by_the_answer(said):
 )
 def test_reasoning_is_not_tagged_twice(reasoning):
     tagged = dataclasses.replace(TEXT, reasoning=reasoning)
-    assert chat.completion_text(tagged, "think") == chat.completion_text(TEXT, "think")
+    assert wording.completion_text(tagged, "think") == wording.completion_text(TEXT, "think")
     layout = make_layout(OPENS_REASONING)
     assert read(layout, encode(layout, tagged)[0])[1] == "Since.\n</think>\n\nSo.<|im_end|>"
     empty = dataclasses.replace(TEXT, reasoning="<think>\n\n</think>")
-    assert chat.completion_text(empty, "think") == "So."
+    assert wording.completion_text(empty, "think") == "So."
 
 
 def test_a_completion_that_closes_the_block_itself_is_left_alone():

@@ -4,7 +4,7 @@ import folders
 import pytest
 
 from diq_jax import errors
-from diq_jax.data import chat, preferences
+from diq_jax.data import chat, preferences, wording
 
 GOOD = {"id": "a", "question": "why?", "chosen": "because", "rejected": "no"}
 
@@ -56,20 +56,35 @@ def test_sides_as_messages(tmp_path):
         ({"prompt": "when?"}, "must answer the same messages"),
         ({"rejected": "no"}, "rejected must be a list of messages"),
         ({"rejected": sides["rejected"][:0]}, "rejected must be a list of messages"),
-        ({"rejected": asked}, "rejected must end with a message of the assistant; got one of user"),
-        ({"rejected": [{"role": "assistant"}]}, "rejected message 0 has no field 'content'"),
-        ({k: [message("system", "s"), *v] for k, v in whole.items()}, "got system, user"),
-        (sides, "must answer the same messages"),
+        ({"rejected": asked}, "rejected must end with a message of the user and .* last are user"),
+        ({"rejected": [{"role": "assistant"}]}, "rejected: message 0 has no field 'content'"),
+        ({"rejected": [message("system", "s"), *whole["rejected"]]}, "answer the same messages"),
+        (sides, "chosen must end with a message of the user"),
     ):
         with pytest.raises(errors.UserError, match=rf"pairs\.jsonl:1: .*{expected}"):
             load(tmp_path, [whole | change])
 
 
+def test_both_sides_may_follow_earlier_turns(tmp_path):
+    turns = [message("system", "s"), message("user", "so?"), message("assistant", "hm")]
+    before = [*turns, message("user", "why?")]
+    whole = {k: [*before, message("assistant", k)] for k in preferences.SIDES}
+    for row in (
+        whole,
+        whole | {"prompt": before},
+        {k: v[-1:] for k, v in whole.items()} | {"prompt": before},
+    ):
+        [(chosen, rejected)] = load(tmp_path, [{"id": "a"} | row])
+        assert [m["content"] for m in chosen.context] == ["s", "so?", "hm"]
+        assert chosen.context == rejected.context and chosen.question == "why?"
+        assert (chosen.answer, rejected.answer) == preferences.SIDES
+
+
 def test_options_belong_to_the_question(tmp_path):
     row = GOOD | {"options": {"A": "no", "B": "so"}, "answer_idx": "B", "chosen": "so"}
     for side, text in zip(*load(tmp_path, [row]), ("B. so", "A. no"), strict=True):
-        assert chat.question_text(side) == "why?\n\nA. no\nB. so"
-        assert chat.completion_text(side, "plain") == text
+        assert wording.question_text(side) == "why?\n\nA. no\nB. so"
+        assert wording.completion_text(side, "plain") == text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from diq_jax import errors
-from diq_jax.data import chat, sources
+from diq_jax.data import sources, wording
 
 ROWS = [
     {"id": f"r{i}", "question": f"Why {i}?", "reasoning": "", "answer": f"Because\u2028 {i}."}
@@ -316,12 +316,12 @@ def test_pool_rows_with_options_are_what_targets_are(tmp_path):
     ]
     path = write(tmp_path / "a.jsonl", rows)
     pool, targets = sources.load_examples(path, "", 0), sources.load_targets(path, 0, 0, "")
-    assert [chat.completion_text(e, "plain") for e in pool] == [
+    assert [wording.completion_text(e, "plain") for e in pool] == [
         "B. y", "so\n\nB. y", "B. y", "B. y", "It is y, of course.", "None is right.", "B. y",
         "B. y", "B. y", "B. y", "So.",
     ]  # fmt: skip
-    assert {chat.question_text(e) for e in pool[:10]} == {"Which?\n\nA. x\nB. y"}
-    for text in (chat.question_text, lambda e: chat.completion_text(e, "plain")):
+    assert {wording.question_text(e) for e in pool[:10]} == {"Which?\n\nA. x\nB. y"}
+    for text in (wording.question_text, lambda e: wording.completion_text(e, "plain")):
         assert [text(e) for e in pool] == [text(e) for e in targets]
     for change, message in (
         ({"answer_idx": "C"}, "answer_idx must be one of A, B; got 'C'"),

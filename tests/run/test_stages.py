@@ -76,6 +76,15 @@ def test_the_record_names_exactly_what_was_written(done):
     assert not execute(FIRST, done) and not execute(SECOND, done)
 
 
+def test_a_field_that_an_earlier_version_lacked_is_no_difference(done):
+    record = json.loads((done / "first" / records.NAME).read_text())
+    del record["config"]["data"]["seed"]
+    (done / "first" / records.NAME).write_text(json.dumps(record))
+    assert not execute(FIRST, done)
+    with pytest.raises(errors.UserError, match=r"data\.seed was 0, is now 1"):
+        execute(FIRST, done, data__seed=1)
+
+
 def test_a_damaged_output_is_not_done_before(done):
     (done / "first/b.txt").write_text("B")
     with pytest.raises(errors.UserError, match=r"b\.txt was damaged .*--stages=first --overwrite"):

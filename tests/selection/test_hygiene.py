@@ -237,7 +237,7 @@ def _made(tmp_path):
             "row": [json.dumps({"id": i}) for i in ids], "source": ["one"] * n,
         },
         "difficulty/difficulty": {p: values for p in config.PERSPECTIVES},
-        "influence/influence": {"influence": values, "tokens": pa.array([5] * n)},
+        "influence/influence": {"influence": values, "loss": values, "tokens": pa.array([5] * n)},
     }  # fmt: skip
     for name, columns in tables.items():
         artifacts.write_table(tmp_path / f"{name}.parquet", {"example_id": ids} | columns)

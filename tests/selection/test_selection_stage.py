@@ -11,7 +11,7 @@ import tiny
 
 from diq_jax import config, errors, selection_config
 from diq_jax.run import artifacts, reading, stages
-from diq_jax.selection import diversity, methods, orders, select, stage
+from diq_jax.selection import diversity, handoff, methods, orders, select, stage
 
 N, KEEP = 24, 6
 FILES = {"selection/selection.parquet", "selection/baselines.parquet", "selection/thresholds.json"}
@@ -31,12 +31,19 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
         "prepare/pool.parquet": {
             "source": np.where(np.arange(N) % 3 == 0, "a", "b"),
             "row": np.array([f'{{"id": "{i}"}}' for i in ids]),
+            **{n: np.array([f"{n} {i}" for i in ids]) for n in ("question", "reasoning", "answer")},
+            "letter": np.where(np.arange(N) % 2 == 0, "B", ""),
+            "context": np.full(N, ""),
         },
         "difficulty/difficulty.parquet": {
             p: levels[i] if p in perspectives else np.full(N, np.nan, np.float32)
             for i, p in enumerate(config.PERSPECTIVES)
         },
-        "influence/influence.parquet": {"influence": influence, "tokens": tokens},
+        "influence/influence.parquet": {
+            "influence": influence,
+            "loss": rng.gamma(4, 0.5, N),
+            "tokens": tokens,
+        },
     }
     by_target = np.random.default_rng(2).normal(size=(N, 3)).astype(np.float32)
     lists = pa.array(list(by_target[order]), pa.list_(pa.float32()))
@@ -71,7 +78,9 @@ def run(workdir, **changes):
     selection = selection_config.Selection(
         **{"retention_ratio": KEEP / N, "hygiene": "off"} | changes
     )
-    settings = types.SimpleNamespace(difficulty=config.Difficulty(), selection=selection)
+    settings = types.SimpleNamespace(
+        data=config.Data(), difficulty=config.Difficulty(), selection=selection
+    )
     stage.run(stages.Context(settings, workdir, tiny.placement()))
     return reading.read_table(workdir / "selection/selection.parquet").to_pydict()
 
@@ -248,3 +257,39 @@ def test_a_store_of_another_pool_is_refused(tmp_path):
     make(tmp_path, np.arange(N)[::-1], stored=False)
     with pytest.raises(errors.UserError, match="the pool hold different examples"):
         run(tmp_path)
+
+
+def test_what_is_handed_on(made):
+    got = run(made)
+    order = np.argsort(got["rank"])[: sum(got["selected"])]
+    ids = [got["example_id"][i] for i in order]
+    pool = reading.read_table(made / "prepare/pool.parquet")
+    letters = dict(zip(*(pool[n].to_pylist() for n in ("example_id", "letter")), strict=True))
+    assert [row["id"] for row in reading.read_jsonl(made / "selection/selected.jsonl")] == ids
+    for id_, row in zip(ids, reading.read_jsonl(made / handoff.MESSAGES), strict=True):
+        answer = f"B. answer {id_}" if letters[id_] else f"answer {id_}"
+        assert row == {
+            "id": id_,
+            "messages": [
+                {"role": "user", "content": f"question {id_}"},
+                {"role": "assistant", "content": f"reasoning {id_}\n\n{answer}"},
+            ],
+        }
+    joined = reading.read_table(made / handoff.EXAMPLES).to_pydict()
+    for name in ("example_id", "influence", "quadrant", "rank", "selected", "why"):
+        assert joined[name] == got[name]
+    assert joined["question"] == pool["question"].to_pylist()
+    assert joined["difficulty_overall"] == got["difficulty"]
+    assert "similarity" in joined
+
+
+def test_a_pool_of_an_earlier_version_has_no_messages(made, capsys):
+    path = made / "prepare/pool.parquet"
+    old = reading.read_table(path)
+    try:
+        artifacts.write_table(path, old.drop_columns(["letter", "context"]))
+        (made / handoff.MESSAGES).unlink(missing_ok=True)
+        assert sum(run(made)["selected"]) > 0 and not (made / handoff.MESSAGES).exists()
+        assert "rows are left out" in capsys.readouterr().err
+    finally:
+        artifacts.write_table(path, old)
