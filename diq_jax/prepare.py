@@ -124,7 +124,7 @@ def encode_tests(
 class Written:
     """Counts what becomes of examples while they are encoded and written, a row group at a time."""
 
-    def __init__(self, cfg: config.Config, layout: chat.Layout):
+    def __init__(self, cfg: config.Config, layout: chat.Layout) -> None:
         self.rows = self.tokens = 0
         self.counts: dict[str, Any] = {}
         self._cfg, self._layout = cfg, layout

@@ -29,7 +29,7 @@ TURNS = ("letter", "context")  # of the pools of earlier versions nothing is kno
 class Spool:
     """Lines in a temporary file, read back in another order."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: IO[bytes]) -> None:
         self._file, self._places = file, {}
 
     def add(self, key: int, value: Any) -> None:

@@ -81,8 +81,10 @@ def test_a_field_that_an_earlier_version_lacked_is_no_difference(done):
     del record["config"]["data"]["seed"]
     (done / "first" / records.NAME).write_text(json.dumps(record))
     assert not execute(FIRST, done)
-    with pytest.raises(errors.UserError, match=r"data\.seed was 0, is now 1"):
-        execute(FIRST, done, data__seed=1)
+    record["config"]["data"]["seed"] = 1
+    (done / "first" / records.NAME).write_text(json.dumps(record))
+    with pytest.raises(errors.UserError, match=r"data\.seed was 1, is now 0"):
+        execute(FIRST, done)
 
 
 def test_a_damaged_output_is_not_done_before(done):
