@@ -286,8 +286,7 @@ def pairs(
 def earlier_answers(
     example: example_lib.Example, template: str, layout: Layout
 ) -> list[tuple[int, int]]:
-    """Finds where the earlier answers of a conversation stand in its prompt's tokens: from the
-    first that the assistant writes to after the end of its turn.
+    """Finds where earlier answers, each with its end, stand in the tokens of a prompt.
 
     Raises:
         UserError: there is no chat template, or the prompt up to an answer does not begin the whole

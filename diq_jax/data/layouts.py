@@ -213,11 +213,9 @@ def _check_text(value: str, where: str) -> None:
 
 # In the order in which they are tried.
 LAYOUTS: dict[str, RowLayout] = {
-    # Our own names; rows of choices and of token ids too (example.from_row).
-    "ours": mapped(
-        example_lib.CONTRACT,
-        ("question|input_ids", "answer|answer_idx|options|choices|opa|input_ids"),
-    ),
+    "tokens": mapped(example_lib.CONTRACT, ("input_ids",)),  # and labels (example.from_row)
+    # Our own names; rows of choices too.
+    "ours": mapped(example_lib.CONTRACT, ("question", "answer|answer_idx|options|choices|opa")),
     # FreedomIntelligence/medical-o1-reasoning-SFT: as in data/demo_data.json of its repository.
     "huatuo": mapped({"question": "Question", "reasoning": "Complex_CoT", "answer": "Response"}),
     # FreedomIntelligence/Medical-R1-Distill-Data: the names that public loaders found in it.
@@ -288,9 +286,9 @@ def recognise(rows: Sequence[dict], where: str) -> tuple[str, RowLayout]:
     nearest = min(LAYOUTS, key=lambda n: len(LAYOUTS[n].lacks(known)) / len(LAYOUTS[n].needs))
     lacks = " and ".join(need.replace("|", " or ") for need in LAYOUTS[nearest].lacks(known))
     raise errors.UserError(
-        f"{where} has the columns {', '.join(known) or 'of none'}, which are no layout that is "
-        f"known; the nearest is {nearest}, without {lacks}. Say what they hold, such as "
-        f"--config.data.columns={_guess(known)}"
+        f"{where}: the rows have the columns {', '.join(known) or '(none)'}, which are no layout "
+        f"that is known; the nearest is {nearest}, but for {lacks}. Say which hold the question "
+        f"and the answer, such as --config.data.columns={_guess(known)}"
     )
 
 

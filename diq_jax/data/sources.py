@@ -109,7 +109,7 @@ def stream_examples(
                 return
             for head, (row, where) in _heads(_rows(source, field), limit and limit - position):
                 if head is not None:  # the first row of a source
-                    layout = _layout(head, source, field, asked)
+                    layout = _layout(head, where, source, field, asked)
                 place = _place(row, f"{field}: {where}", position, "", layout)
                 position += 1
                 yield _turned(layout.read(row, place), turns), where
@@ -179,7 +179,7 @@ def _load_tasks(
                     )
                 if head is not None:
                     own = [row for row in head if not (asked and asked.fits(row))]
-                    layout = _layout(own, source, field) if own else layouts.OURS
+                    layout = _layout(own, where, source, field) if own else layouts.OURS
                 chosen = asked if asked and asked.fits(row) else layout
                 place = _place(row, f"{field}: {where}", position, task, chosen)
                 position += 1
@@ -204,13 +204,17 @@ def _heads(
 
 
 def _layout(
-    head: list[dict], source: Source, field: str, asked: layouts.RowLayout | None = None
+    head: list[dict],
+    where: str,
+    source: Source,
+    field: str,
+    asked: layouts.RowLayout | None = None,
 ) -> layouts.RowLayout:
     """Returns the layout that is asked for, or else the one that a source's first rows show."""
     if asked is not None:
-        layouts.check_columns(asked, head, source.place)
+        layouts.check_columns(asked, head, where)
         return asked
-    name, found = layouts.recognise(head, f"{field}: {source.place}")
+    name, found = layouts.recognise(head, f"{field}: {where}")
     if found is not layouts.OURS:
         told = ", ".join(found.needs)
         progress.say(f"{field}: {source.place}: rows of the layout {name} ({told})")

@@ -204,7 +204,7 @@ def test_columns_of_no_layout_name_the_nearest_and_a_flag(tmp_path):
     with pytest.raises(errors.UserError) as raised:
         sources.load_examples(path)
     said = str(raised.value)
-    assert "query, response, id" in said and "the nearest is finemed, without instruction" in said
+    assert "query, response, id" in said and "the nearest is finemed, but for instruction" in said
     flag = "--config.data.columns=question=query,answer=response"
     assert said.endswith(flag)
     assert sources.load_examples(path, flag.partition("columns=")[2])[0].answer == "so"
