@@ -18,7 +18,7 @@ from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
 from diq_jax.report import stage as report
 from diq_jax.run import artifacts, devices, processes, records, stages
-from diq_jax.selection import hygiene_stage, methods
+from diq_jax.selection import methods
 from diq_jax.selection import stage as selection
 
 LOCK = ".lock"
@@ -107,7 +107,7 @@ STAGES = {
             lambda context: (
                 *_prepared(), prepare.TESTS, *SCORES, *_existing(*MORE_SCORES)(context),
             ),
-            WRITES["selection"], hygiene_stage.fingerprints, selection.run, check=selection.check,
+            WRITES["selection"], selection.fingerprints, selection.run, check=selection.check,
         ),
         stages.Stage(
             "finetune",

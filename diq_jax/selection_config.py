@@ -9,8 +9,17 @@ from diq_jax.fields import field
 
 @dataclasses.dataclass(frozen=True)
 class Selection(fields.Section, section="selection", decides=("selection",)):
-    method: str = field("diq", "diq, or another method to compare it with (selection/methods.py).")
+    method: str = field(
+        "diq",
+        "diq, or another method to compare it with (selection/methods.py); file:PATH takes the "
+        "examples of a JSONL of example_id, in its order.",
+    )
     retention_ratio: float = field(0.1, "The share of the pool to keep.", fields.SHARE)
+    edits: str = field(
+        "",
+        "A JSONL of example_id, decision (keep or never) and reason, such as the report exports: "
+        "kept examples rank first, the others last and are never selected.",
+    )
     seed: int = field(0, "Of the random order.", fields.SEED)
     hygiene: str = field(
         "report",

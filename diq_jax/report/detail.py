@@ -155,5 +155,5 @@ def _repeats(context):
 
 
 def _edits(context):
-    path = getattr(context.config.selection, "edits", "")
+    path = context.config.selection.edits
     return reading.read_jsonl(path) if path else []

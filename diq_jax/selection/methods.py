@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import config, errors
-from diq_jax.selection import orders, quadrants
+from diq_jax.selection import by_hand, orders, quadrants
 
 Scores, OrderSettings, PERSPECTIVE = orders.Scores, orders.OrderSettings, orders.PERSPECTIVE
 _highest, _lowest = orders.highest, orders.lowest
@@ -27,6 +27,7 @@ PARTS = {
     "by_target": ("by_target",),
     "color": ("color",),
     "temp": ("temp", "temp_cluster"),
+    "file": ("listed",),
 }
 # How a run gets them, where it may lack them.
 HOW = {
@@ -36,6 +37,7 @@ HOW = {
     "and redo the stage influence",
     "color": "influence/tuned.parquet: set influence.tuned.color=True and redo the stage influence",
     "temp": "influence/tuned.parquet: set influence.tuned.temp=True and redo the stage influence",
+    "file": "a list of examples: set selection.method=file:PATH",
 }
 
 METHODS: dict[str, orders.Method] = {
@@ -81,7 +83,16 @@ METHODS: dict[str, orders.Method] = {
     "facility_location": _lowest(
         "facility_location", "adds {facility_location_gain:.3g} to the coverage, {place}"
     ),
+    "file": orders.Method(
+        ("listed", "influence"), lambda scores, _: (scores["listed"], -scores["influence"]),
+        "{seen}", orders.see_listed,
+    ),
 }  # fmt: skip
+
+
+def name(method: str) -> str:
+    """Returns the name in METHODS of a value of selection.method: `file` of file:PATH."""
+    return "file" if method.startswith(by_hand.FILE) else method
 
 
 def parts(method: str) -> tuple[str, ...]:
@@ -92,7 +103,7 @@ def parts(method: str) -> tuple[str, ...]:
 
 def asked(cfg: config.Config) -> Iterator[tuple[str, str]]:
     """Yields (field, method) of every selection method that a config asks for."""
-    yield "selection.method", cfg.selection.method
+    yield "selection.method", name(cfg.selection.method)
     yield from (("finetune.baselines", method) for method in cfg.finetune.baseline_methods)
 
 
@@ -123,6 +134,7 @@ def check_method(cfg: config.Config, field: str, method: str) -> None:
         "by_target": cfg.influence.targets != "mean",
         "color": cfg.influence.tuned.color,
         "temp": cfg.influence.tuned.temp,
+        "file": field == "selection.method" and cfg.selection.method != "file",
     }
     for part in found:
         if not there.get(part, True):

@@ -262,3 +262,11 @@ def against(value: float, threshold: float) -> str:
         if (float(left) >= float(right)) == high:
             break
     return f"{left} {'>=' if high else '<'} {right}"
+
+
+def see_listed(scores: Scores, settings: OrderSettings) -> Scores:
+    """Says where a row stands in the file of selection.method=file:PATH."""
+    listed = (
+        f"line {x:,.0f} of the file" if x < math.inf else "not listed" for x in scores["listed"]
+    )
+    return {"seen": list(listed)}

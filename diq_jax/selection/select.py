@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import config, errors, fields, selection_config
-from diq_jax.selection import diversity, methods, quadrants
+from diq_jax.selection import by_hand, diversity, methods, quadrants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ def select(
     percentile: float = 50.0,
     sources: Sequence[str] | None = None,
     removed: Sequence[str] | None = None,
+    decided: Mapping[str, by_hand.Decision] | None = None,
     **settings: Any,
 ) -> Selected:
     """Orders a pool by a selection method and takes the first of it. Writes nothing.
@@ -60,6 +61,7 @@ def select(
         perspective, percentile: as difficulty.perspective and difficulty.percentile.
         sources: of each row, for source_cap.
         removed: why hygiene ranks a row last, "" where it does not.
+        decided: what people decided of examples, {example_id: decision}.
         settings: fields of selection_config.Selection, such as method and retention_ratio.
 
     Raises:
@@ -69,7 +71,8 @@ def select(
     cfg = fields.build(selection_config.Selection, settings, "selection.")
     split = {"perspective": perspective, "percentile": percentile}
     split = fields.build(config.Difficulty, split, "difficulty.")
-    errors.check_choice("selection.method", cfg.method, methods.METHODS)
+    method = methods.name(cfg.method)
+    errors.check_choice("selection.method", method, methods.METHODS)
     if not isinstance(scores, Mapping):
         names = ("example_ids", "influence", "tokens")
         names += ("by_target", "groups") if len(scores.groups) > 1 else ()
@@ -85,7 +88,7 @@ def select(
     )  # fmt: skip
     _check_columns(ids, {**scores, **difficulty})
     given = _given(scores, difficulty, order)
-    _check_scores(cfg.method, given, order)
+    _check_scores(method, given, order)
     removed = list(removed or [""] * len(ids))
     last = np.array([bool(reason) for reason in removed])
     orders = {
@@ -93,21 +96,32 @@ def select(
         for name in methods.METHODS
         if not methods.missing(name, given, order)
     }
-    own, keep = orders[cfg.method], budget(cfg.retention_ratio, len(ids))
+    own, keep = orders[method], budget(cfg.retention_ratio, len(ids))
+    _check_listed(given, method, keep)
     endings = [f"; {why}" if why else f"; beyond the budget of {keep:,}" for why in removed]
-    ranks = _capped(cfg.source_cap, own, sources or [""] * len(ids), last, keep, endings)
+    placed = by_hand.apply(own, ids, decided, keep) if decided else own
+    ranks = _capped(cfg.source_cap, placed, sources or [""] * len(ids), last, keep, endings)
     selected = ranks <= keep
     unknown = jnp.full(len(ids), jnp.nan)
     quadrant, (tau_d, m_dot) = quadrants.of({perspective: unknown, **given}, order)
-    ended = zip(methods.why(cfg.method, given, order, own), endings, selected, strict=True)
+    said = methods.why(method, given, order, own)
     return Selected(
         ranks=ranks,
         selected=selected,
-        why=[sentence if taken else sentence + ending for sentence, ending, taken in ended],
+        why=_sentences(ids, said, endings, selected, decided or {}),
         quadrants=np.asarray(quadrant),
         thresholds=(float(tau_d), float(m_dot)),
         orders=orders,
     )
+
+
+def _sentences(ids, said, endings, selected, decided):
+    """Joins what the method saw in each row and why it is not taken, or what a person decided."""
+    rows = zip(ids, said, endings, selected, strict=True)
+    return [
+        sentence + (decided[i].said if i in decided else "" if taken else ending)
+        for i, sentence, ending, taken in rows
+    ]
 
 
 def _check_columns(ids, columns):
@@ -124,6 +138,18 @@ def _check_columns(ids, columns):
         if not finite.all():
             row, what = int(np.argmin(finite)), name.replace("by_target", "influence on a target")
             raise errors.UserError(f"The {what} of example {ids[row]!r} is not finite.")
+
+
+def _check_listed(given, method, keep):
+    """Raises UserError where a file lists fewer examples than the budget: no method says which
+    others to take.
+    """
+    if method == "file" and (count := int(jnp.isfinite(given["listed"]).sum())) < keep:
+        n = len(given["listed"])
+        raise errors.UserError(
+            f"selection.method=file lists {count:,} examples, fewer than the budget of {keep:,}: "
+            f"set selection.retention_ratio={count / n:.6g} ({count:,} of {n:,}), or less."
+        )
 
 
 def _capped(source_cap, ranks, sources, last, keep, endings):

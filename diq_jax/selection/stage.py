@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from diq_jax import config, errors, stats
 from diq_jax.data import gradient_store
 from diq_jax.run import artifacts, records, stages
-from diq_jax.selection import diversity, handoff, hygiene_stage, methods
+from diq_jax.selection import by_hand, diversity, handoff, hygiene_stage, methods
 from diq_jax.selection import select as selecting
 
 POOL = "prepare/pool.parquet"
@@ -37,10 +37,13 @@ def run(context: stages.Context) -> dict[str, Any]:
     pool = context.table(POOL, "example_id", "source")
     ids = pool["example_id"].to_pylist()
     scores, levels = read_scores(context, ids)
+    if cfg.selection.method.startswith(by_hand.FILE):
+        scores["listed"] = by_hand.listed(cfg.selection.method.removeprefix(by_hand.FILE), ids)
     removed, cleaned = hygiene_stage.run(context)
     found = selecting.select(
         scores, levels, perspective=cfg.difficulty.perspective,
         percentile=cfg.difficulty.percentile, sources=pool["source"].to_pylist(), removed=removed,
+        decided=by_hand.decisions(cfg.selection.edits, ids) if cfg.selection.edits else None,
         **dataclasses.asdict(cfg.selection),
     )  # fmt: skip
     influence = pa.array(scores["influence"])
@@ -126,8 +129,16 @@ def _hand_off(context, found, levels, scores):
     handoff.write(context, np.argsort(found.ranks)[: found.keep], columns)
 
 
+def fingerprints(context: stages.Context) -> dict[str, str]:
+    """Hashes what selection reads from outside the run."""
+    return {**hygiene_stage.fingerprints(context), **by_hand.fingerprints(context)}
+
+
 def check(context: stages.Context) -> None:
-    """Raises UserError where the prepared pool is too large for a method that is asked for."""
+    """Raises UserError where a file is missing, or the prepared pool is too large for a method that
+    is asked for.
+    """
+    by_hand.fingerprints(context)
     path = context.path(POOL)
     asked = [found for found in methods.asked(context.config) if "store" in methods.parts(found[1])]
     if not asked or not path.is_file():

@@ -27,6 +27,7 @@ def make_scores(difficulty, influence, id_order=None, **more):
         "facility_location": influence,
         "by_target": np.stack([influence, difficulty, -influence], axis=1),
         "color": influence,
+        "listed": np.where(difficulty > 3, np.inf, difficulty),
         "temp": influence,
         "temp_cluster": difficulty.astype(np.int32) % 2,
     }

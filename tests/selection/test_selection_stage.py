@@ -90,7 +90,10 @@ def _made(tmp_path_factory):
     return make(tmp_path_factory.mktemp("made"))
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+FROM_RUNS = [name for name in methods.METHODS if name != "file"]
+
+
+@pytest.mark.parametrize("method", FROM_RUNS)
 def test_every_method_gives_a_total_order_with_reasons(made, method):
     got = run(made, method=method)
     assert sorted(got["rank"]) == list(range(1, N + 1))
@@ -103,6 +106,29 @@ def test_every_method_gives_a_total_order_with_reasons(made, method):
         assert f"place {rank} of 24" in why or " in Q" in why
 
 
+def test_an_exported_selection_and_decisions_come_back(made, tmp_path):
+    """What the explorer exports selects those examples, in that order."""
+    first = run(made)
+    ids = [first["example_id"][i] for i in np.argsort(first["rank"])]
+    wanted, path = [*ids[1:KEEP], ids[KEEP + 3]], tmp_path / "selection.jsonl"
+    artifacts.write_jsonl(path, [{"example_id": i} for i in wanted])
+    got = run(made, method=f"file:{path}")
+    assert [got["example_id"][i] for i in np.argsort(got["rank"])][:KEEP] == wanted
+    edits = tmp_path / "edits.jsonl"
+    artifacts.write_jsonl(
+        edits,
+        [
+            {"example_id": ids[0], "decision": "never", "reason": "a wrong dose"},
+            {"example_id": ids[-1], "decision": "keep", "reason": ""},
+        ],
+    )
+    got = run(made, edits=str(edits))
+    order = [got["example_id"][i] for i in np.argsort(got["rank"])]
+    assert order == [ids[-1], *ids[1:-1], ids[0]]
+    whys = dict(zip(got["example_id"], got["why"], strict=True))
+    assert whys[ids[0]].endswith("; never taken, decided by hand: a wrong dose")
+
+
 def test_the_order_of_the_file_changes_nothing(made, tmp_path):
     """Ranks of all methods and reasons belong to examples, bit for bit."""
     shuffle = np.random.default_rng(7).permutation(N)
@@ -112,7 +138,7 @@ def test_the_order_of_the_file_changes_nothing(made, tmp_path):
         for name in ("example_id", "rank", "selected", "why", "quadrant"):
             assert there[name] == [here[name][i] for i in shuffle], name
         tables = [reading.read_table(f / "selection/baselines.parquet") for f in (made, tmp_path)]
-        assert tables[0].column_names == ["example_id", *methods.METHODS]
+        assert tables[0].column_names == ["example_id", *FROM_RUNS]
         assert tables[1].equals(tables[0].take(shuffle))
 
 
