@@ -26,26 +26,26 @@ ENCODING = ("prepare", "dpo")  # stages that encode rows
 class BaseModel(fields.Section, section="model"):
     path: str = field(
         "",
-        "The base model: hub id, local folder, a .gguf file, or package:NAME/FILE; its files are "
-        "fingerprinted.",
+        "The base model: a hub id, a local folder, a .gguf file, or package:NAME/FILE. Its "
+        "files are fingerprinted.",
         decides=("report",),
     )
     dtype: str = field(
         "float32",
-        "Of parameters and activations.",
+        "The dtype of parameters and activations.",
         choices=("float32", "bfloat16"),
         decides=COMPUTING,
     )
     max_tokens: int = field(
         8192,
-        "Tokens of the longest example, prompt and completion together.",
+        "The most tokens of an example, prompt and completion together.",
         fields.TOKENS._replace(least=16),
         decides=ENCODING,
     )
     truncation: str = field(
         "end",
-        "What becomes of longer ones: an error, dropped, the completion's end cut, or the prompt's "
-        "start.",
+        "What happens to longer examples: error stops, drop leaves them out, end cuts the end "
+        "of the completion, prompt the start of the prompt.",
         choices=("error", "drop", "end", "prompt"),
         decides=ENCODING,
     )
@@ -57,22 +57,28 @@ class BaseModel(fields.Section, section="model"):
 @dataclasses.dataclass(frozen=True)
 class Data(fields.Section, section="data", decides=("prepare",)):
     pool: str = field(
-        SAMPLE, "Path, glob, several by commas, hub:NAME[:CONFIG[:SPLIT]], or sample."
+        SAMPLE,
+        "The rows to choose from: a path, a glob, several of them separated by commas, "
+        "hub:NAME[:CONFIG[:SPLIT]], or sample.",
     )
-    pool_limit: int = field(0, "Reads the first so many rows; 0 = all.", fields.COUNT)
+    pool_limit: int = field(0, "Reads only so many rows from the start; 0 = all.", fields.COUNT)
     targets: str = field(
         "",
-        "Rows of the tasks that matter, whose mean gradient is the direction: as data.pool, or "
-        "benchmark:NAME, benchmark:standard, challenging or all; empty = the sample's, with its "
-        "pool.",
+        "The rows of the tasks that matter, whose mean gradient is the direction: as data.pool,"
+        " or benchmark:NAME, benchmark:standard, challenging or all; empty = the sample's, with"
+        " its pool.",
     )
-    targets_per_task: int = field(20, "Drawn with the seed; 0 = all.", fields.COUNT)
-    tests: str = field("", "Held-out rows of the same tasks; as for targets.")
-    tests_per_task: int = field(0, "Drawn with the seed; 0 = all.", fields.COUNT)
+    targets_per_task: int = field(
+        20, "How many targets of each task are drawn, with data.seed; 0 = all.", fields.COUNT
+    )
+    tests: str = field("", "Held-out rows of the same tasks, named as data.targets.")
+    tests_per_task: int = field(
+        0, "How many tests of each task are drawn, with data.seed; 0 = all.", fields.COUNT
+    )
     columns: str = field(
         "",
-        "How columns are named: a layout (data/layouts.py) such as messages, huatuo or alpaca, or "
-        "question=A,reasoning=B,answer=C; empty = recognised.",
+        "How the columns are named: a layout (data/layouts.py) such as messages, huatuo or "
+        "alpaca, or question=A,reasoning=B,answer=C; empty = recognized from the columns.",
     )
     turns: str = field(
         "last",
@@ -81,16 +87,17 @@ class Data(fields.Section, section="data", decides=("prepare",)):
     )
     template: str = field(
         "plain",
-        "The completion: plain, huatuo, think, or a text with {reasoning} and {answer}.",
+        "The layout of the completion: plain, huatuo, think, or a text with {reasoning} and "
+        "{answer}.",
         decides=ENCODING,
     )
     date: str = field(
         "2024-07-26",
-        "YYYY-MM-DD: the day that chat templates take for today, whenever they run; Llama 3.1's "
-        "own fallback.",
+        "The day, YYYY-MM-DD, that chat templates take for today, whenever they run; the "
+        "default is Llama 3.1's own fallback.",
         decides=(*ENCODING, "evaluate"),
     )
-    seed: int = field(0, "Of the draws above.", fields.SEED)
+    seed: int = field(0, "The seed of the draws of targets and tests.", fields.SEED)
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
         yield not _is_date(self.date), f"data.date must be a day as YYYY-MM-DD; got {self.date!r}."
@@ -108,15 +115,19 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
     )
     encoder: str = field(
         "",
-        "The BERT-type encoder to fine-tune: hub id, folder or package:NAME/FOLDER.",
+        "The BERT-type encoder to fine-tune: a hub id, a folder or package:NAME/FOLDER.",
         decides=("difficulty", "classifier", "selection"),
     )
     words: bool = field(
         False,
-        "Also TF-IDF of words and pairs of words, fitted with the head on the frozen encoder.",
+        "Adds TF-IDF features of words and pairs of words, fitted with the head on the frozen "
+        "encoder.",
     )
     perspective: str = field(
-        "overall", "The one that selection uses.", choices=PERSPECTIVES, decides=("selection",)
+        "overall",
+        "The perspective that selection uses.",
+        choices=PERSPECTIVES,
+        decides=("selection",),
     )
     percentile: float = field(
         50.0,
@@ -126,23 +137,29 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
     )
     folds: int = field(
         5,
-        "Of the cross-validation; a labelled pool row is scored by the model that did not see it.",
+        "The folds of the cross-validation; a labelled pool row is scored by the model that did"
+        " not see it.",
         fields.Span(2, 1000),
     )
-    layers: int = field(0, "Of the encoder, from the bottom; 0 = all.", fields.Span(0, 1000))
+    layers: int = field(
+        0,
+        "How many layers of the encoder are used, from the bottom; 0 = all.",
+        fields.Span(0, 1000),
+    )
     epochs: int = field(
         5,
-        "Over the labelled rows, everything trained; 0 = heads on the frozen encoder only.",
+        "Epochs over the labelled rows, in which everything is trained; 0 = only heads, on the "
+        "frozen encoder.",
         fields.or_none(fields.EPOCHS),
     )
-    learning_rate: float = field(1e-4, "AdamW's peak.", fields.POSITIVE)
-    batch_size: int = field(16, "Rows of a step.", fields.BATCH)
-    max_tokens: int = field(256, "Of an encoder input.", fields.Span(1, 2**16))
-    seed: int = field(0, "Of folds, order and head.", fields.SEED)
+    learning_rate: float = field(1e-4, "The peak learning rate of AdamW.", fields.POSITIVE)
+    batch_size: int = field(16, "Rows of an optimizer step.", fields.BATCH)
+    max_tokens: int = field(256, "The most tokens of an encoder input.", fields.Span(1, 2**16))
+    seed: int = field(0, "The seed of folds, order and head.", fields.SEED)
     model_scores: bool = field(
         False,
-        "Also loss, perplexity, IFD and similarity to the targets by the base model: two forward "
-        "passes, for the selection methods that sort by them.",
+        "Also computes loss, perplexity, IFD and similarity to the targets by the base model, "
+        "in two forward passes, for the selection methods that sort by them.",
     )
 
 
@@ -154,25 +171,31 @@ class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
         fields.TOKENS,
         harmless=True,
     )
-    bootstrap_samples: int = field(2000, "Of every 95 % interval.", fields.Span(100, 100_000))
-    seed: int = field(0, "Of the bootstrap, and of drawn answers.", fields.SEED)
+    bootstrap_samples: int = field(
+        2000, "Resamplings of every 95 % interval.", fields.Span(100, 100_000)
+    )
+    seed: int = field(0, "The seed of the bootstrap, and of drawn answers.", fields.SEED)
     protocol: str = field(
         "options",
-        "What accuracy is of: the likeliest option, or the answer read off what the model writes "
+        "What an answer is: the likeliest option, or the letter read off what the model writes "
         "step by step.",
         choices=("options", "generate"),
     )
-    max_new_tokens: int = field(512, "Of a generated answer.", fields.Span(1, 2**20))
+    max_new_tokens: int = field(
+        512, "The most tokens of a generated answer.", fields.Span(1, 2**20)
+    )
     temperature: float = field(
-        0.0, "Of generated answers; 0 = the likeliest token.", fields.Span(0, 100)
+        0.0, "The temperature of generated answers; 0 = the likeliest token.", fields.Span(0, 100)
     )
     top_p: float = field(
         1.0,
-        "Draws from the likeliest tokens that have this probability together.",
+        "Draws from the fewest likeliest tokens that have this probability together.",
         fields.SHARE,
     )
     samples: int = field(
-        1, "Answers to each question, of which the majority counts.", fields.Span(1, 1000)
+        1,
+        "How many answers each question gets, of which the majority counts.",
+        fields.Span(1, 1000),
     )
     stop: str = field("", "Texts that end an answer, separated by |, beside the end of the turn.")
     groups: str = field(
@@ -237,7 +260,7 @@ class Parallel(fields.Section, section="parallel"):
     )
     model: int = field(1, "Devices over which parameters are split.", fields.DEVICES)
     distributed: bool = field(
-        False, "Several processes score as one, each with its devices (README, Several hosts)."
+        False, "Several processes work as one, each with its devices (the page Pods and clusters)."
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:

@@ -35,24 +35,26 @@ class Dpo(Steps, section="finetune.dpo", decides=("dpo",)):
         "DPO.",
         decides=("dpo", "evaluate"),
     )
-    limit: int = field(0, "Reads the first so many rows; 0 = all.", fields.COUNT)
+    limit: int = field(0, "Reads only so many rows from the start; 0 = all.", fields.COUNT)
     start: str = field(
         "sft",
-        "Begins at the selected rows' adapter, or at a fresh one of the base model. The reference "
-        "is the beginning.",
+        "Begins at the adapter of the selected rows (sft), or at a fresh one of the base model "
+        "(base); the reference is where it begins.",
         choices=("sft", "base"),
     )
     beta: float = field(0.1, "How strongly the policy is held to the reference.", fields.POSITIVE)
-    epochs: int = field(1, "Over the pairs.", fields.EPOCHS)
+    epochs: int = field(1, "Epochs over the pairs.", fields.EPOCHS)
     learning_rate: float = field(
-        5e-6, "AdamW's peak, after warm-up, before the cosine.", fields.POSITIVE
+        5e-6,
+        "The peak learning rate of AdamW, after the warm-up and before the cosine.",
+        fields.POSITIVE,
     )
-    warmup_ratio: float = field(0.1, "Of all steps.", RATIO)
-    batch_size: int = field(8, "Pairs an optimizer step.", fields.BATCH)
+    warmup_ratio: float = field(0.1, "The share of all steps that the linear warm-up takes.", RATIO)
+    batch_size: int = field(8, "Pairs of an optimizer step.", fields.BATCH)
     accumulation_steps: int = field(
-        1, "Microbatches an optimizer step; must divide batch_size.", fields.BATCH
+        1, "Microbatches of an optimizer step; must divide batch_size.", fields.BATCH
     )
-    seed: int = field(0, "Of the order, and of A where start=base.", fields.SEED)
+    seed: int = field(0, "The seed of the order, and of A where start=base.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,32 +72,41 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
         regex=True,
         decides=("finetune", "evaluate"),
     )
-    rank: int = field(8, "Of LoRA.", fields.RANK, decides=BOTH)
-    alpha: float = field(16.0, "LoRA's scale is alpha / rank.", fields.POSITIVE, decides=BOTH)
-    dropout: float = field(0.0, "On the adapter's input.", RATIO)
+    rank: int = field(8, "The rank of the LoRA adapter.", fields.RANK, decides=BOTH)
+    alpha: float = field(
+        16.0, "The adapter is scaled by alpha / rank.", fields.POSITIVE, decides=BOTH
+    )
+    dropout: float = field(0.0, "The dropout on the adapter's input.", RATIO)
     targets: str = field(
-        "(q|k|v)_proj", "Over the model's linear layers.", regex=True, decides=BOTH
+        "(q|k|v)_proj",
+        "The linear layers that get an adapter, by their paths.",
+        regex=True,
+        decides=BOTH,
     )
     learning_rate: float = field(
-        1e-4, "AdamW's peak, after warm-up, before the cosine.", fields.POSITIVE
+        1e-4,
+        "The peak learning rate of AdamW, after the warm-up and before the cosine.",
+        fields.POSITIVE,
     )
-    warmup_ratio: float = field(0.1, "Of all steps.", RATIO)
-    weight_decay: float = field(0.0, "AdamW's.", fields.Span(0, fields.POSITIVE.most), decides=BOTH)
+    warmup_ratio: float = field(0.1, "The share of all steps that the linear warm-up takes.", RATIO)
+    weight_decay: float = field(
+        0.0, "The weight decay of AdamW.", fields.Span(0, fields.POSITIVE.most), decides=BOTH
+    )
     clip_norm: float = field(
         1.0,
-        "Of the global gradient; 0 = no clipping.",
+        "The largest global norm of the gradient; 0 = no clipping.",
         fields.Span(0, fields.POSITIVE.most),
         decides=BOTH,
     )
-    epochs: int = field(3, "Over the subset.", fields.EPOCHS)
+    epochs: int = field(3, "Epochs over the subset.", fields.EPOCHS)
     max_steps: int = field(
         0, "Trains so many optimizer steps, whatever epochs says; 0 = by epochs.", fields.COUNT
     )
-    batch_size: int = field(8, "Examples an optimizer step.", fields.BATCH)
+    batch_size: int = field(8, "Examples of an optimizer step.", fields.BATCH)
     accumulation_steps: int = field(
-        1, "Microbatches an optimizer step; must divide batch_size.", fields.BATCH
+        1, "Microbatches of an optimizer step; must divide batch_size.", fields.BATCH
     )
-    packing: bool = field(False, "Several examples in a row, told apart by segment ids.")
+    packing: bool = field(False, "Puts several examples in a row, told apart by segment ids.")
     remat: bool = field(
         False,
         "Recomputes each layer in the backward pass: less memory, a third more time.",
@@ -103,19 +114,22 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
     )
     checkpoint_every_steps: int = field(
         10,
-        "Keeps the train state on disk, from which a killed run continues.",
+        "Writes the train state after so many steps; a killed run continues from it.",
         fields.AT_LEAST_ONE,
         harmless=True,
     )
     eval_every_steps: int = field(
         0,
-        "Takes the targets' mean loss so often and at the end; the best state is kept; 0 = never.",
+        "Takes the targets' mean loss after so many steps and at the end, and keeps the best "
+        "state; 0 = never.",
         fields.COUNT,
     )
     tensorboard: bool = field(
-        False, "Curves as event files too (pip install -e '.[tensorboard]').", harmless=True
+        False,
+        "Also writes the curves as event files (pip install -e '.[tensorboard]').",
+        harmless=True,
     )
-    seed: int = field(0, "Of order, A and dropout.", fields.SEED)
+    seed: int = field(0, "The seed of the order, of A and of dropout.", fields.SEED)
     dpo: Dpo = dataclasses.field(default_factory=Dpo)
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:

@@ -14,36 +14,44 @@ DECIDES = ("influence",)
 class Lora(fields.Section, section="influence.lora", decides=DECIDES):
     path: str = field(
         "",
-        "A PEFT adapter folder, which is then part of the model; empty = a fresh adapter by the "
-        "fields below, around the model as it is: no output changes, and the gradient is of A and "
-        "B.",
+        "A PEFT adapter folder, which is then part of the model; empty = a fresh adapter by the"
+        " fields below, which changes no output: only the gradient is of its factors A and B.",
     )
-    rank: int = field(8, "Of the fresh adapter.", fields.RANK)
-    alpha: float = field(16.0, "Its scale is alpha / rank.", fields.POSITIVE)
-    targets: str = field("(q|k|v)_proj", "Over the model's linear layers.", regex=True)
+    rank: int = field(8, "The rank of the fresh adapter.", fields.RANK)
+    alpha: float = field(16.0, "The fresh adapter is scaled by alpha / rank.", fields.POSITIVE)
+    targets: str = field(
+        "(q|k|v)_proj", "The linear layers that get an adapter, by their paths.", regex=True
+    )
     zero_b: bool = field(
-        False, "B = 0, where the gradient of A vanishes and half the adapter is blind."
+        False,
+        "Begins with B = 0, where the gradient of A vanishes, so that half of the adapter sees "
+        "nothing.",
     )
-    seed: int = field(0, "Of A and B.", fields.SEED)
+    seed: int = field(0, "The seed of A and B.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection(fields.Section, section="influence.projection", decides=DECIDES):
     kind: str = field(
         "rademacher",
-        "rademacher, gaussian: dense, TRAK-style; sparse: two signed buckets for each coordinate.",
+        "The random matrix: dense signs (rademacher) or normal numbers (gaussian) as in TRAK, "
+        "or two signed buckets for each coordinate (sparse).",
         choices=PROJECTIONS,
     )
-    dim: int = field(4096, "Numbers kept for an example.", fields.Span(1, 2**24))
-    seed: int = field(0, "With the parameter's path, all that the matrix depends on.", fields.SEED)
+    dim: int = field(4096, "How many numbers are kept for an example.", fields.Span(1, 2**24))
+    seed: int = field(
+        0,
+        "The seed of the matrix, which depends on nothing else but the paths of the parameters.",
+        fields.SEED,
+    )
     rank: int = field(
         0,
-        "Of each side of engine=factored; 0 = the largest that `dim` has room for.",
+        "factored: the rank of each side; 0 = the largest that `dim` has room for.",
         fields.or_none(fields.RANK),
     )
     block_bytes: int = field(
         2**28,
-        "The matrix exists in blocks of at most so many bytes.",
+        "The most bytes of the matrix that exist at once.",
         fields.BYTES,
         harmless=True,
     )
@@ -58,7 +66,9 @@ class Projection(fields.Section, section="influence.projection", decides=DECIDES
 
 @dataclasses.dataclass(frozen=True)
 class Store(fields.Section, section="influence.store", decides=DECIDES):
-    dtype: str = field("float32", "Of the stored rows.", choices=("float32", "bfloat16", "float16"))
+    dtype: str = field(
+        "float32", "The dtype of the stored rows.", choices=("float32", "bfloat16", "float16")
+    )
     shard_rows: int = field(1024, "Examples of one file.", fields.Span(1, 2**24))
 
 
@@ -68,17 +78,21 @@ class Warmup(fields.Section, section="influence.warmup", decides=DECIDES):
 
     epochs: int = field(
         0,
-        "Scores are taken after each and summed by learning rate; 0 = the base model.",
+        "Epochs of the warm-up; scores are taken after each and summed by learning rate; 0 = no"
+        " warm-up, the base model alone.",
         fields.or_none(fields.EPOCHS),
     )
-    fraction: float = field(0.05, "Of the pool, drawn with the seed.", fields.SHARE)
+    fraction: float = field(
+        0.05, "The share of the pool that is trained on, drawn with the seed.", fields.SHARE
+    )
     learning_rate: float = field(
         1e-4,
-        "The peak: linear warm-up over 3 % of the steps, then linear to 0.",
+        "The peak learning rate, after a linear warm-up over 3 % of the steps and before a "
+        "linear decay to 0.",
         fields.POSITIVE,
     )
-    batch_size: int = field(16, "Examples an optimizer step.", fields.BATCH)
-    seed: int = field(0, "Of the draw and the order.", fields.SEED)
+    batch_size: int = field(16, "Examples of an optimizer step.", fields.BATCH)
+    seed: int = field(0, "The seed of the draw and of the order.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +100,24 @@ class GaussNewton(fields.Section, section="influence.gauss_newton", decides=DECI
     """direction=gauss_newton: (G + lambda)^-1 of the target gradient, by conjugate gradients."""
 
     examples: int = field(
-        64, "Of the pool, drawn with the seed, over which G is the mean.", fields.AT_LEAST_ONE
+        64,
+        "How many examples of the pool G is the mean over, drawn with the seed.",
+        fields.AT_LEAST_ONE,
     )
     damping: float = field(
         0.1, "lambda, as a share of G's curvature along the target gradient.", fields.POSITIVE
     )
     iterations: int = field(
         10,
-        "At most so many; each costs five forward passes over the examples.",
+        "The most iterations; each costs five forward passes over the examples.",
         fields.Span(1, 10_000),
     )
     tolerance: float = field(
-        0.01, "Of the residual, as a share of the target gradient.", fields.UNIT
+        0.01,
+        "Stops at this norm of the residual, as a share of the target gradient's.",
+        fields.UNIT,
     )
-    seed: int = field(0, "Of the draw.", fields.SEED)
+    seed: int = field(0, "The seed of the draw.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,63 +136,73 @@ class Tuned(fields.Section, section="influence.tuned", decides=DECIDES):
         "Each row's loss over its first tokens at a mix of base and trained weights, and the "
         "cluster of its token losses: trains on a part of the pool, then one forward pass.",
     )
-    epochs: int = field(2, "Of the training on the targets, or on the part.", fields.EPOCHS)
+    epochs: int = field(
+        2, "Epochs of the training on the targets, or on the part of the pool.", fields.EPOCHS
+    )
     learning_rate: float = field(
         1e-3,
-        "The peak: linear warm-up over 3 % of the steps, then linear to 0.",
+        "The peak learning rate, after a linear warm-up over 3 % of the steps and before a "
+        "linear decay to 0.",
         fields.POSITIVE,
     )
-    batch_size: int = field(16, "Examples an optimizer step.", fields.BATCH)
-    fraction: float = field(0.05, "temp: of the pool, drawn with the seed.", fields.SHARE)
+    batch_size: int = field(16, "Examples of an optimizer step.", fields.BATCH)
+    fraction: float = field(
+        0.05, "temp: the share of the pool that is trained on, drawn with the seed.", fields.SHARE
+    )
     mix: float = field(
-        0.5, "temp: the share of the trained weights, 0 the base model's.", fields.UNIT
+        0.5, "temp: the share of the trained weights in the mix; 0 = the base model.", fields.UNIT
     )
     first_tokens: int = field(
-        100, "temp: answer tokens from the first on that are read.", fields.Span(1, 10_000)
+        100, "temp: how many answer tokens are read, from the first on.", fields.Span(1, 10_000)
     )
     clusters: int = field(
-        10, "temp: of k-means over the losses of these tokens.", fields.Span(1, 10_000)
+        10, "temp: the clusters of k-means over the losses of these tokens.", fields.Span(1, 10_000)
     )
-    seed: int = field(0, "Of the draw, the order and k-means.", fields.SEED)
+    seed: int = field(0, "The seed of the draw, of the order and of k-means.", fields.SEED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Influence(fields.Section, section="influence", decides=DECIDES):
     engine: str = field(
         "exact",
-        "How an example's gradient meets the direction.",
+        "How the product of an example's gradient and the direction is computed.",
         choices="influence.kinds.ENGINES",
     )
     parameters: str = field(
         "all",
-        "The space of the gradients: all, lora, or a regex over parameter paths.",
+        "The parameters of the gradients: all, lora, or a regex over parameter paths.",
         regex=True,
     )
     direction: str = field(
         "mean",
-        "What examples' gradients are multiplied with.",
+        "The direction that examples' gradients are multiplied with.",
         choices="influence.kinds.DIRECTIONS",
     )
     direction_rank: int = field(
         0,
-        "exact: matrices of the direction as two thin factors of this rank; 0 = whole.",
+        "exact: keeps the matrices of the direction as two thin factors of this rank; 0 = whole.",
         fields.or_none(fields.RANK),
     )
     targets: str = field(
         "mean",
-        "One direction for the mean of the targets, for each task, or for each example; the score "
-        "is the mean's, the others stand beside it.",
+        "Takes one direction for the mean of the targets, for each task, or for each example; "
+        "the score is that of the mean, the others stand beside it.",
         choices=("mean", "task", "example"),
     )
-    loss_reduction: str = field("mean", "Over an example's answer tokens.", choices=("mean", "sum"))
+    loss_reduction: str = field(
+        "mean",
+        "How the losses of an example's answer tokens are combined.",
+        choices=("mean", "sum"),
+    )
     normalize: str = field(
         "dot",
-        "cosine needs the gradient's norm, which forward mode never sees.",
+        "The inner product (dot), or the cosine, which needs the norm of each gradient and so "
+        "not engine=exact.",
         choices=("dot", "cosine"),
     )
-    per_token: bool = field(False, "exact: also each answer token's share of the score.")
+    per_token: bool = field(False, "exact: also writes each answer token's share of the score.")
     packing: bool = field(
-        False, "exact: several examples in a row, told apart by segment ids.", harmless=True
+        False, "exact: puts several examples in a row, told apart by segment ids.", harmless=True
     )
     batch_tokens: int = field(
         4096, "Tokens of one scoring batch on all devices.", fields.TOKENS, harmless=True
@@ -188,7 +216,7 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
     )
     gradient_bytes: int = field(
         2**30,
-        "projected: per-example gradients held at once on a device.",
+        "projected: bytes of per-example gradients that a device holds at once.",
         fields.BYTES,
         harmless=True,
     )

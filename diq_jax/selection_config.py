@@ -11,8 +11,9 @@ from diq_jax.fields import field
 class Selection(fields.Section, section="selection", decides=("selection",)):
     method: str = field(
         "diq",
-        "diq, or another method to compare it with (selection/methods.py); file:PATH takes the "
-        "examples of a JSONL of example_id, in its order.",
+        "The method that orders the pool: diq, or another one to compare it with "
+        "(selection/methods.py); file:PATH takes the examples of a JSONL of example_id, in its "
+        "order.",
     )
     retention_ratio: float = field(0.1, "The share of the pool to keep.", fields.SHARE)
     edits: str = field(
@@ -20,11 +21,11 @@ class Selection(fields.Section, section="selection", decides=("selection",)):
         "A JSONL of example_id, decision (keep or never) and reason, such as the report exports: "
         "kept examples rank first, the others last and are never selected.",
     )
-    seed: int = field(0, "Of the random order.", fields.SEED)
+    seed: int = field(0, "The seed of the random order.", fields.SEED)
     hygiene: str = field(
         "report",
-        "Rows that repeat another, a target or a test: off, reported (hygiene.parquet), or ranked "
-        "last and never selected.",
+        "What happens to rows that repeat another, a target or a test: nothing (off), a report "
+        "(hygiene.parquet), or they rank last and are never selected (remove).",
         choices=("off", "report", "remove"),
     )
     near_similarity: float = field(
@@ -37,25 +38,27 @@ class Selection(fields.Section, section="selection", decides=("selection",)):
         "The share of the shorter text's shingles in the longer from which it is an excerpt.",
         fields.SHARE,
     )
-    shingle_words: int = field(3, "Words of a shingle.", fields.Span(1, 1000))
+    shingle_words: int = field(3, "How many words a shingle has.", fields.Span(1, 1000))
     ngram_words: int = field(
         13,
-        "Words in a row that a pool row may not share with a target or a test.",
+        "How many words in a row a pool row may not share with a target or a test.",
         fields.Span(1, 1000),
     )
     boilerplate_texts: int = field(
         10,
-        "A phrase in more texts than this, or one in a thousand, is boilerplate, which may be "
-        "shared.",
+        "A phrase in more texts than this, or in more than one in a thousand, is boilerplate, "
+        "which may be shared.",
         fields.COUNT._replace(least=2),
     )
     paraphrase_similarity: float = field(
         0.0,
-        "Cosine of difficulty.encoder's embeddings from which questions are paraphrases, such as "
-        "0.9; 0 = none are looked for.",
+        "The cosine of difficulty.encoder's embeddings from which questions are paraphrases, "
+        "such as 0.9; 0 = none are looked for.",
         fields.UNIT,
     )
-    quadrant_order: str = field("1,2,3,4", "In which diq fills the budget; 1 2 3 4 in any order.")
+    quadrant_order: str = field(
+        "1,2,3,4", "The order in which diq fills the budget from the quadrants 1, 2, 3 and 4."
+    )
     source_cap: float = field(
         1.0,
         "The largest share of the budget from one `source` of the pool; below 1 a smaller budget "
@@ -68,17 +71,17 @@ class Selection(fields.Section, section="selection", decides=("selection",)):
     )
     band_center: float = field(
         50.0,
-        "method=adaptive: the percentile of difficulty around which rows are wanted, at 1 % of the "
-        "pool.",
+        "method=adaptive: the center of the band of difficulty at 1 % of the pool, as a "
+        "percentile.",
         fields.Span(0, 100),
     )
     band_rise: float = field(
         25.0,
-        "method=adaptive: how many percentiles higher that is for ten times the budget.",
+        "method=adaptive: by how many percentiles the center rises for ten times the budget.",
         fields.Span(-100, 100),
     )
     band_width: float = field(
-        50.0, "method=adaptive: of the band, in percentiles.", fields.Span(0, 200)
+        50.0, "method=adaptive: the width of the band, in percentiles.", fields.Span(0, 200)
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
