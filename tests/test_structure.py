@@ -14,6 +14,7 @@ LAYERS = (
         "stats",
         "trees",
         "influence_config",
+        "evaluate_config",
         "finetune_config",
         "selection_config",
         "config",

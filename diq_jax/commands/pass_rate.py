@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from diq_jax import config, errors
+from diq_jax import config, errors, evaluate_config
 from diq_jax.commands import cli
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def partial_of(out: pathlib.Path) -> pathlib.Path:
     return out.with_suffix(".partial")
 
 
-def read_settings(cfg: config.Config, out: pathlib.Path) -> config.Evaluate:
+def read_settings(cfg: config.Config, out: pathlib.Path) -> evaluate_config.Evaluate:
     """Returns the config's settings, with --samples.
 
     Raises:
@@ -56,7 +56,7 @@ def read_settings(cfg: config.Config, out: pathlib.Path) -> config.Evaluate:
     return dataclasses.replace(cfg.evaluate, samples=SAMPLES.value)
 
 
-def made_from(cfg: config.Config, settings: config.Evaluate) -> str:
+def made_from(cfg: config.Config, settings: evaluate_config.Evaluate) -> str:
     """Hashes all that decides the answers, which a run that continues must share."""
     from diq_jax.data import sources
     from diq_jax.evaluate import generation

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from diq_jax import config as config_lib
-from diq_jax import errors
+from diq_jax import errors, evaluate_config
 from diq_jax.data import batches, chat, example, wording
 from diq_jax.evaluate import extract, measure
 from diq_jax.models import generate, load, sampling, tokenizer
@@ -69,7 +68,7 @@ class Answers:
 def make_answers(
     tests: Sequence[example.Example],
     model: load.Model,
-    settings: config_lib.Evaluate,
+    settings: evaluate_config.Evaluate,
     date: str,
     placement: devices.Placement,
 ) -> Answers:

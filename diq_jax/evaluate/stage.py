@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config as config_lib
-from diq_jax import errors
+from diq_jax import errors, evaluate_config
 from diq_jax.data import benchmarks, encoded
 from diq_jax.evaluate import generation, intervals, measure, options
 from diq_jax.models import checkpoint, load, lora, tokenizer
@@ -115,7 +114,7 @@ def run(context: stages.Context) -> dict[str, Any]:
     }
 
 
-def groups(settings: config_lib.Evaluate, tasks: Collection[str]) -> dict[str, list[str]]:
+def groups(settings: evaluate_config.Evaluate, tasks: Collection[str]) -> dict[str, list[str]]:
     """Returns {group of evaluate.groups: those of its tasks that are tested}, without empty ones.
 
     Raises:

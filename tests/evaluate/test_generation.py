@@ -11,7 +11,7 @@ import folders
 import pytest
 import tiny
 
-from diq_jax import config, errors, pipeline
+from diq_jax import config, errors, evaluate_config, pipeline
 from diq_jax.data import example
 from diq_jax.evaluate import generation, stage
 from diq_jax.models import generate, load
@@ -74,7 +74,7 @@ def test_the_prompt_asks_to_think_and_names_the_letter(made):
     row = {"question": "what is it", "options": {"A": "one", "B": "two"}, "answer_idx": "B"}
     tests = [example.from_choices(row, "test", "q", "t")]
     model = load.load(str(made / "decoder"), "float32", tiny.placement())
-    settings = config.Evaluate(protocol="generate", max_new_tokens=8)
+    settings = evaluate_config.Evaluate(protocol="generate", max_new_tokens=8)
     part = generation.make_answers(tests, model, settings, config.Data().date, tiny.placement())
     text = part.generator.text(part.rows[0].ids)
     assert text == f"what is it\n\nA. one\nB. two\n\n{generation.INSTRUCTION}"
@@ -124,7 +124,7 @@ def test_killed_and_resumed_is_identical(made, finished, tmp_path):
 )
 def test_bad_settings_are_one_sentence(changes, message):
     with pytest.raises(errors.UserError) as caught:
-        config.Evaluate(**changes)
+        evaluate_config.Evaluate(**changes)
     assert message in str(caught.value)
 
 
