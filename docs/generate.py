@@ -189,12 +189,12 @@ def _executed(path: pathlib.Path) -> dict[str, str | bytes]:
     for source in sorted((ROOT / "diq_jax").rglob("*.py")):
         digest.update(source.read_bytes())
     kept = EXECUTED / f"{path.stem}-{digest.hexdigest()[:16]}.ipynb"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     if not kept.exists():
         notebook = nbformat.read(path, as_version=4)
         nbconvert.preprocessors.ExecutePreprocessor(timeout=600).preprocess(
             notebook, {"metadata": {"path": str(ROOT)}}
         )
-        kept.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, kept)
     exporter = nbconvert.MarkdownExporter()
     text, resources = exporter.from_filename(str(kept))
