@@ -17,7 +17,7 @@ from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
 from diq_jax.report import stage as report
-from diq_jax.run import artifacts, devices, processes, records, stages
+from diq_jax.run import artifacts, devices, processes, progress, records, stages
 from diq_jax.selection import methods
 from diq_jax.selection import stage as selection
 
@@ -193,7 +193,8 @@ def run(
     """
     methods.check(cfg)
     names = wanted(cfg, names)
-    with at_work(cfg, workdir, verify) as context:
+    with at_work(cfg, workdir, verify) as context, progress.logged(workdir):
+        progress.note(f"stages {', '.join(names)}")
         spread = context
         if cfg.parallel.distributed:
             everywhere = devices.make_placement(cfg.parallel, everywhere=True)
@@ -208,7 +209,12 @@ def run(
             rate = record.get("tokens_per_second")
             done = f"{record['rows']:,} rows, {record['seconds']:.1f} s"
             done += f", {rate:,.0f} tokens/s" if rate else ""
-            print(f"{name:<10}  {done if ran else f'done before ({done})'}", flush=True)
+            line = f"{name:<10}  {done if ran else f'done before ({done})'}"
+            print(line, flush=True)
+            progress.note(line)
+            told = ("rows", "seconds", "tokens", "tokens_per_second", "peak_memory_mib")
+            known = {key: record[key] for key in told if key in record}
+            progress.event("stage", name=name, ran=ran, **known)
             if ran and name == "prepare":
                 check(context, names)
     if "report" in names and processes.is_first():

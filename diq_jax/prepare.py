@@ -200,7 +200,7 @@ def open_layout(cfg: config.Config) -> chat.Layout:
     vocab_size = model_config.decoder_config(source.config, "model.path").vocab_size
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     layout = chat.make_layout(tok, vocab_size, cfg.data.date, "model.path")
-    if layout.render is None:
+    if layout.template is None:
         logging.warning(
             "%s has no chat template: prompts are 'Question: ... Answer: ...'.", cfg.model.path
         )

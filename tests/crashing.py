@@ -25,7 +25,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMES = ("seconds", "resumed", "tokens_per_second")  # in the names of what differs between runs
+TIMES = (
+    "seconds",
+    "resumed",
+    "tokens_per_second",
+    "peak_memory",
+)  # in the names of what differs between runs
 SEAL = "sha256"  # of a study's result, its seconds too (records.py)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 

@@ -23,7 +23,7 @@ opening tag, and one without tags comes after the block, which is closed at once
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import transformers
 
@@ -45,7 +45,7 @@ class Layout:
     """How a tokenizer and its chat template lay out a question and its answer (`make_layout`).
 
     Attributes:
-        render: (messages, add_generation_prompt) -> text; None without a chat template.
+        template: how messages are rendered; None without a chat template.
         field: the config field or flag that names the model, for messages.
         vocab_size: the tokens that the model has an embedding for.
         parts: the template reads content as a list of parts, not as a text.
@@ -60,7 +60,7 @@ class Layout:
     """
 
     tokenizer: Tokenizer
-    render: Callable[[list[dict], bool], str] | None
+    template: chat_template.ChatTemplate | None
     field: str
     vocab_size: int
     parts: bool = False
@@ -87,13 +87,13 @@ def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) ->
     """
     template = chat_template.of_tokenizer(tokenizer, date, field)
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    layout = Layout(tokenizer, template and template.render, field, vocab_size)
+    layout = Layout(tokenizer, template, field, vocab_size)
     if template is None:
         return dataclasses.replace(layout, lead=" ", end_ids=eos, first=_bos(layout))
     layout, prompt, whole = _readable(layout)
     before, after = _around(whole)
     asked = _as_parts(_messages(_USER, None), layout.parts)
-    derived = prompt == layout.render(asked, False)
+    derived = prompt == layout.template.render(asked, False)
     layout = dataclasses.replace(layout, derived=derived)
     [prompt] = _prompts([_messages(_USER, None)], layout)
     # Qwen3 writes an empty block of reasoning: before an answer that has none of its own, and at
@@ -144,12 +144,12 @@ def write_conversation(
     Raises:
         UserError: the model has no chat template, or it fails.
     """
-    if layout.render is None:
+    if layout.template is None:
         raise errors.UserError(f"{layout.field} has no chat template.")
     if add_generation_prompt:
-        return _ask(list(messages), layout)
+        return _ask([list(messages)], layout)[0]
     last = messages[-1]["content"].strip()
-    before, _, _ = layout.render(_as_parts(messages, layout.parts), False).rpartition(last)
+    before, _, _ = layout.template.render(_as_parts(messages, layout.parts), False).rpartition(last)
     return before + last
 
 
@@ -175,8 +175,8 @@ def _readable(layout: Layout) -> tuple[Layout, str, str]:
     problem = None
     for parts in (False, True):
         try:
-            prompt = layout.render(_as_parts(_messages(_USER, None), parts), True)
-            whole = layout.render(_as_parts(_messages(_USER, _ASSISTANT), parts), False)
+            prompt = layout.template.render(_as_parts(_messages(_USER, None), parts), True)
+            whole = layout.template.render(_as_parts(_messages(_USER, _ASSISTANT), parts), False)
         except errors.UserError as e:
             problem = problem or e
             continue
@@ -202,8 +202,7 @@ def _as_parts(messages: Sequence[dict], parts: bool) -> list[dict]:
 
 def _around(whole: str) -> tuple[str, str]:
     """Returns what a rendered conversation has before and after the assistant's message."""
-    before, _, after = whole.rpartition(_ASSISTANT)
-    return before, after
+    return whole.rpartition(_ASSISTANT)[::2]
 
 
 def _end_text(after: str, tokenizer: Tokenizer) -> str:
@@ -222,9 +221,9 @@ def _end_text(after: str, tokenizer: Tokenizer) -> str:
 
 def _prompts(conversations: Sequence[list[dict]], layout: Layout) -> list[str]:
     """Writes each prompt, of messages that end with a question."""
-    if layout.render is None:
+    if layout.template is None:
         return ["".join(map(wording.plainly, asked)) + "Answer:" for asked in conversations]
-    prompts = [_ask(asked, layout) for asked in conversations]
+    prompts = _ask(conversations, layout)
     for asked, prompt in zip(conversations, prompts, strict=True):
         for said in (m["content"] for m in asked if m["role"] != "assistant"):
             if said.strip() not in prompt:
@@ -235,14 +234,17 @@ def _prompts(conversations: Sequence[list[dict]], layout: Layout) -> list[str]:
     return prompts
 
 
-def _ask(messages: list[dict], layout: Layout) -> str:
-    """Writes the text up to where the assistant is to answer."""
+def _ask(conversations: Sequence[list[dict]], layout: Layout) -> list[str]:
+    """Writes the texts up to where the assistant is to answer."""
+    if layout.derived:
+        answer = {"role": "assistant", "content": _ASSISTANT}
+        conversations = [[*messages, answer] for messages in conversations]
+    conversations = [_as_parts(messages, layout.parts) for messages in conversations]
+    texts = layout.template.render_all(conversations, not layout.derived)
     if not layout.derived:
-        return layout.render(_as_parts(messages, layout.parts), True)
-    messages = [*messages, {"role": "assistant", "content": _ASSISTANT}]
-    before, _ = _around(layout.render(_as_parts(messages, layout.parts), False))
+        return texts
     # A space belongs to the word that follows it: the completion begins with it (`lead`).
-    return re.sub(rf"{_EMPTY_BLOCK}$", "", before).rstrip(" ")
+    return [re.sub(rf"{_EMPTY_BLOCK}$", "", _around(text)[0]).rstrip(" ") for text in texts]
 
 
 def _completion(text: str, layout: Layout) -> str:
@@ -262,9 +264,7 @@ def pairs(
     template: str = "plain",
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Tokenises the prompt of each example, and each of its completions without the end.
-
-    Args:
-        template: of earlier answers that are scored.
+    `template` is that of earlier answers that are scored.
     """
     prompts = _prompts([wording.before_answer(example, template) for example in examples], layout)
     written = [[_completion(text, layout) for text in texts] for texts in completions]

@@ -17,6 +17,7 @@ from diq_jax.run import reading
 WORKER = pathlib.Path(__file__).with_name("template_worker.py")
 MOST_SECONDS = 3.0  # of a processor, for one conversation
 MOST_BYTES = 2**30  # of address space
+MOST_CONVERSATIONS = 64  # of one exchange
 
 
 class ChatTemplate:
@@ -45,21 +46,38 @@ class ChatTemplate:
         self._end = None
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Renders one conversation.
+        """Renders one conversation. Raises UserError as `render_all`."""
+        return self.render_all([messages], add_generation_prompt)[0]
+
+    def render_all(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], add_generation_prompt: bool
+    ) -> list[str]:
+        """Renders conversations, many of them in one exchange with the process.
 
         Raises:
             UserError: the template raises an exception, runs too long or takes too much memory.
         """
+        made: list[str] = []
+        for start in range(0, len(conversations), MOST_CONVERSATIONS):
+            some = conversations[start : start + MOST_CONVERSATIONS]
+            made += self._render(some, add_generation_prompt)
+        return made
+
+    def _render(self, conversations, add_generation_prompt) -> list[str]:
         if self._process is None:
             self._start()
-        request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         # As in transformers, which passes both always.
-        line = self._ask(request | {"tools": None, "documents": None})
+        shared = {
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        line = self._ask({"shared": shared, "conversations": conversations})
         problem = ""
         if line:
             reply = reading.parse_json(line, f"What the chat template of {self._field} writes")
-            if "text" in reply:
-                return reply["text"]
+            if "texts" in reply:
+                return reply["texts"]
             problem = reply["error"]
         code = self._process.wait()
         self._end()

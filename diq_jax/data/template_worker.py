@@ -88,11 +88,14 @@ def main() -> None:
     date = datetime.datetime.fromisoformat(first["date"])
     template = environment(date).from_string(first["template"])
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, first["most_seconds"])
-        text = template.render(**first["variables"], **json.loads(line))
-        if len(text) > MOST_CHARACTERS:
-            raise ValueError(f"it writes {len(text):,} characters for one conversation")
-        reply(text=text)
+        request, texts = json.loads(line), []
+        for messages in request["conversations"]:
+            signal.setitimer(signal.ITIMER_PROF, first["most_seconds"])
+            text = template.render(**first["variables"], **request["shared"], messages=messages)
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(f"it writes {len(text):,} characters for one conversation")
+            texts.append(text)
+        reply(texts=texts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from absl import logging
 
 import diq_jax
 from diq_jax import config, errors, fields
-from diq_jax.run import artifacts, devices, processes, records
+from diq_jax.run import artifacts, devices, memory, processes, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,7 @@ def _execute(stage, context, overwrite):
             artifacts.remove(folder / name)
     if stage.everywhere:
         processes.wait(f"{stage.name} may write")
+    memory.forget_peak()
     started = time.time()
     result = dict(stage.run(context))
     # Seconds are this call's: what a killed one spent is not known, nor do its tokens count.
@@ -146,6 +147,7 @@ def _execute(stage, context, overwrite):
     tokens = result.get("tokens", 0) - result.get("resumed_tokens", 0)
     rate = {"tokens_per_second": round(tokens / seconds, 1)} if tokens else {}
     done = {"status": records.DONE, "seconds": round(seconds, 3), **result, **rate}
+    done["peak_memory_mib"] = memory.peak_mib()
     if processes.is_first():
         outputs = {"outputs": _outputs(stage, folder)}
         artifacts.write_json(folder / records.NAME, now | done | outputs)

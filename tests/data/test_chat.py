@@ -121,7 +121,7 @@ def test_a_prompt_that_opens_the_reasoning_is_continued():
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_without_a_chat_template(adds_bos):
     layout = make_layout(None, adds_bos)
-    assert layout.render is None
+    assert layout.template is None
     prompt, completion = read(layout, encode(layout, CHOICE)[0])
     bos = "<s>" if adds_bos else ""
     assert prompt + completion == f"{bos}Question: Which?\n\nA. one\nB. two\n\nAnswer: B. two</s>"
@@ -314,7 +314,7 @@ def test_a_template_that_cannot_be_held_against_the_prompt_is_refused(template, 
 
 
 def test_named_templates():
-    assert make_layout({"rag": "x", "default": CHATML}).render is not None
+    assert make_layout({"rag": "x", "default": CHATML}).template is not None
     with pytest.raises(errors.UserError, match=r"of the names rag, tool_use; expected one named"):
         make_layout({"tool_use": CHATML, "rag": CHATML})
 

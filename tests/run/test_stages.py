@@ -38,6 +38,7 @@ def make(name, run, reads=(), writes=("*.txt", "partial/*")):
     return stages.Stage(name, lambda _: reads, writes, lambda _: {}, run)
 
 
+TIMES = {"seconds": 0, "peak_memory_mib": {}}
 FIRST = make("first", first, writes=("out/*.txt", "b.txt"))
 SECOND = make("second", second, ("first/out/a.txt",))
 
@@ -59,12 +60,12 @@ def done(tmp_path):
 
 
 def contents(folder):
-    """{file: its bytes}, without the seconds that a stage took."""
+    """{file: its bytes}, without the seconds and the memory that a stage took."""
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         out[str(path.relative_to(folder))] = path.read_bytes()
         if path.name == records.NAME:
-            out[str(path.relative_to(folder))] = json.loads(path.read_text()) | {"seconds": 0}
+            out[str(path.relative_to(folder))] = json.loads(path.read_text()) | TIMES
     return out
 
 
