@@ -74,7 +74,7 @@ def score(
 
 
 class Artifacts(Mapping[str, pa.Table]):
-    """The tables of a run's finished stages, by file name: run["influence/influence.parquet"].
+    """Maps file names to the tables of a run's finished stages: run["influence/influence.parquet"].
 
     A file is held against its stage's record when it is read. Of a .jsonl file, a column that mixes
     types is text, as JSON.

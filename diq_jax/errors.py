@@ -7,8 +7,8 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input from outside: what is wrong, where (file and line, or config field), what was
-    expected.
+    """Reports bad input from outside: what is wrong, where (file and line, or config field), and
+    what was expected.
     """
 
 

@@ -16,7 +16,7 @@ from diq_jax import errors
 
 
 class Span(NamedTuple):
-    """The range of a number: both ends included, unless they are said to be open."""
+    """Gives the range of a number: both ends included, unless they are said to be open."""
 
     least: float
     most: float
@@ -60,7 +60,7 @@ def or_none(span: Span) -> Span:
 
 
 class Declared(NamedTuple):
-    """What a field says of itself beside its type and default."""
+    """Holds what a field declares beside its type and default."""
 
     says: str
     span: Span | None
@@ -115,7 +115,7 @@ def field(
 
 
 class Section:
-    """A part of the configuration.
+    """Holds a part of the configuration.
 
     Attributes:
         section: its dotted name.

@@ -11,7 +11,7 @@ RATIO = fields.Span(0, 1, below=True)
 
 
 class Steps(fields.Section, section="finetune"):
-    """A section that cuts its rows into optimizer steps."""
+    """Cuts the rows of a section into optimizer steps."""
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
         yield (
@@ -23,7 +23,8 @@ class Steps(fields.Section, section="finetune"):
 
 @dataclasses.dataclass(frozen=True)
 class Dpo(Steps, section="finetune.dpo", decides=("dpo",)):
-    """Direct preference optimisation (arXiv 2305.18290) of the adapter, after fine-tuning.
+    """Trains the adapter on by direct preference optimization (arXiv 2305.18290), after
+    fine-tuning.
 
     weight_decay, clip_norm, remat and checkpoint_every_steps are finetune's; there is no dropout,
     so that the policy and its reference are compared as they are.

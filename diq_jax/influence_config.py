@@ -74,7 +74,7 @@ class Store(fields.Section, section="influence.store", decides=DECIDES):
 
 @dataclasses.dataclass(frozen=True)
 class Warmup(fields.Section, section="influence.warmup", decides=DECIDES):
-    """AdamW on influence.parameters over a part of the pool before gradients are taken."""
+    """Trains influence.parameters by AdamW over a part of the pool before gradients are taken."""
 
     epochs: int = field(
         0,
@@ -97,7 +97,9 @@ class Warmup(fields.Section, section="influence.warmup", decides=DECIDES):
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton(fields.Section, section="influence.gauss_newton", decides=DECIDES):
-    """direction=gauss_newton: (G + lambda)^-1 of the target gradient, by conjugate gradients."""
+    """Sets how direction=gauss_newton solves (G + lambda)^-1 of the target gradient, by conjugate
+    gradients.
+    """
 
     examples: int = field(
         64,

@@ -21,7 +21,7 @@ TYPES = {"object": dict, "integer": int, "string": str}
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question to a chat model, whose answer is a JSON object.
+    """Asks one question of a chat model, whose answer is a JSON object.
 
     Attributes:
         messages: {"role": ..., "content": ...}, in order.
@@ -53,7 +53,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a request.
+    """Holds the result of a request.
 
     Attributes:
         status: answered; or, after the last try, refused, malformed or unanswered.

@@ -32,7 +32,7 @@ KEPT = "replies so far are kept, and the same command continues"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The endpoint and how it is asked; nothing here changes an answer.
+    """Names the endpoint and says how it is asked; nothing here changes an answer.
 
     Raises:
         UserError: a value out of range.
@@ -162,7 +162,8 @@ class _Fault(Exception):
 
 
 class _Session(logging.Handler):
-    """One run over one endpoint: its cache, what it learnt of the server, and whether to stop.
+    """Runs requests over one endpoint: holds its cache, what is known of the server, and whether to
+    stop.
 
     It handles the client's log, where alone the client says that it tries again.
     """

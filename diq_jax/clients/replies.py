@@ -22,7 +22,7 @@ _FIRST_LINE = re.compile(rb'\{"key": "[0-9a-f]{64}", "content": "')
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a server sent, and what it counted.
+    """Holds what a server sent, and the tokens that it counted.
 
     Attributes:
         content, refusal: as they came; half of a surrogate pair, which no file can hold, is U+FFFD.
@@ -66,7 +66,7 @@ def read_completion(body: str) -> Reply:
 
 
 class Cache:
-    """Every reply that was paid for, in an append-only file that one process at a time holds.
+    """Keeps every reply that was paid for, in an append-only file that one process at a time holds.
 
     Nothing is ever removed from the file: a damaged line stays and is skipped.
 

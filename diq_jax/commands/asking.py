@@ -42,7 +42,7 @@ FAILED = ".failed.jsonl"  # what got no answer, beside --out
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What became of all requests.
+    """Holds the results of all requests.
 
     Attributes:
         outcomes: by the request's key.
@@ -179,7 +179,7 @@ def _confirm() -> None:
     if YES.value:
         return
     if not sys.stdin.isatty():
-        raise errors.UserError("nobody is there to be asked whether to start: pass --yes.")
+        raise errors.UserError("there is no terminal to ask whether to start: pass --yes.")
     if input("Start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise errors.UserError("not started, as you said.")
 

@@ -23,7 +23,9 @@ SHAPE_TOKENS = 2048  # a further shape must save so many tokens: about what its 
 
 @flax.struct.dataclass
 class Batch:
-    """B rows of T tokens, of which A positions at most are scored. Padding is 0 everywhere."""
+    """Holds B rows of T tokens, of which at most A positions are scored. Padding is 0
+    everywhere.
+    """
 
     tokens: Array  # (B, T) int32
     positions: Array  # (B, T) int32, from 0 at an example's first token
@@ -39,8 +41,8 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The examples of one batch, row by row, as indices into the list that was planned, and its
-    shape.
+    """Lists the examples of one batch, row by row, as indices into the list that was planned, and
+    gives its shape.
     """
 
     members: tuple[tuple[int, ...], ...]

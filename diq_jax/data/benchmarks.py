@@ -38,7 +38,7 @@ HELD_OUT = 10  # one question in so many is a target where there is no other spl
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One benchmark.
+    """Describes one benchmark.
 
     Attributes:
         group: standard or challenging.

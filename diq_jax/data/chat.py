@@ -42,7 +42,7 @@ _EMPTY_BLOCK = r"\s*<think>\s*</think>\s*"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """How a tokenizer and its chat template lay out a question and its answer (`make_layout`).
+    """Describes how a tokenizer and its chat template lay out a conversation (`make_layout`).
 
     Attributes:
         template: how messages are rendered; None without a chat template.

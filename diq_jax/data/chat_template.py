@@ -21,7 +21,7 @@ MOST_CONVERSATIONS = 64  # of one exchange
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer as a function from messages to text.
+    """Applies the chat template of a tokenizer to messages.
 
     It runs in a process of its own (template_worker.py), which starts with the first call and ends
     with this object.

@@ -25,7 +25,7 @@ FILLERS = ("", "n/a")  # at the end of options, casefolded: MMLU-Pro fills its l
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row of a pool, a target set or a test set.
+    """Holds one row of a pool, a target set or a test set.
 
     Multiple-choice examples have `options` (letter -> text). Their `answer_idx` is the right letter
     and their `answer` the text of that option, unless the row answers in words of its own.
@@ -49,7 +49,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """Token ids (T,) int32 and labels (T,) int32, `IGNORED` where not scored.
+    """Holds token ids (T,) int32 and labels (T,) int32, `IGNORED` where not scored.
 
     labels[t] is the token at t: position t predicts labels[t + 1], so labels[0] is never scored.
     """
@@ -153,7 +153,7 @@ def lettered(options: Any, where: str) -> dict[str, str]:
     """Reads the options {letter: text} of a row, without the fillers at their end.
 
     Args:
-        options: an object or a list, also as JSON in a text, since CSV knows nothing else.
+        options: an object or a list, also as JSON in a text, since CSV holds texts only.
 
     Raises:
         UserError: neither an object nor a list, fewer than two or more than 26, or one is no text.

@@ -26,7 +26,7 @@ FILES = ("examples.parquet", "targets.npy")  # beside the shards
 
 
 class GradientStore:
-    """A finished store, read by memory map.
+    """Reads a finished store by memory map.
 
     A file is held against its checksum in the manifest before it is first used, unless `verified`
     is False: every read may raise UserError.

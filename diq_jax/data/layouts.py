@@ -32,7 +32,7 @@ REPEATED_ROWS = 20  # fewer rows do not show that a column is no question
 
 
 class Place(NamedTuple):
-    """What becomes of a row: where it stands, for messages, and its example's id and task."""
+    """Says where a row stands, for messages, and its example's id and task."""
 
     where: str
     example_id: str
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """One way of naming columns.
+    """Describes one way of naming columns.
 
     Attributes:
         needs: the columns that tell the layout; "a|b" is any of them.
@@ -127,7 +127,7 @@ def read_messages(messages: Any, where: str) -> list[dict[str, str]]:
         UserError: it is no list, or a message is not as it must be.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
-        messages = reading.parse_json(messages, where)  # CSV knows nothing but texts
+        messages = reading.parse_json(messages, where)  # CSV holds texts only
     if not isinstance(messages, list) or not messages:
         raise errors.UserError(
             f"{where} must be a list of messages; got {reading.shorten(messages)}."

@@ -13,7 +13,7 @@ SIDES = ("chosen", "rejected")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreferencePair:
-    """Both completions of one question, tokenised."""
+    """Holds both completions of one question, tokenised."""
 
     example_id: str
     chosen: example_lib.Encoded

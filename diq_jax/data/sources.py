@@ -29,7 +29,9 @@ SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "val
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One entry of a spec: a path or `hub:` name, and the benchmark that publishes such rows."""
+    """Holds one entry of a spec: a path or `hub:` name, and the benchmark that publishes
+    such rows.
+    """
 
     place: str
     benchmark: str = ""

@@ -16,7 +16,7 @@ MICROBATCHES_PER_SHAPE, FEWEST_SHAPES, MOST_SHAPES = 50, 2, 8
 
 @flax.struct.dataclass
 class Microbatch:
-    """A batch, and each row's place (B,) int32 in the step, which its dropout is drawn from."""
+    """Holds a batch, and each row's place (B,) int32 in the step, by which its dropout is drawn."""
 
     batch: batches.Batch
     places: Any
@@ -24,7 +24,9 @@ class Microbatch:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One optimiser step: its epoch, from 0, and its microbatches as indices and shapes."""
+    """Describes one optimizer step: its epoch, from 0, and its microbatches as indices and
+    shapes.
+    """
 
     epoch: int
     groups: tuple[batches.Group, ...]

@@ -18,7 +18,7 @@ SCORES, MODEL = "scores", "model"  # folders of parts; a model's ends in the num
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidation:
-    """The distinct texts of the labelled rows and of the pool, and who may score them.
+    """Holds the distinct texts of the labelled rows and of the pool, and which fold scores each.
 
     Attributes:
         texts: token ids of each; questions: the words of each.
@@ -37,7 +37,7 @@ class CrossValidation:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """The encoder before training, on its devices."""
+    """Holds the encoder before training, on its devices."""
 
     params: dict
     cfg: model_config.EncoderConfig
@@ -93,8 +93,8 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """A fold with texts to score: the labelled rows to train on (n,) bool, batches of texts, and
-    where the trained model waits until they are scored.
+    """Describes a fold with texts to score: the labelled rows to train on (n,) bool, batches of
+    texts, and where the trained model is kept until they are scored.
     """
 
     index: int

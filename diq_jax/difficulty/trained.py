@@ -28,7 +28,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a folder holds beside the encoder.
+    """Holds what a folder has beside the encoder.
 
     Attributes:
         model: {"heads"} and, if they were used, "words", numpy.
@@ -77,7 +77,7 @@ def save(
 
 
 def load(source: str) -> Trained:
-    """Reads the folder. Raises UserError where it is no such one, or damaged."""
+    """Reads the folder. Raises UserError where it is no such folder, or is damaged."""
     folder = _folder(source)
     record = reading.read_record(folder / RECORD, {"max_tokens": int, "temperatures": dict})
     for perspective, value in record["temperatures"].items():

@@ -28,7 +28,7 @@ MAX_SHAPES = 4  # prompt lengths to pad to: each is two compilations
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
-    """What every model writes: `samples` answers to each question, in the questions' order.
+    """Asks every model for `samples` written answers to each question, in the questions' order.
 
     Attributes:
         name: of its parts on disk; what measure.measure asks has one.

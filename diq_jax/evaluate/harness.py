@@ -74,7 +74,7 @@ def run(
 
 
 class HarnessModel(lm_model.TemplateLM):
-    """The harness's three kinds of request.
+    """Answers the harness's three kinds of request.
 
     A context that is too long is cut from its beginning, as the harness's own models do.
 

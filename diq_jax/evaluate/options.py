@@ -21,7 +21,7 @@ NO_PARENT = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """A question as token ids.
+    """Holds a question as token ids.
 
     Attributes:
         prompt_ids: (P,) int32, at least one.

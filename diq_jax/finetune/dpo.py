@@ -23,8 +23,8 @@ from diq_jax.models import loss
 
 @flax.struct.dataclass
 class PairRows:
-    """A microbatch of P pairs in 2 P rows, chosen and rejected in turn, so that devices which share
-    the rows never part a pair.
+    """Holds a microbatch of P pairs in 2 P rows, chosen and rejected in turn, so that devices which
+    share the rows never part a pair.
     """
 
     batch: batches.Batch

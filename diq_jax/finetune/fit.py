@@ -23,7 +23,7 @@ MOST_SHAPES = 8  # of `shapes`: each is a compilation
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
-    """What a training leaves.
+    """Holds the results of a training.
 
     Attributes:
         factors: the trained leaves in float32, None at the others.

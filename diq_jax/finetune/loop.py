@@ -22,7 +22,7 @@ ADVICE = "Try a lower learning_rate, finetune.clip_norm=1 or model.dtype=float32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Upkeep:
-    """What is done beside the steps; by default nothing.
+    """Does what is due beside the steps; by default nothing.
 
     Attributes:
         folder: where train states go every `checkpoint_every` steps and after the last one.

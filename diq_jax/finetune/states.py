@@ -22,7 +22,7 @@ CHECKSUMS = "checksums.json"
 
 
 class States:
-    """The train states of one training, a context manager.
+    """Keeps the train states of one training; a context manager.
 
     Args:
         name: of the training, for messages.

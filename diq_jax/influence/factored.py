@@ -29,7 +29,7 @@ from diq_jax.models import config, layers, loss
 
 @dataclasses.dataclass(frozen=True)
 class ProbeLayout:
-    """How an example's `dim` numbers are made up.
+    """Describes how an example's `dim` numbers are made up.
 
     Attributes:
         matrices: {parameter path: (number of layers, or 0 where it is not stacked, in, out)}.

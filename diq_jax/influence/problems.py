@@ -15,7 +15,7 @@ from diq_jax.run import devices, progress
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A pool to score against targets.
+    """Holds a pool to score, and the targets to score it against.
 
     Attributes:
         groups: {name: indices of the targets that share a direction}.

@@ -43,7 +43,7 @@ EXPECTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint. Weights are mapped, not loaded; `read` gives one tensor at a time.
+    """Holds an open checkpoint. Weights are mapped, not loaded; `read` gives one tensor at a time.
 
     Attributes:
         path: the folder or .gguf file.

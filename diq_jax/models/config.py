@@ -13,7 +13,7 @@ from diq_jax.run import reading
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the decoders of one model_type have, beside what each config.json says."""
+    """Describes what the decoders of one model_type have, beside what each config.json says."""
 
     architecture: str  # the class in transformers
     # What transformers documents for a config.json without the key, as early conversions are.
@@ -63,8 +63,8 @@ ROPE_COMMON = {
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding. `kind` is default, linear, llama3 or gguf_factors; `settings` are its
-    sorted constants.
+    """Describes the rotary embedding. `kind` is default, linear, llama3 or gguf_factors; `settings`
+    are its sorted constants.
     """
 
     theta: float
@@ -178,7 +178,7 @@ _REQUIRED = object()
 
 
 class _Reader:
-    """Typed values of a config.json of one of `families`."""
+    """Reads typed values of a config.json of one of `families`."""
 
     def __init__(self, config: dict[str, Any], field: str, families: dict[str, Family], what: str):
         self.config, self.field, self.families = config, field, families

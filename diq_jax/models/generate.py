@@ -21,7 +21,7 @@ END, STOP, LENGTH = "end", "stop", "length"  # why an answer ended
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt to answer once: `sample` tells several answers to it apart."""
+    """Holds a prompt to answer once; `sample` tells several answers to it apart."""
 
     prompt_id: str
     sample: int
@@ -30,7 +30,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A generated text, without what ended it."""
+    """Holds a generated text, without what ended it."""
 
     text: str
     tokens: int  # generated, the end included
@@ -48,7 +48,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """Compiled programs, for any prompts and adapters of one model."""
+    """Holds compiled programs for any prompts and adapters of one model."""
 
     cfg: config.DecoderConfig
     settings: sampling.Sampling

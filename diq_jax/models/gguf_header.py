@@ -37,7 +37,9 @@ NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A tensor as the header lists it: its shape (out, in), type, place and size in the file."""
+    """Describes a tensor as the header lists it: its shape (out, in), type, place and size in the
+    file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +75,7 @@ def read_header(path: pathlib.Path) -> Header:
 
 
 class _Cursor:
-    """A place in the file that never leaves it."""
+    """Reads the file from a place on, and never beyond its end."""
 
     def __init__(self, data: mmap.mmap | bytes):
         self.data, self.at = data, 0

@@ -11,7 +11,7 @@ BROKEN = -2  # in the place of a token where the logits are not finite
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. The caller checks the ranges, which its config names."""
+    """Says how answers are drawn. The caller checks the ranges, which its config names."""
 
     max_new_tokens: int  # of an answer, the token that ends it included
     temperature: float  # logits are divided by it; 0 takes the likeliest token

@@ -17,7 +17,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file.
+    """Describes one tensor of a file.
 
     Attributes:
         shape: (out, in), as Hugging Face stores it.

@@ -45,7 +45,7 @@ TEKKEN = (
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """How a byte-level vocabulary cuts text before it merges."""
+    """Says how a byte-level vocabulary cuts text before it merges."""
 
     splits: tuple[str, ...]  # each cuts the pieces that the one before it left
     nfc: bool = False

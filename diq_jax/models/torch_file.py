@@ -64,12 +64,12 @@ DAMAGED = (
 
 
 class Refused(Exception):
-    """What a pickle does that a state dict does not; the end of a sentence."""
+    """Reports what a pickle does that a state dict does not, as the end of a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A global of ADMITTED, as its two words; never the object."""
+    """Stands for a global of ADMITTED, as its two words; never the object."""
 
     text: str
 
@@ -83,7 +83,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A tensor: a view into a storage. Offset and strides count elements."""
+    """Describes a tensor as a view into a storage. Offset and strides count elements."""
 
     storage: _Storage
     offset: int

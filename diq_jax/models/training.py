@@ -27,7 +27,7 @@ DECAYS = {
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step changes and a checkpoint holds.
+    """Holds what a step changes and a checkpoint keeps.
 
     Attributes:
         factors: the trained leaves in float32, None at the others.

@@ -36,7 +36,7 @@ HIDDEN = ("rank", "quadrant", "selected", "id_order")
 
 @dataclasses.dataclass(frozen=True)
 class Explorer:
-    """What the template needs of the explorer.
+    """Holds what the template needs of the explorer.
 
     Attributes:
         blobs: {name: base64 of gzip} for the page.

@@ -57,7 +57,7 @@ STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure as a PNG file, and as SVG text to stand inside an HTML page."""
+    """Holds a figure as a PNG file, and as SVG text to stand inside an HTML page."""
 
     png: bytes
     svg: str

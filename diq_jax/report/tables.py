@@ -20,7 +20,7 @@ MOST_VALUES = 40  # a column with more values than this is no group
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A number as text, its interval as text, and whether it is marked."""
+    """Holds a number as text, its interval as text, and whether it is marked."""
 
     text: str
     interval: str = ""

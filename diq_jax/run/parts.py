@@ -20,7 +20,7 @@ _NAME = re.compile(r"part-(\d{8})-([0-9a-f]{16})\.arrow")
 
 
 class Parts:
-    """The finished rows of one piece of work, in a folder of its own.
+    """Keeps the finished rows of one piece of work, in a folder of its own.
 
     A row is a position in what the work goes through, whose order must not change between calls;
     how rows are batched may. All processes read the parts, the first one writes them.

@@ -28,7 +28,7 @@ from diq_jax.run import artifacts, devices, memory, processes, records
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every stage gets: the checked config, the run's folder, the devices.
+    """Holds what every stage gets: the checked config, the run's folder, the devices.
 
     Attributes:
         verify: whether artifacts are held against the records of the stages that made them.
@@ -54,7 +54,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline.
+    """Describes one stage of the pipeline.
 
     Attributes:
         reads: artifacts of earlier stages, relative to the workdir.

@@ -18,7 +18,9 @@ DECISIONS = {"keep": 0, "never": 2}  # 1: not decided
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a person decided about an example: keep or never, and why ("" where nobody said)."""
+    """Holds what a person decided about an example: keep or never, and why ("" without a
+    reason).
+    """
 
     decision: str
     reason: str = ""

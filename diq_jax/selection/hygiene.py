@@ -35,7 +35,7 @@ Found = Iterator[tuple[int, int, str, float]]  # two texts, kind, similarity
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRow:
-    """What is compared of a row; `place` is pool for the pool's rows."""
+    """Holds what is compared of a row; `place` is pool for the pool's rows."""
 
     example_id: str
     place: str
@@ -44,7 +44,7 @@ class ComparedRow:
 
 
 class Repeat(NamedTuple):
-    """A pool row and what it repeats; inside the pool, `other` has the smaller id."""
+    """Names a pool row and what it repeats; inside the pool, `other` has the smaller id."""
 
     example_id: str
     other: str

@@ -17,7 +17,7 @@ PERSPECTIVE = "the perspective"  # stands for the one that difficulty.perspectiv
 
 @dataclasses.dataclass(frozen=True)
 class OrderSettings:
-    """What an order depends on beside the scores.
+    """Holds what an order depends on beside the scores.
 
     Attributes:
         perspective, percentile: the difficulty that DIQ uses, and its threshold.
@@ -49,7 +49,7 @@ class OrderSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to order a pool.
+    """Describes one way to order a pool.
 
     Attributes:
         reads: names of the scores that it needs.

@@ -15,7 +15,7 @@ from diq_jax.selection import by_hand, diversity, methods, quadrants
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """A selection, in the order of the pool.
+    """Holds a selection, in the order of the pool.
 
     Attributes:
         ranks: (n,) int32 from 1; the first `keep` are selected.
