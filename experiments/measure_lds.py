@@ -34,7 +34,7 @@ from diq_jax.commands import cli
 from diq_jax.data import batches, chat, encoded, example, sources
 from diq_jax.influence import curvature, direction, exact, kinds, projection
 from diq_jax.models import config as model_config
-from diq_jax.models import decoder, tokenizer
+from diq_jax.models import decoder, rope, tokenizer
 from diq_jax.run import artifacts, devices, parts, progress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -118,7 +118,7 @@ def make_setting(cfg: config.Config) -> Setting:
     shape = model_config.DecoderConfig(
         family="llama", num_layers=LAYERS.value, model_dim=WIDTH.value, ffn_dim=3 * WIDTH.value,
         num_heads=heads, num_kv_heads=heads, head_dim=16, vocab_size=VOCAB.value, norm_eps=1e-5,
-        rope=model_config.Rope(1e4, "default", ()), max_positions=TOKENS.value, tied_head=True,
+        rope=rope.Rope(1e4, "default", ()), max_positions=TOKENS.value, tied_head=True,
         qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm=False, sliding_window=None,
     )  # fmt: skip
     params = decoder.init(jax.random.key(cfg.data.seed), shape, jnp.float32)

@@ -10,14 +10,30 @@ import numpy as np
 from diq_jax import config
 from diq_jax.data import batches, example
 from diq_jax.models import config as model_config
-from diq_jax.models import decoder, load
+from diq_jax.models import decoder, load, rope
 from diq_jax.run import devices
+
+# How layers of other families differ, for tests of what holds in all of them.
+APART = {
+    "gemma": dict(
+        norms="around", unit_offset=True, qk_norm=True, activation="gelu_pytorch_tanh",
+        sliding_window=3, sliding_layers=(True, False),
+        sliding_rope=rope.Rope(100.0, "default", ()),
+        embed_scale=4.0, query_scale=0.8,
+    ),
+    "olmo-smollm": dict(
+        norms="after", qk_norm=True, joint_qk_norm=True, rotated_layers=(True, False),
+    ),
+    "phi-granite": dict(
+        fused=True, rotary_dim=2, embed_scale=3.0, residual_scale=0.5, logit_scale=0.25,
+    ),
+}  # fmt: skip
 
 
 def decoder_config(**changes):
     values = dict(
         family="llama", num_layers=2, model_dim=16, ffn_dim=24, num_heads=4, num_kv_heads=2,
-        head_dim=4, vocab_size=50, norm_eps=1e-5, rope=model_config.Rope(1e4, "default", ()),
+        head_dim=4, vocab_size=50, norm_eps=1e-5, rope=rope.Rope(1e4, "default", ()),
         max_positions=64, tied_head=True, qkv_bias=False, output_bias=False, mlp_bias=False,
         qk_norm=False, sliding_window=None,
     )  # fmt: skip

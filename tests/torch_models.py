@@ -15,6 +15,19 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+SHAPE = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+# Of three layers the second sees everything.
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama3-tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -27,16 +40,51 @@ FAMILIES = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "qwen3": ("Qwen3", {"head_dim": 24}),
     "qwen3-biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
-}
+    "qwen3-yarn": ("Qwen3", {"rope_parameters": YARN}),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 5, "pad_token_id": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            **MIXED,
+        },
+    ),
+    "ministral": ("Ministral", {"sliding_window": 5, "head_dim": 8, **MIXED}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 4, "pad_token_id": None}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 5, "pad_token_id": None,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            **MIXED,
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": 5, "pad_token_id": None}),
+    "phi4-partial": (
+        "Phi3", {"partial_rotary_factor": 0.75, "pad_token_id": None, "tie_word_embeddings": True},
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "pad_token_id": None}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
 
 
 def torch_model(name, folder=None):
     """A tiny random model; norms and biases are random too, so that a misplaced one shows."""
     family, extra = FAMILIES[name]
-    cfg = getattr(transformers, f"{family}Config")(
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, **extra,
-    )  # fmt: skip
+    kind = "Gemma3Text" if family == "Gemma3" else family
+    cfg = getattr(transformers, f"{kind}Config")(**SHAPE | extra)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(cfg).eval()
     for parameter in model.parameters():

@@ -87,8 +87,7 @@ def begin(
     columns = jnp.arange(P)[None, :] - (P - batch.length)[:, None]
     positions, segments = jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
 
-    def attend(q, k, v, _):
-        window = cfg.sliding_window
+    def attend(q, k, v, window, _):
         out = layers.attention(q, k, v, segments, True, window, positions)
         return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
@@ -190,15 +189,16 @@ def next_logits(
     columns, steps = jnp.arange(state.k.shape[3])[None, :], jnp.arange(CHUNK)[None, :]
     seen = (columns >= first[:, None]) & (columns < start[:, None])
     seen_recent = jnp.broadcast_to(steps < i, (len(first), CHUNK))
-    if cfg.sliding_window is not None:
-        seen = seen & (start[:, None] + i - columns < cfg.sliding_window)
-        seen_recent = seen_recent & (i - steps < cfg.sliding_window)
     itself = jnp.ones((len(first), 1), bool)
 
-    def attend(q, k, v, past):
+    def attend(q, k, v, window, past):
         (past_k, past_v), (recent_k, recent_v) = past
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        parts = (past_k, past_v, seen), (recent_k, recent_v, seen_recent), (k, v, itself)
+        near, near_recent = seen, seen_recent
+        if window is not None:
+            near = near & (start[:, None] + i - columns < window)
+            near_recent = near_recent & (i - steps < window)
+        parts = (past_k, past_v, near), (recent_k, recent_v, near_recent), (k, v, itself)
         return layers.attention_to_parts(q, parts), (k, v)
 
     past = (state.k, state.v), recent

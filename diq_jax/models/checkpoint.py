@@ -19,7 +19,7 @@ import safetensors.numpy
 from absl import logging
 
 from diq_jax import errors
-from diq_jax.models import gguf_file, safetensors_file, stored, torch_file
+from diq_jax.models import gguf_file, multimodal, safetensors_file, stored, torch_file
 from diq_jax.run import artifacts, reading
 
 CONFIG = "config.json"
@@ -129,6 +129,7 @@ def open_checkpoint(path: str | os.PathLike, field: str) -> Checkpoint:
     else:
         tensors = OPENERS[weights.suffix](weights)
         files = (path / CONFIG, weights)
+    config, tensors = multimodal.language_part(config, tensors, path)
     return Checkpoint(path, _with_its_head(path, config, tensors), tensors, files)
 
 

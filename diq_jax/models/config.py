@@ -8,37 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from diq_jax import errors
+from diq_jax.models import families, rope
 from diq_jax.run import reading
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Describes what the decoders of one model_type have, beside what each config.json says."""
-
-    architecture: str  # the class in transformers
-    # What transformers documents for a config.json without the key, as early conversions are.
-    defaults: dict[str, Any]
-    qkv_bias: bool = False  # always; otherwise where attention_bias is true
-    output_bias: bool = False  # where attention_bias is true
-    mlp_bias: bool = False  # where mlp_bias is true
-    qk_norm: bool = False
-    sliding_window: bool = False
-
-
-# A new family is a row here, what its layer needs in decoder.py, and its tensors' names in hf.py
-# (and gguf_file.py).
-DECODERS = {
-    "llama": Family(
-        "LlamaForCausalLM", {"rope_theta": 1e4, "max_position_embeddings": 2048},
-        output_bias=True, mlp_bias=True,
-    ),
-    "mistral": Family(
-        "MistralForCausalLM", {"rope_theta": 1e4, "sliding_window": 4096}, sliding_window=True
-    ),
-    "qwen2": Family("Qwen2ForCausalLM", {"rope_theta": 1e4}, qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", {"rope_theta": 1e4}, output_bias=True, qk_norm=True),
-}  # fmt: skip
-ENCODERS = {"bert": Family("BertModel", {})}
 # The largest that a size may be; a wrong one is refused before anything of that size is made.
 LARGEST = {
     "num_hidden_layers": 2**12, "hidden_size": 2**20, "intermediate_size": 2**22,
@@ -46,30 +18,6 @@ LARGEST = {
     "vocab_size": 2**26, "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1,
     "type_vocab_size": 2**16, "original_max_position_embeddings": 2**31 - 1,
 }  # fmt: skip
-# What each kind of rotary scaling reads.
-ROPE_SETTINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-    "gguf_factors": ("factors",),
-}  # fmt: skip
-# The rotary settings that are read apart, or that no kind above but llama3 uses.
-ROPE_COMMON = {
-    "rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Describes the rotary embedding. `kind` is default, linear, llama3 or gguf_factors; `settings`
-    are its sorted constants.
-    """
-
-    theta: float
-    kind: str
-    settings: tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +31,7 @@ class DecoderConfig:
     head_dim: int  # C
     vocab_size: int  # V
     norm_eps: float
-    rope: Rope
+    rope: rope.Rope
     max_positions: int
     tied_head: bool
     qkv_bias: bool
@@ -91,6 +39,21 @@ class DecoderConfig:
     mlp_bias: bool
     qk_norm: bool
     sliding_window: int | None  # a query sees the last `sliding_window` positions, itself included
+    # What some families have, as in `Family`; the defaults are what the others do.
+    activation: str = "silu"
+    norms: str = "before"
+    joint_qk_norm: bool = False
+    fused: bool = False
+    unit_offset: bool = False
+    sliding_layers: tuple[bool, ...] | None = None  # which have the window; None for all
+    sliding_rope: rope.Rope | None = None
+    rotary_dim: int | None = None  # how many numbers of a head are rotated; None for all
+    rotated_layers: tuple[bool, ...] | None = None
+    # Factors, None for 1; `query_scale` comes beside head_dim**-0.5.
+    embed_scale: float | None = None
+    query_scale: float | None = None
+    residual_scale: float | None = None
+    logit_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +72,19 @@ class EncoderConfig:
 
 
 def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
-    """Reads a Hugging Face config of a decoder of one of `DECODERS`.
+    """Reads a Hugging Face config of a decoder of one of `families.DECODERS`.
 
     Raises:
         UserError: another family, quantised weights, something that is not built here, or a value
             of a wrong type or range.
     """
-    read = _Reader(config, field, DECODERS, "a decoder")
-    family = DECODERS[read.name]
-    read.expect("hidden_act", ("silu",))
+    read = _Reader(config, field, families.DECODERS, "a decoder")
+    family = families.DECODERS[read.name]
+    key, activation = family.activation
+    read.expect(key, (activation,))
     read.expect("use_sliding_window", (False, None))
-    if not family.sliding_window and set(read.get("layer_types", list, [])) - {"full_attention"}:
-        raise read.wrong("layer_types", "full_attention for each layer")
+    for key in family.unset:
+        read.expect(key, (None, False, 0))
     num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
     num_kv_heads = read.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -128,7 +92,9 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
     head_dim = read.size("head_dim", None) or read.head_dim(model_dim, num_heads)
     if head_dim % 2:
         raise errors.UserError(f"{field}: config.json gives heads of odd size {head_dim}.")
+    rotary_dim = _rotary_dim(read, family, head_dim)
     attention_bias = read.flag("attention_bias")
+    scales = family.scales(read, model_dim, head_dim) if family.scales else {}
     return DecoderConfig(
         family=read.name,
         num_layers=read.size("num_hidden_layers"),
@@ -139,22 +105,76 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         head_dim=head_dim,
         vocab_size=read.size("vocab_size"),
         norm_eps=read.epsilon("rms_norm_eps"),
-        rope=_rope(read, head_dim),
+        rope=rope.read_rope(read, rotary_dim),
         max_positions=read.size("max_position_embeddings"),
-        # transformers leaves this key out where it equals the library's default, False for all.
+        # transformers leaves this key out where it equals the library's default for the family.
         tied_head=read.flag("tie_word_embeddings"),
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=family.output_bias and attention_bias,
         mlp_bias=family.mlp_bias and read.flag("mlp_bias"),
         qk_norm=family.qk_norm,
-        # null is no window; without the key there is the family's.
-        sliding_window=read.size("sliding_window", None) if family.sliding_window else None,
+        activation=activation,
+        norms=family.norms,
+        joint_qk_norm=family.joint_qk_norm,
+        fused=family.fused,
+        unit_offset=family.unit_offset,
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        **_layers_apart(read, family, rotary_dim),
+        **{name: None if scale == 1 else scale for name, scale in scales.items()},
     )
+
+
+def _rotary_dim(read: "_Reader", family: families.Family, head_dim: int) -> int:
+    where = read.over(read.get("rope_parameters", dict, {}))
+    part = where.get("partial_rotary_factor", float, 1.0)
+    if part != 1.0 and not family.partial_rotary:
+        raise where.wrong("partial_rotary_factor", f"1: {read.name} models rotate whole heads")
+    dim = int(head_dim * part) if 0 < part <= 1 else 0
+    if dim < 2 or dim % 2:
+        raise where.wrong("partial_rotary_factor", f"an even share of the {head_dim} of a head")
+    return dim
+
+
+def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> dict[str, Any]:
+    """Returns the fields of DecoderConfig that say how layers differ from each other."""
+    count = read.size("num_hidden_layers")
+    # null is no window; without the key there is the family's.
+    window = read.size("sliding_window", None) if family.sliding_window else None
+    found: dict[str, Any] = {"sliding_window": window}
+    types = read.get("layer_types", list, None)
+    allowed = {rope.FULL, *((rope.SLIDING,) if window is not None and family.layer_types else ())}
+    if types is not None and (family.layer_types or not family.sliding_window):
+        known = all(isinstance(kind, str) and kind in allowed for kind in types)
+        if not known or (family.layer_types and len(types) != count):
+            expected = " or ".join(sorted(allowed))
+            raise read.wrong("layer_types", f"{expected} for each layer")
+    if family.layer_types and window is not None:
+        every = read.get("sliding_window_pattern", int, family.full_every)
+        if every is not None and every < 1:
+            raise read.wrong("sliding_window_pattern", "at least 1")
+        if types is not None:
+            sliding = tuple(kind == rope.SLIDING for kind in types)
+        else:
+            sliding = tuple(every is None or (i + 1) % every != 0 for i in range(count))
+        found["sliding_layers"] = None if all(sliding) else sliding
+        if family.sliding_theta:
+            own = rope.read_rope(read, rotary_dim, rope.SLIDING, family.sliding_theta)
+            found["sliding_rope"] = own
+    if family.unrotated_every:
+        every = read.get("no_rope_layer_interval", int, family.unrotated_every)
+        if every < 1:
+            raise read.wrong("no_rope_layer_interval", "at least 1")
+        plain = [int((i + 1) % every != 0) for i in range(count)]
+        rotated = read.get("no_rope_layers", list, plain)
+        if len(rotated) != count or not all(type(x) is int and x in (0, 1) for x in rotated):
+            raise read.wrong("no_rope_layers", f"a list of {count} numbers, each 0 or 1")
+        found["rotated_layers"] = tuple(x == 1 for x in rotated)
+    return found
 
 
 def encoder_config(config: dict[str, Any], field: str) -> EncoderConfig:
     """Reads a Hugging Face config of a BERT encoder. Raises UserError as `decoder_config`."""
-    read = _Reader(config, field, ENCODERS, "an encoder")
+    read = _Reader(config, field, families.ENCODERS, "an encoder")
     read.expect("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"))
     read.expect("position_embedding_type", ("absolute",))
     read.expect("is_decoder", (False, None))
@@ -178,15 +198,19 @@ _REQUIRED = object()
 
 
 class _Reader:
-    """Reads typed values of a config.json of one of `families`."""
+    """Typed values of a config.json of one of the families `built`."""
 
-    def __init__(self, config: dict[str, Any], field: str, families: dict[str, Family], what: str):
-        self.config, self.field, self.families = config, field, families
+    def __init__(
+        self, config: dict[str, Any], field: str, built: dict[str, families.Family], what: str
+    ):
+        self.config, self.field, self.built, self.what = config, field, built, what
         self.name = config.get("model_type")
-        if self.name not in tuple(families):
+        if self.name not in tuple(built):
+            missing = families.MISSING.get(self.name) if isinstance(self.name, str) else None
+            has = f" (it has {missing}, which is not built here)" if missing else ""
             raise errors.UserError(
-                f"{field}: model family {reading.shorten(self.name)} is not supported here:"
-                f" {what} is needed, one of {', '.join(families)}."
+                f"{field}: model family {reading.shorten(self.name)} is not supported here{has}:"
+                f" {what} is needed, one of {', '.join(built)}."
             )
         for key in ("quantization_config", "compression_config"):
             if config.get(key):
@@ -203,12 +227,16 @@ class _Reader:
         if value is None:
             if key in self.config and default is not _REQUIRED:
                 return default
-            default = self.families[self.name].defaults.get(key, default)
+            default = self.built[self.name].defaults.get(key, default)
             if default is _REQUIRED:
                 raise errors.UserError(f"{self.field}: config.json has no {key!r}.")
             return default
         reading.check_record(self.config, f"{self.field}: config.json", {}, {key: kinds})
         return value
+
+    def over(self, values: dict[str, Any]) -> "_Reader":
+        """Returns a reader for which `values` come before the config's own."""
+        return _Reader({**self.config, **values}, self.field, self.built, self.what)
 
     def size(self, key: str, default: Any = _REQUIRED) -> Any:
         """Returns a whole number from 1 to LARGEST."""
@@ -219,6 +247,12 @@ class _Reader:
 
     def flag(self, key: str) -> bool:
         return self.get(key, bool, False)
+
+    def positive(self, key: str) -> float:
+        value = float(self.get(key, float))
+        if not 0 < value < math.inf:
+            raise self.wrong(key, "positive")
+        return value
 
     def epsilon(self, key: str) -> float:
         value = float(self.get(key, float))
@@ -244,37 +278,3 @@ class _Reader:
         return errors.UserError(
             f"{self.field}: config.json has {key}={shown}; it must be {expected}."
         )
-
-
-def _rope(read: _Reader, head_dim: int) -> Rope:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    merged = {**read.get("rope_scaling", dict, {}), **read.get("rope_parameters", dict, {})}
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind not in tuple(ROPE_SETTINGS):
-        raise errors.UserError(
-            f"{read.field}: rope scaling {reading.shorten(kind)} is not supported; expected one of"
-            f" {', '.join(ROPE_SETTINGS)}."
-        )
-    inner = _Reader({**read.config, **merged}, read.field, read.families, "a decoder")
-    if inner.get("partial_rotary_factor", float, 1.0) != 1.0:
-        raise inner.wrong("partial_rotary_factor", "1: others are not built here")
-    known = {*ROPE_COMMON, *ROPE_SETTINGS[kind]}
-    if unknown := sorted(k for k in merged if k not in known and merged[k] is not None):
-        raise errors.UserError(
-            f"{read.field}: config.json has the rope setting {unknown[0]!r}, which {kind!r} scaling"
-            f" does not read; it reads {', '.join(ROPE_SETTINGS[kind]) or 'none'}."
-        )
-    settings = {}
-    for key in ("rope_theta", *ROPE_SETTINGS[kind]):
-        whole = key == "original_max_position_embeddings"
-        value = inner.size(key) if whole else inner.get(key, list if key == "factors" else float)
-        values = value if key == "factors" else [value]
-        if not all(type(v) in (int, float) and 0 < v < math.inf for v in values):
-            raise inner.wrong(key, "positive")
-        if key == "factors" and len(values) != head_dim // 2:
-            raise inner.wrong(key, f"a list of {head_dim // 2} numbers")
-        settings[key] = tuple(value) if key == "factors" else value
-    theta = float(settings.pop("rope_theta"))
-    if kind == "llama3" and not settings["low_freq_factor"] < settings["high_freq_factor"]:
-        raise inner.wrong("high_freq_factor", "larger than low_freq_factor")
-    return Rope(theta=theta, kind=kind, settings=tuple(sorted(settings.items())))

@@ -1,13 +1,16 @@
-"""Llama-family decoders (Llama, Mistral, Qwen2, Qwen3) as one pure function of nested dicts.
+"""Decoders as one pure function of nested dicts; models/families.py says how families differ.
 
 Parameters, with layers stacked on a leading axis N and kernels stored (in, out):
 
     embed/embedding (V, D)          layers/attn_norm/scale (N, D)      layers/mlp_norm/scale (N, D)
     final_norm/scale (D,)           layers/attn/{q,k,v,o}_proj/kernel
     layers/mlp/{gate,up,down}_proj/kernel head/kernel (D, V), untied
-    layers/attn/{q,k}_norm/scale (N, C), Qwen3
+
+Some have layers/attn/{q,k}_norm/scale, layers/{attn,mlp}_post_norm/scale of what attention and MLP
+add, biases beside kernels, or qkv_proj and gate_up_proj as one matrix.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +21,18 @@ from jax.typing import DTypeLike
 
 from diq_jax import trees
 from diq_jax.data import batches
-from diq_jax.models import config, layers
+from diq_jax.models import config, layers, rope
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 # First match decides; a leaf without a match, or a rule without a leaf where `always`, is an error.
 PARTITION_RULES = (
     (r"embed/embedding", P("model", None)),
     (r"head/kernel", P(None, "model")),
-    (r"layers/.*/(q|k|v|gate|up)_proj/kernel", P(None, None, "model")),
-    (r"layers/.*/(q|k|v|gate|up)_proj/bias", P(None, "model")),
+    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
+    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
     (r"layers/.*/(o|down)_proj/kernel", P(None, "model", None)),
     (r"layers/.*/(o|down)_proj/bias", P(None, None)),
     (r"layers/.*norm/scale", P(None, None)),
@@ -41,26 +48,24 @@ def shapes(cfg: config.DecoderConfig) -> dict:
     def linear(n_in, n_out, bias):
         return {"kernel": (N, n_in, n_out)} | ({"bias": (N, n_out)} if bias else {})
 
-    attn = {
-        "q_proj": linear(D, heads, cfg.qkv_bias),
-        "k_proj": linear(D, kv_heads, cfg.qkv_bias),
-        "v_proj": linear(D, kv_heads, cfg.qkv_bias),
-        "o_proj": linear(heads, D, cfg.output_bias),
-    }
+    widths = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    ends = {"gate_proj": F, "up_proj": F}
+    if cfg.fused:
+        widths, ends = {"qkv_proj": sum(widths.values())}, {"gate_up_proj": 2 * F}
+    attn = {name: linear(D, width, cfg.qkv_bias) for name, width in widths.items()}
+    attn |= {"o_proj": linear(heads, D, cfg.output_bias)}
     if cfg.qk_norm:
-        attn |= {"q_norm": {"scale": (N, C)}, "k_norm": {"scale": (N, C)}}
-    mlp = {
-        "gate_proj": linear(D, F, cfg.mlp_bias),
-        "up_proj": linear(D, F, cfg.mlp_bias),
-        "down_proj": linear(F, D, cfg.mlp_bias),
-    }
+        sizes = (heads, kv_heads) if cfg.joint_qk_norm else (C, C)
+        attn |= {f"{x}_norm": {"scale": (N, size)} for x, size in zip("qk", sizes, strict=True)}
+    mlp = {name: linear(D, end, cfg.mlp_bias) for name, end in ends.items()}
+    mlp |= {"down_proj": linear(F, D, cfg.mlp_bias)}
+    norms = {"before": ("",), "after": ("_post",), "around": ("", "_post")}[cfg.norms]
     tree = {
         "embed": {"embedding": (cfg.vocab_size, D)},
         "layers": {
-            "attn_norm": {"scale": (N, D)},
             "attn": attn,
-            "mlp_norm": {"scale": (N, D)},
             "mlp": mlp,
+            **{f"{block}{at}_norm": {"scale": (N, D)} for block in ("attn", "mlp") for at in norms},
         },
         "final_norm": {"scale": (D,)},
     }
@@ -68,9 +73,7 @@ def shapes(cfg: config.DecoderConfig) -> dict:
 
 
 def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.Tree:
-    """Draws random parameters (normal 0.02; norm gains one, biases zero), for tests and
-    benchmarks.
-    """
+    """Draws random parameters (normal 0.02; norms multiply by 1, biases are 0), for tests."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
     )
@@ -78,7 +81,7 @@ def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.T
     def make(key, path, shape):
         kind = path[-1].key
         if kind == "scale":
-            return jnp.ones(shape, dtype)
+            return jnp.full(shape, 0 if cfg.unit_offset else 1, dtype)
         if kind == "bias":
             return jnp.zeros(shape, dtype)
         return (0.02 * jax.random.normal(key, shape)).astype(dtype)
@@ -116,8 +119,7 @@ def apply(
         layers in bfloat16 lose what a score is made of (docs/results.md).
     """
 
-    def attend(q, k, v, _):
-        window = cfg.sliding_window
+    def attend(q, k, v, window, _):
         return layers.attention(q, k, v, segment_ids, True, window, positions, parent_ids), None
 
     return through(params, cfg, tokens, positions, attend, adapter, remat, probe=probe)[0]
@@ -138,54 +140,108 @@ def through(
     (models/cache.py).
 
     Args:
-        attend: (q (B, T, H, C), k and v (B, T, K, C), the layer's part of `past`) -> what the
-            queries read (B, T, H * C), and what to keep of the layer.
+        attend: (q (B, T, H, C), k and v (B, T, K, C), the layer's window, its part of `past`) ->
+            what the queries read (B, T, H * C), and what to keep of the layer.
         past: a tree of arrays stacked over the layers (N, ...), or None.
 
     Returns:
         Hidden states after the final norm (B, T, D), and what was kept, stacked over the layers.
     """
-    frequencies = layers.rope_frequencies(cfg.rope, cfg.head_dim)
     B, T = tokens.shape
     probe = probe or {}
+    norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, unit_offset=cfg.unit_offset)
+    alike, apart = places(cfg)
 
     def layer(x, stacked):
-        p, adapted, probes, before = stacked
+        p, adapted, probes, before, place = stacked
+        place = alike | place
 
         def linear(group, name, x):
             beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))
             return layers.linear(p[group][name], x, *beside)
 
-        def head_norm(name, x):
-            return layers.rms_norm(
-                p["attn"][name], x, cfg.norm_eps, probes.get("attn", {}).get(name)
-            )
+        def block_norm(name, x):
+            if name in p:
+                return norm(p[name], x, probe=probes.get(name))
+            return x.astype(p["attn"]["o_proj"]["kernel"].dtype)
 
-        h = layers.rms_norm(p["attn_norm"], x, cfg.norm_eps, probes.get("attn_norm"))
-        q, k, v = (
-            linear("attn", name, h).reshape(B, T, -1, cfg.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        if cfg.qk_norm:
-            q, k = head_norm("q_norm", q), head_norm("k_norm", k)
-        q = layers.rotate(q, positions, frequencies)
-        k = layers.rotate(k, positions, frequencies)
-        h, kept = attend(q, k, v, before)
-        x = x + linear("attn", "o_proj", layers.kept(h))
+        def heads(name, x):
+            """Splits what a projection gave into heads, normed where the family does that."""
+            whole = x.reshape(B, T, -1, cfg.head_dim)
+            if not cfg.qk_norm or name == "v":
+                return whole
+            x = x if cfg.joint_qk_norm else whole
+            x = norm(p["attn"][f"{name}_norm"], x, probe=probes.get("attn", {}).get(f"{name}_norm"))
+            return x.reshape(whole.shape)
 
-        h = layers.rms_norm(p["mlp_norm"], x, cfg.norm_eps, probes.get("mlp_norm"))
-        gate, up = linear("mlp", "gate_proj", h), linear("mlp", "up_proj", h)
-        x = x + linear("mlp", "down_proj", jax.nn.silu(gate) * up)
-        return x, kept
+        def add(x, h):
+            return x + (h if cfg.residual_scale is None else h * cfg.residual_scale)
 
-    x = embed(params["embed"], tokens, probe.get("embed"))
+        h = block_norm("attn_norm", x)
+        q, k, v = (heads(name, y) for name, y in zip("qkv", _qkv(cfg, linear, h), strict=True))
+        q, k = (rope.rotate(y, positions, place["frequencies"], place["amplitude"]) for y in (q, k))
+        if cfg.query_scale is not None:
+            q = q * cfg.query_scale
+        h, kept = attend(q, k, v, place["window"], before)
+        x = add(x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
+
+        h = block_norm("mlp_norm", x)
+        gate, up = _gate_up(cfg, linear, h)
+        h = linear("mlp", "down_proj", ACTIVATIONS[cfg.activation](gate) * up)
+        return add(x, block_norm("mlp_post_norm", h)), kept
+
+    x = embed(params["embed"], cfg, tokens, probe.get("embed"))
     adapter_layers = {} if adapter is None else adapter["layers"]
-    stacked = (params["layers"], adapter_layers, probe.get("layers", {}), past)
+    stacked = (params["layers"], adapter_layers, probe.get("layers", {}), past, apart)
     x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
-    return layers.rms_norm(params["final_norm"], x, cfg.norm_eps, probe.get("final_norm")), kept
+    return norm(params["final_norm"], x, probe=probe.get("final_norm")), kept
 
 
-def embed(params: trees.Tree, tokens: batches.Array, probe: trees.Tree | None = None) -> jax.Array:
+def places(cfg: config.DecoderConfig) -> tuple[trees.Tree, trees.Tree]:
+    """Returns where a layer looks and how it rotates, {window, frequencies, amplitude}: the same
+    for all layers, and stacked over them where they differ.
+    """
+    dim = cfg.rotary_dim or cfg.head_dim
+
+    def turn(r):
+        return {"frequencies": rope.frequencies(r, dim), "amplitude": rope.amplitude(r)}
+
+    alike = {"window": cfg.sliding_window, **turn(cfg.rope)}
+    slides = cfg.sliding_layers or (cfg.sliding_window is not None,) * cfg.num_layers
+    apart = {}
+    if cfg.sliding_layers is not None:
+        apart["window"] = jnp.where(jnp.array(slides), cfg.sliding_window, jnp.int32(2**31 - 1))
+    if cfg.sliding_rope is not None:
+        own = turn(cfg.sliding_rope)
+        by_layer = [own if slide else alike for slide in slides]
+        apart |= {name: jnp.stack([jnp.asarray(x[name]) for x in by_layer]) for name in own}
+    if cfg.rotated_layers is not None:
+        rotated = jnp.array(cfg.rotated_layers, jnp.float32)
+        apart["frequencies"] = rotated[:, None] * alike["frequencies"][None]
+    return alike, apart
+
+
+def _qkv(cfg, linear, h):
+    """Projects h (B, T, D) to queries, keys and values, each (B, T, heads * C)."""
+    if not cfg.fused:
+        return [linear("attn", f"{x}_proj", h) for x in "qkv"]
+    sizes = [cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim]
+    return jnp.split(linear("attn", "qkv_proj", h), [sizes[0], sum(sizes)], axis=-1)
+
+
+def _gate_up(cfg, linear, h):
+    """Projects h (B, T, D) to the gate and what it gates, each (B, T, F)."""
+    if not cfg.fused:
+        return linear("mlp", "gate_proj", h), linear("mlp", "up_proj", h)
+    return jnp.split(linear("mlp", "gate_up_proj", h), 2, axis=-1)
+
+
+def embed(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    tokens: batches.Array,
+    probe: trees.Tree | None = None,
+) -> jax.Array:
     """Returns rows of the embedding as the residual stream, (B, T, D) float32."""
     x = params["embedding"][tokens].astype(jnp.float32)
 
@@ -195,7 +251,11 @@ def embed(params: trees.Tree, tokens: batches.Array, probe: trees.Tree | None = 
     def folded(signs, size):  # of a one-hot row
         return signs[tokens][..., None] * jax.nn.one_hot(tokens % size, size)
 
-    return layers.probed((probe or {}).get("embedding"), x, enter, folded)
+    x = layers.probed((probe or {}).get("embedding"), x, enter, folded)
+    if cfg.embed_scale is None:
+        return x
+    # Rounded as the model was trained: sqrt(5376) is 73.5 in bfloat16.
+    return x * jnp.asarray(cfg.embed_scale, params["embedding"].dtype).astype(x.dtype)
 
 
 def logits(
@@ -221,4 +281,5 @@ def logits(
     equation = "bad,vd->bav" if cfg.tied_head else "bad,dv->bav"
     y = jnp.einsum(equation, hidden, params[group][leaf], preferred_element_type=jnp.float32)
     node = (probe or {}).get(group, {}).get(leaf)
-    return layers.probed(node, y, through, folded, transposed=cfg.tied_head)
+    y = layers.probed(node, y, through, folded, transposed=cfg.tied_head)
+    return y if cfg.logit_scale is None else y * cfg.logit_scale

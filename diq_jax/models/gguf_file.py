@@ -3,6 +3,7 @@
 Format, and what an absent key means: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -13,12 +14,9 @@ import gguf
 import numpy as np
 
 from diq_jax import errors
-from diq_jax.models import config as families
-from diq_jax.models import gguf_header, stored
+from diq_jax.models import families, gguf_header, stored
 from diq_jax.run import reading
 
-# Values of general.architecture. Mistral files carry the architecture llama.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -33,6 +31,46 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What files of one general.architecture hold."""
+
+    model_type: str
+    names: dict[str, str] = dataclasses.field(default_factory=dict)  # beside LAYER_NAMES
+    # llama.cpp rotates neighbouring rows of these; Hugging Face rotates the two halves.
+    paired_rows: bool = False
+    # {key of the file: key of config.json}, numbers
+    numbers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# Mistral files carry the architecture llama.
+ARCHITECTURES = {
+    "llama": Architecture("llama", paired_rows=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma3": Architecture(
+        "gemma3_text", POST_NORMS, numbers={"rope.freq_base_swa": "rope_local_base_freq"}
+    ),
+    "olmo2": Architecture("olmo2", POST_NORMS),
+    "phi3": Architecture("phi3", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
+    "granite": Architecture(
+        "granite", paired_rows=True,
+        numbers={
+            "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+        },
+    ),
+    "smollm3": Architecture("smollm3", paired_rows=True),
+}  # fmt: skip
+# gemma3 files leave these out; llama.cpp has them as constants (src/models/gemma3.cpp).
+GEMMA3_27B_LAYERS, GEMMA3_PATTERN = 62, 6
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN = {
     gguf.GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -53,15 +91,18 @@ def open_gguf(path: pathlib.Path) -> tuple[dict, dict[str, stored.Tensor]]:
     """
     header = gguf_header.read_header(path)
     config = _config(path, header)
-    # llama.cpp rotates neighbouring rows of llama models; Hugging Face rotates the two halves.
+    kind = ARCHITECTURES[header.metadata["general.architecture"]]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    permuted = heads if header.metadata["general.architecture"] == "llama" else {}
+    permuted = heads if kind.paired_rows else {}
+    offset = families.DECODERS[kind.model_type].unit_offset
 
     def tensor(name, listed):
         module = name.split(".")[-2]
 
         def read():
             array = _values(path, header, listed)
+            if offset and module.endswith("norm"):
+                return array - 1  # llama.cpp stores 1 + the gain
             return _half_split_rows(array, permuted[module]) if module in permuted else array
 
         return stored.Tensor(listed.shape, _dtype(listed.kind), read)
@@ -69,7 +110,7 @@ def open_gguf(path: pathlib.Path) -> tuple[dict, dict[str, stored.Tensor]]:
     tensors = {}
     for listed in header.tensors.values():
         if listed.name != ROPE_FACTORS:
-            name = _name(path, listed.name)
+            name = _name(path, listed.name, kind)
             tensors[name] = tensor(name, listed)
     return config, tensors
 
@@ -108,8 +149,10 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
             f"{path} rotates {rotated} of the {head_dim} numbers of a head; expected all."
         )
     epsilon = required("attention.layer_norm_rms_epsilon", float)
+    kind = ARCHITECTURES[architecture]
+    family = families.DECODERS[kind.model_type]
     config = {
-        "model_type": architecture,
+        "model_type": kind.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": required("feed_forward_length", int),
@@ -117,7 +160,7 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
         "num_attention_heads": heads,
         "num_key_value_heads": optional("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        family.activation[0]: family.activation[1],
         "max_position_embeddings": required("context_length", int),
         "rms_norm_eps": _shortest_float(epsilon),
         # 10,000 is the format's default.
@@ -127,14 +170,22 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
     }
     if (scaling := _rope_scaling(path, optional, header, config)) is not None:
         config["rope_scaling"] = scaling
+    for key, name in kind.numbers.items():
+        if (number := optional(key, float)) is not None:
+            config[name] = _shortest_float(number)
+    if kind.model_type == "gemma3_text":
+        config["sliding_window_pattern"] = GEMMA3_PATTERN
+        largest = config["num_hidden_layers"] == GEMMA3_27B_LAYERS
+        config["query_pre_attn_scalar"] = width // heads if largest else head_dim
     window = optional("attention.sliding_window", int)
-    if window is not None and window < config["max_position_embeddings"]:
-        if architecture != "llama":
+    if window and (family.layer_types or window < config["max_position_embeddings"]):
+        if architecture != "llama" and not family.sliding_window:
             raise errors.UserError(
                 f"{path} has a sliding window of {window} positions, which is not built here for"
                 f" {architecture}."
             )
-        config |= {"model_type": "mistral", "sliding_window": window}
+        moved = {"model_type": "mistral"} if architecture == "llama" else {}
+        config |= {**moved, "sliding_window": window}
     config["architectures"] = [families.DECODERS[config["model_type"]].architecture]
     return config | _special_tokens(path, metadata)
 
@@ -184,6 +235,14 @@ def _rope_scaling(
     scaling["factor"] = optional("rope.scaling.factor", float, old or 1.0)
     if (length := optional("rope.scaling.original_context_length", int)) is not None:
         scaling["original_max_position_embeddings"] = length
+    for ours in ("beta_fast", "beta_slow"):
+        if (beta := optional(f"rope.scaling.yarn_{ours}", float)) is not None:
+            scaling[ours] = beta
+    if optional("rope.scaling.attn_factor", float) is not None:
+        raise errors.UserError(
+            f"{path} has rope.scaling.attn_factor, which converters mean in several ways; expected"
+            " the model's safetensors folder."
+        )
     return scaling
 
 
@@ -201,17 +260,18 @@ def _shortest_float(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _name(path: pathlib.Path, stored: str) -> str:
+def _name(path: pathlib.Path, stored: str, kind: Architecture) -> str:
     """Renames blk.3.attn_q.weight to model.layers.3.self_attn.q_proj.weight."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", stored)
     if match is not None:
-        layer, module, kind = match.groups()
+        layer, module, leaf = match.groups()
         if layer is None and module in NAMES:
-            return f"{NAMES[module]}.{kind}"
-        if layer is not None and module in LAYER_NAMES:
-            return f"model.layers.{layer}.{LAYER_NAMES[module]}.{kind}"
+            return f"{NAMES[module]}.{leaf}"
+        names = LAYER_NAMES | kind.names
+        if layer is not None and module in names:
+            return f"model.layers.{layer}.{names[module]}.{leaf}"
     raise errors.UserError(
-        f"{path} holds the tensor {stored!r}, which a dense {', '.join(ARCHITECTURES)} model lacks."
+        f"{path} holds the tensor {stored!r}, which a dense {kind.model_type} model lacks."
     )
 
 

@@ -27,8 +27,8 @@ DECODER_NAMES = {
 } | {
     f"layers/{group}/{module}/{leaf}": f"model.layers.{{i}}.{theirs}.{module}.{name}"
     for group, theirs, modules in (
-        ("attn", "self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        ("mlp", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("attn", "self_attn", ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
+        ("mlp", "mlp", ("gate_proj", "up_proj", "gate_up_proj", "down_proj")),
     )
     for module in modules
     for leaf, name in (("kernel", "weight"), ("bias", "bias"))
@@ -36,6 +36,12 @@ DECODER_NAMES = {
 DECODER_NAMES |= {
     f"layers/attn/{norm}/scale": f"model.layers.{{i}}.self_attn.{norm}.weight"
     for norm in ("q_norm", "k_norm")
+}
+# With norms after attention and MLP, alone (OLMo) or beside those before them (Gemma).
+POST_NORM_NAMES = DECODER_NAMES | {
+    "layers/attn_post_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{i}.pre_feedforward_layernorm.weight",
+    "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 
 ENCODER_NAMES = {
@@ -102,7 +108,8 @@ def check_decoder(
         UserError: missing, unused, misshaped and quantised tensors, all in one message.
     """
     ignored = {checkpoint.HEAD} if cfg.tied_head else set()
-    return _check(source, decoder.shapes(cfg), DECODER_NAMES, "", {}, ignored, field)
+    shapes = decoder.shapes(cfg)
+    return _check(source, shapes, _decoder_names(shapes), "", {}, ignored, field)
 
 
 def check_encoder(
@@ -116,7 +123,7 @@ def check_encoder(
 
 def decoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (tensor name, array) of a decoder, as transformers names and turns them."""
-    return _tensors(params, DECODER_NAMES)
+    return _tensors(params, _decoder_names(params))
 
 
 def encoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
@@ -131,6 +138,10 @@ def save_decoder(
     dtype = str(params["embed"]["embedding"].dtype)
     settings = {**hf_config, "dtype": dtype, "torch_dtype": dtype}
     checkpoint.save_checkpoint(folder, settings, decoder_tensors(params), max_shard_bytes)
+
+
+def _decoder_names(tree):
+    return POST_NORM_NAMES if "mlp_post_norm" in tree["layers"] else DECODER_NAMES
 
 
 def _check(source, shapes, names, prefix, stored_as, ignored, field):

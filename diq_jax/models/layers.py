@@ -21,7 +21,6 @@ import numpy as np
 from jax import ad_checkpoint
 
 from diq_jax.data import batches
-from diq_jax.models import config
 from diq_jax.trees import Tree
 
 UNSEEN = -1e30  # added to a score: exp gives exactly 0; a position always sees itself
@@ -166,13 +165,20 @@ def _probed_backward(residuals, dy):
 _probed.defvjp(_probed_forward, _probed_backward)
 
 
-def rms_norm(params: Tree, x: jax.Array, eps: float, probe: Tree | None = None) -> jax.Array:
+def rms_norm(
+    params: Tree, x: jax.Array, eps: float, probe: Tree | None = None, unit_offset: bool = False
+) -> jax.Array:
     """Divides by the root of the mean square over the last axis, in float32 because squares of
     bfloat16 lose the mean; the result has the gain's dtype.
+
+    Args:
+        unit_offset: multiply by 1 + the gain, in float32, as Gemma does.
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale = _vector(params["scale"], (probe or {}).get("scale"), x)
+    if unit_offset:
+        return (x32 * (1.0 + scale.astype(jnp.float32))).astype(scale.dtype)
     return x32.astype(scale.dtype) * scale
 
 
@@ -199,40 +205,6 @@ def _vector(vector, probe, x):
 
 def _along_last(vector, x):
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def rope_frequencies(rope: config.Rope, head_dim: int) -> jax.Array:
-    """Computes inverse frequencies, (C // 2,) float32, scaled as the checkpoint says."""
-    settings = dict(rope.settings)
-    inverse = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.kind == "linear":
-        return inverse / settings["factor"]
-    if rope.kind == "gguf_factors":
-        return inverse / jnp.asarray(settings["factors"], jnp.float32)
-    if rope.kind == "llama3":
-        # Llama 3.1: wavelengths beyond the trained context are stretched by `factor`, short ones
-        # are kept.
-        context = settings["original_max_position_embeddings"]
-        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
-        turns = context * inverse / (2 * jnp.pi)
-        smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (1 - smooth) * inverse / settings["factor"] + smooth * inverse
-    return inverse
-
-
-def rotate(x: jax.Array, positions: batches.Array, frequencies: jax.Array) -> jax.Array:
-    """Applies the rotary embedding, half-split layout.
-
-    Args:
-        x: (B, T, heads, C).
-        positions: (B, T) int32.
-        frequencies: (C // 2,) float32; angles stay float32 since bfloat16 cannot count to 8192.
-    """
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def attention(

@@ -16,7 +16,7 @@ from diq_jax.influence import direction, engines, exact, factored, per_example, 
 from diq_jax.models import lora
 
 BIASES = {"tied_head": False, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
-FAMILIES = {"tied": {}, "untied-biases": BIASES, "qk-norm": {"qk_norm": True}}
+FAMILIES = {"tied": {}, "untied-biases": BIASES, "qk-norm": {"qk_norm": True}, **tiny.APART}
 ROWS = tiny.rows(6, 24, seed=1)
 BATCH = batches.make_batch(ROWS, 8, 24, 24)  # two rows are padding
 
@@ -140,7 +140,7 @@ def test_a_factored_projection_without_room_is_refused(dim, rank, message):
         factored.make_layout(shapes, influence_config.Projection(dim=dim, rank=rank))
 
 
-@pytest.mark.parametrize("family", ["tied", "untied-biases"])
+@pytest.mark.parametrize("family", ["tied", "untied-biases", "gemma", "phi-granite"])
 def test_a_thin_direction_scores_as_its_own_product(family):
     """Rank 3: <g, A B> for matrices, gains and biases whole; full rank: the direction itself."""
     model = tiny.model(**FAMILIES[family])

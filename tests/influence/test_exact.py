@@ -21,6 +21,8 @@ CASES = {
     "lora": ({}, "lora", "mean"),
     "regex": ({}, "final_norm|attn/(q|o)_proj", "sum"),
     "embedding": ({}, "embed", "mean"),
+    "gemma-lora": (tiny.APART["gemma"], "lora", "mean"),
+    **{name: (changes, "all", "mean") for name, changes in tiny.APART.items()},
 }
 
 

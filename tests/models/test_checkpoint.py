@@ -513,6 +513,61 @@ def test_gguf_has_the_weights_and_config_of_the_model(tmp_path, architecture):
     }
 
 
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "granite", "smollm3"])
+def test_a_gguf_file_of_a_family_is_the_model(tmp_path, name):
+    """As llama.cpp converts it: its tensor names, Gemma's gains + 1, rows of Llamas in pairs."""
+    torch_models = pytest.importorskip("torch_models", reason="torch is not installed")
+    model = torch_models.torch_model(name, tmp_path / "hf")
+    settings = model.config
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)
+    writer.add_context_length(settings.max_position_embeddings)
+    writer.add_embedding_length(settings.hidden_size)
+    writer.add_feed_forward_length(settings.intermediate_size)
+    writer.add_block_count(settings.num_hidden_layers)
+    writer.add_head_count(settings.num_attention_heads)
+    writer.add_head_count_kv(settings.num_key_value_heads)
+    head_dim = getattr(settings, "head_dim", None)
+    if head_dim is not None:
+        writer.add_key_length(head_dim)
+    writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
+    whole = settings.rope_parameters.get("full_attention", settings.rope_parameters)
+    writer.add_rope_freq_base(whole["rope_theta"])
+    if name in ("gemma3", "phi3"):
+        writer.add_sliding_window(settings.sliding_window)
+    if name == "gemma3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(whole["factor"])
+    if name == "granite":
+        writer.add_attention_scale(settings.attention_multiplier)
+        writer.add_embedding_scale(settings.embedding_multiplier)
+        writer.add_residual_scale(settings.residual_multiplier)
+        writer.add_logit_scale(settings.logits_scaling)
+    kind = gguf.MODEL_ARCH[name.upper()]
+    names = gguf.get_tensor_name_map(kind, settings.num_hidden_layers)
+    heads = {"q_proj": settings.num_attention_heads, "k_proj": settings.num_key_value_heads}
+    for key, value in model.state_dict().items():
+        array = value.numpy()
+        if key == "lm_head.weight" and settings.tie_word_embeddings:
+            continue
+        module = key.split(".")[-2]
+        if name in ("granite", "smollm3") and module in heads:
+            array = _permute(array, heads[module])
+        if name == "gemma3" and module.endswith("norm"):
+            array = array + 1
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)) + ".weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    params, cfg, _ = torch_models.load(tmp_path / "m.gguf")
+    expected, cfg_hf, _ = torch_models.load(tmp_path / "hf")
+    # What gguf files leave out, llama.cpp has as constants: which layers slide or are not rotated.
+    apart = {"sliding_layers": cfg_hf.sliding_layers, "rotated_layers": cfg_hf.rotated_layers}
+    scale = {"query_scale": cfg_hf.query_scale} if name == "gemma3" else {}
+    assert dataclasses.replace(cfg, **apart, **scale) == cfg_hf
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+
+
 def test_permuted_rows_by_hand():
     # One head of 8: llama.cpp rotates rows (0, 1), (2, 3), ...; Hugging Face (0, 4), (1, 5), ...
     stored = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.float32)

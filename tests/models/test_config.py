@@ -8,7 +8,7 @@ import tiny
 import transformers
 
 from diq_jax import errors
-from diq_jax.models import config
+from diq_jax.models import config, families, rope
 
 FIELD = "model.path"
 BERT = {
@@ -82,14 +82,17 @@ def test_values_of_decoders_are_checked(change, message):
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma3", "qwen3_moe", "llama4", "Llama", "", None, 3, ["llama"]]
+    "family", ["gemma3", "gpt9", "qwen3_moe", "llama4", "Llama", "", None, 3, ["llama"]]
 )
 def test_families_that_are_not_supported_are_refused_without_a_guess(family):
     with pytest.raises(errors.UserError) as caught:
         config.decoder_config(tiny.HF_CONFIG | {"model_type": family}, FIELD)
+    has = families.MISSING.get(family) if isinstance(family, str) else None
+    part = f" (it has {has}, which is not built here)" if has else ""
+    assert (has is not None) == (family in ("qwen3_moe", "llama4"))
     assert str(caught.value) == (
-        f"model.path: model family {family!r} is not supported here: a decoder is needed, one of"
-        " llama, mistral, qwen2, qwen3."
+        f"model.path: model family {family!r} is not supported here{part}: a decoder is needed, one"
+        f" of {', '.join(families.DECODERS)}."
     )
     with pytest.raises(errors.UserError, match=r"an encoder is needed, one of bert\.$"):
         config.encoder_config(BERT | {"model_type": family}, FIELD)
@@ -117,15 +120,16 @@ def test_what_a_config_leaves_out_is_what_transformers_documents():
     def without(family, *keys):
         settings = {k: v for k, v in tiny.HF_CONFIG.items() if k not in keys}
         settings["model_type"] = family
-        made = getattr(transformers, f"{family.capitalize()}Config")(
-            **{k: v for k, v in settings.items() if k != "model_type"}
-        )
+        made = transformers.AutoConfig.for_model(**settings | {"pad_token_id": None})
         return config.decoder_config(settings, FIELD), made
 
-    for family in config.DECODERS:
+    for family in families.DECODERS:
         ours, theirs = without(family, "rope_theta")
-        assert ours.rope == config.Rope(1e4, "default", ())
-        assert theirs.rope_parameters["rope_theta"] == ours.rope.theta
+        documented = theirs.rope_parameters
+        expected = documented.get("full_attention", documented)["rope_theta"]
+        assert ours.rope == rope.Rope(expected, "default", ())
+        if ours.sliding_rope:
+            assert ours.sliding_rope.theta == documented["sliding_attention"]["rope_theta"]
     ours, theirs = without("llama", "max_position_embeddings")
     assert ours.max_positions == theirs.max_position_embeddings == 2048
     ours, theirs = without("mistral", "sliding_window")

@@ -114,7 +114,7 @@ def test_missing_unused_and_misshaped_tensors_are_reported_together(tmp_path):
         ({"model_type": "bert"}, "a decoder is needed"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rms_norm_eps": None}, "no 'rms_norm_eps'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "with the length of a batch"),
     ],
 )
 def test_unsupported_configs_are_refused(change, message, tmp_path):
@@ -167,7 +167,8 @@ def test_causality_by_gradients():
 
 def test_every_parameter_has_one_partition_rule_and_every_rule_a_parameter():
     names = set()
-    for extra in ({}, {"tied_head": False, "qkv_bias": True, "output_bias": True, "qk_norm": True}):
+    biases = {"tied_head": False, "qkv_bias": True, "output_bias": True, "qk_norm": True}
+    for extra in ({}, biases, {"fused": True, "norms": "around"}):
         shapes = trees.named_leaves(
             decoder.shapes(tiny.decoder_config(**extra)), lambda x: type(x) is tuple
         )

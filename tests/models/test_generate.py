@@ -76,7 +76,13 @@ def theirs(model, asked, count):
     return out[:, longest:].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3-tied", "mistral-window", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama", "llama3-tied", "mistral-window", "qwen2-tied", "qwen3", "gemma3", "olmo3",
+        "phi4-partial", "smollm3", "granite",
+    ],
+)  # fmt: skip
 def test_greedy_equals_transformers_token_for_token(name, tmp_path):
     model = torch_model(name, tmp_path)
     params, cfg, _ = load(tmp_path)
@@ -88,11 +94,12 @@ def test_greedy_equals_transformers_token_for_token(name, tmp_path):
         assert found[prompt.prompt_id, 0] == generate.Answer(spell(tokens), 64, generate.LENGTH)
 
 
-@pytest.mark.parametrize("window", [None, 4, 18])
+@pytest.mark.parametrize("window", [None, 4, 18, *tiny.APART])
 def test_cached_logits_equal_uncached(window):
     """Across the border of a chunk, with an adapter, for rows of different lengths."""
-    model = tiny.model(sliding_window=window, qk_norm=True, tied_head=False)
-    adapter = lora.init(jax.random.key(1), model.cfg, "q_proj|down_proj", 2, 4.0, False, "test")
+    changes = tiny.APART.get(window, {"sliding_window": window, "qk_norm": True})
+    model = tiny.model(**changes, tied_head=False)
+    adapter = lora.init(jax.random.key(1), model.cfg, "qk?v?_proj|down_proj", 2, 4.0, False, "test")
     asked, steps = prompts(3), cache.CHUNK + 3
     settings = sampling.Sampling(steps, 0.0, 1.0, 0)
     maker = generate.make_generator(model.cfg, settings, (), (), spell, tiny.placement())
