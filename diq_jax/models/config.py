@@ -16,7 +16,8 @@ LARGEST = {
     "num_hidden_layers": 2**12, "hidden_size": 2**20, "intermediate_size": 2**22,
     "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
     "vocab_size": 2**26, "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1,
-    "type_vocab_size": 2**16, "original_max_position_embeddings": 2**31 - 1,
+    "type_vocab_size": 2**16, "local_attention": 2**31 - 1,
+    "original_max_position_embeddings": 2**31 - 1,
 }  # fmt: skip
 
 
@@ -69,6 +70,12 @@ class EncoderConfig:
     num_token_types: int
     norm_eps: float
     activation: str  # gelu (exact) or gelu_tanh
+    first_position: int = 0  # where the position embedding begins
+    # ModernBERT's.
+    rope: rope.Rope | None = None
+    sliding_rope: rope.Rope | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    local_attention: int | None = None
 
 
 def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
@@ -173,25 +180,64 @@ def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> 
 
 
 def encoder_config(config: dict[str, Any], field: str) -> EncoderConfig:
-    """Reads a Hugging Face config of a BERT encoder. Raises UserError as `decoder_config`."""
+    """Reads a Hugging Face config of an encoder of one of `families.ENCODERS`.
+
+    Raises:
+        UserError: as `decoder_config`.
+    """
     read = _Reader(config, field, families.ENCODERS, "an encoder")
-    read.expect("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"))
-    read.expect("position_embedding_type", ("absolute",))
-    read.expect("is_decoder", (False, None))
+    key = families.ENCODERS[read.name].activation[0]
+    modern = read.name == "modernbert"
+    if modern:
+        read.expect(key, ("gelu",))
+        for unset in families.ENCODERS[read.name].unset:
+            read.expect(unset, (None, False))
+    else:
+        read.expect(key, ("gelu", "gelu_new", "gelu_pytorch_tanh"))
+        read.expect("position_embedding_type", ("absolute",))
+        read.expect("is_decoder", (False, None))
     num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
+    head_dim, positions = read.head_dim(model_dim, num_heads), read.size("max_position_embeddings")
+    first = 0
+    if read.name == "roberta":
+        first = read.get("pad_token_id", int) + 1
+        if not 0 <= first < positions:
+            raise read.wrong("pad_token_id", f"below the {positions} position embeddings")
     return EncoderConfig(
         family=read.name,
         num_layers=read.size("num_hidden_layers"),
         model_dim=model_dim,
         ffn_dim=read.size("intermediate_size"),
         num_heads=num_heads,
-        head_dim=read.head_dim(model_dim, num_heads),
+        head_dim=head_dim,
         vocab_size=read.size("vocab_size"),
-        max_positions=read.size("max_position_embeddings"),
-        num_token_types=read.size("type_vocab_size"),
-        norm_eps=read.epsilon("layer_norm_eps"),
-        activation="gelu" if read.get("hidden_act", str) == "gelu" else "gelu_tanh",
+        max_positions=positions - first,
+        num_token_types=0 if modern else read.size("type_vocab_size"),
+        norm_eps=read.epsilon("norm_eps" if modern else "layer_norm_eps"),
+        activation="gelu" if read.get(key, str, "gelu") == "gelu" else "gelu_tanh",
+        first_position=first,
+        **(_modern(read, head_dim) if modern else {}),
     )
+
+
+def _modern(read: "_Reader", head_dim: int) -> dict[str, Any]:
+    """Returns the fields of EncoderConfig that ModernBERT has."""
+    if head_dim % 2:
+        raise errors.UserError(f"{read.field}: config.json gives heads of odd size {head_dim}.")
+    count = read.size("num_hidden_layers")
+    every = read.get("global_attn_every_n_layers", int, families.ENCODERS[read.name].full_every)
+    if every < 1:
+        raise read.wrong("global_attn_every_n_layers", "at least 1")
+    default = [rope.SLIDING if i % every else rope.FULL for i in range(count)]
+    types = read.get("layer_types", list, default)
+    if len(types) != count or not all(kind in (rope.FULL, rope.SLIDING) for kind in types):
+        raise read.wrong("layer_types", f"{rope.FULL} or {rope.SLIDING} for each layer")
+    return {
+        "rope": rope.read_rope(read, head_dim, rope.FULL, "global_rope_theta"),
+        "sliding_rope": rope.read_rope(read, head_dim, rope.SLIDING, "local_rope_theta"),
+        "sliding_layers": tuple(kind == rope.SLIDING for kind in types),
+        "local_attention": read.size("local_attention"),
+    }
 
 
 _REQUIRED = object()

@@ -1,10 +1,13 @@
-"""BERT-family encoders as one pure function of nested dicts.
+"""Encoders as one pure function of nested dicts: BERT and RoBERTa, and ModernBERT.
 
 Parameters, with layers stacked on a leading axis N and kernels stored (in, out):
 
     embed/{word,position,token_type}/embedding   embed/norm/{scale,bias}
     layers/attn/{q,k,v,o}_proj/{kernel,bias}     layers/attn_norm/{scale,bias}
     layers/mlp/{up,down}_proj/{kernel,bias}      layers/mlp_norm/{scale,bias}
+
+ModernBERT has no biases, qkv_proj and gate_up_proj as one matrix each, rotary positions in place of
+embedded ones, final_norm, and no attn_norm in its first layer: layers/attn_norm/scale (N - 1, D).
 """
 
 import functools
@@ -13,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diq_jax.models import config, layers
+from diq_jax.models import config, layers, rope
 
 Params = dict[str, Any]  # nested dicts of arrays
 
@@ -21,6 +24,21 @@ Params = dict[str, Any]  # nested dicts of arrays
 def shapes(cfg: config.EncoderConfig) -> dict:
     """Returns the parameter tree with a shape tuple at each leaf."""
     N, D, F = cfg.num_layers, cfg.model_dim, cfg.ffn_dim
+    if cfg.rope is not None:
+        return {
+            "embed": {"word": {"embedding": (cfg.vocab_size, D)}, "norm": {"scale": (D,)}},
+            "layers": {
+                "attn": {
+                    "qkv_proj": {"kernel": (N, D, 3 * D)}, "o_proj": {"kernel": (N, D, D)},
+                },
+                "mlp": {
+                    "gate_up_proj": {"kernel": (N, D, 2 * F)}, "down_proj": {"kernel": (N, F, D)},
+                },
+                "attn_norm": {"scale": (N - 1, D)},
+                "mlp_norm": {"scale": (N, D)},
+            },
+            "final_norm": {"scale": (D,)},
+        }  # fmt: skip
 
     def linear(n_in, n_out):
         return {"kernel": (N, n_in, n_out), "bias": (N, n_out)}
@@ -29,7 +47,7 @@ def shapes(cfg: config.EncoderConfig) -> dict:
     return {
         "embed": {
             "word": {"embedding": (cfg.vocab_size, D)},
-            "position": {"embedding": (cfg.max_positions, D)},
+            "position": {"embedding": (cfg.first_position + cfg.max_positions, D)},
             "token_type": {"embedding": (cfg.num_token_types, D)},
             "norm": {"scale": (D,), "bias": (D,)},
         },
@@ -70,13 +88,15 @@ def layer_means(
 
 def _layers(params, cfg, tokens, mask, keep):
     """Returns the hidden states of the last layer, and keep(hidden states) of each, stacked."""
+    if cfg.rope is not None:
+        return _modern_layers(params, cfg, tokens, mask, keep)
     B, T = tokens.shape
-    embed = params["embed"]
-    x = embed["word"]["embedding"][tokens] + embed["position"]["embedding"][None, :T]
+    embed, start = params["embed"], cfg.first_position
+    x = embed["word"]["embedding"][tokens]
+    x = x + embed["position"]["embedding"][None, start : start + T]
     x = x + embed["token_type"]["embedding"][0][None, None]
     x = layers.layer_norm(embed["norm"], x, cfg.norm_eps)
     segment_ids = mask.astype(jnp.int32)
-    activate = functools.partial(jax.nn.gelu, approximate=cfg.activation == "gelu_tanh")
 
     def layer(x, p):
         q, k, v = (
@@ -86,12 +106,54 @@ def _layers(params, cfg, tokens, mask, keep):
         h = layers.attention(q, k, v, segment_ids, causal=False)
         h = layers.linear(p["attn"]["o_proj"], layers.kept(h))
         x = layers.layer_norm(p["attn_norm"], x + h, cfg.norm_eps)
-        h = activate(layers.linear(p["mlp"]["up_proj"], x))
+        h = _activate(cfg, layers.linear(p["mlp"]["up_proj"], x))
         h = layers.linear(p["mlp"]["down_proj"], h)
         x = layers.layer_norm(p["mlp_norm"], x + h, cfg.norm_eps)
         return x, keep(x)
 
     return jax.lax.scan(layers.checkpointed(layer), x, params["layers"])
+
+
+def _modern_layers(params, cfg, tokens, mask, keep):
+    """Runs ModernBERT (arXiv 2412.13663). See `_layers`."""
+    B, T = tokens.shape
+    segment_ids = mask.astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    norm = functools.partial(layers.layer_norm, eps=cfg.norm_eps)
+    x = norm(params["embed"]["norm"], params["embed"]["word"]["embedding"][tokens])
+    ropes = [cfg.sliding_rope if slides else cfg.rope for slides in cfg.sliding_layers]
+    stacked = {
+        "p": params["layers"] | {"attn_norm": _with_first(params["layers"]["attn_norm"])},
+        "first": jnp.arange(cfg.num_layers) == 0,
+        "frequencies": jnp.stack([rope.frequencies(r, cfg.head_dim) for r in ropes]),
+        # As far as `local_attention` // 2 on each side.
+        "window": jnp.where(jnp.array(cfg.sliding_layers), cfg.local_attention // 2 + 1, T),
+    }
+
+    def layer(x, own):
+        p = own["p"]
+        h = jnp.where(own["first"], x, norm(p["attn_norm"], x))
+        qkv = layers.linear(p["attn"]["qkv_proj"], h)
+        q, k, v = jnp.split(qkv.reshape(B, T, 3 * cfg.num_heads, cfg.head_dim), 3, axis=2)
+        q, k = (rope.rotate(y, positions, own["frequencies"]) for y in (q, k))
+        h = layers.attention(q, k, v, segment_ids, False, own["window"], positions)
+        x = x + layers.linear(p["attn"]["o_proj"], layers.kept(h))
+        h = layers.linear(p["mlp"]["gate_up_proj"], norm(p["mlp_norm"], x))
+        gate, up = jnp.split(h, 2, axis=-1)
+        x = x + layers.linear(p["mlp"]["down_proj"], _activate(cfg, gate) * up)
+        return x, keep(x)
+
+    x, kept = jax.lax.scan(layers.checkpointed(layer), x, stacked)
+    return norm(params["final_norm"], x), kept
+
+
+def _with_first(norm):
+    """Puts a gain that is not used before those of the other layers."""
+    return jax.tree.map(lambda x: jnp.concatenate([jnp.ones_like(x[:1]), x]), norm)
+
+
+def _activate(cfg, x):
+    return jax.nn.gelu(x, approximate=cfg.activation == "gelu_tanh")
 
 
 def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:

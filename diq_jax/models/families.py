@@ -107,7 +107,20 @@ DECODERS = {
         output_bias=True, mlp_bias=True, scales=_granite_scales,
     ),
 }  # fmt: skip
-ENCODERS = {"bert": Family("BertModel", {})}
+ENCODERS = {
+    "bert": Family("BertModel", {}),
+    # Positions begin behind the number of the padding token.
+    "roberta": Family("RobertaModel", {"pad_token_id": 1}),
+    "modernbert": Family(
+        "ModernBertModel",
+        {
+            "norm_eps": 1e-5, "local_attention": 128, "rope_theta": 160000.0,
+            "local_rope_theta": 10000.0, "global_rope_theta": 160000.0,
+        },
+        activation=("hidden_activation", "gelu"), layer_types=True, full_every=3,
+        unset=("attention_bias", "mlp_bias", "norm_bias"),
+    ),
+}  # fmt: skip
 # What a family that is asked for has and no layer here does.
 MISSING = {
     "gemma2": "soft caps of scores and logits", "gemma3n": "per-layer embeddings",

@@ -65,11 +65,26 @@ ENCODER_NAMES = {
     for leaf, name in zip(leaves, ("weight", "bias"), strict=True)
 }
 
+MODERNBERT_NAMES = {
+    "embed/word/embedding": "embeddings.tok_embeddings.weight",
+    "embed/norm/scale": "embeddings.norm.weight",
+    "layers/attn/qkv_proj/kernel": "layers.{i}.attn.Wqkv.weight",
+    "layers/attn/o_proj/kernel": "layers.{i}.attn.Wo.weight",
+    "layers/attn_norm/scale": "layers.{next}.attn_norm.weight",  # the first layer has none
+    "layers/mlp/gate_up_proj/kernel": "layers.{i}.mlp.Wi.weight",
+    "layers/mlp/down_proj/kernel": "layers.{i}.mlp.Wo.weight",
+    "layers/mlp_norm/scale": "layers.{i}.mlp_norm.weight",
+    "final_norm/scale": "final_norm.weight",
+}
+# What the tensors of an encoder begin with where a head stands beside it.
+ENCODER_PREFIXES = {"bert": "bert.", "roberta": "roberta.", "modernbert": "model."}
+
 # What converters of the first BERT checkpoints called a norm's gain and bias.
 OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 # Tensors of other heads, buffers that are recomputed, and the pooler, which nothing here reads.
 IGNORED = re.compile(r"rotary_emb\.inv_freq|position_ids$|^pooler\.|^cls\.|^classifier\.")
+ENCODER_HEADS = re.compile(r"lm_head\.|head\.(dense|norm)\.|decoder\.(weight|bias)$")
 
 
 def load_decoder(
@@ -91,7 +106,7 @@ def load_decoder(
 def load_encoder(
     source: checkpoint.Checkpoint, cfg: config.EncoderConfig, dtype: DTypeLike, field: str
 ) -> Params:
-    """Loads an encoder, whether its tensors carry the prefix `bert.` or not."""
+    """Loads an encoder, whether its tensors carry a prefix such as `bert.` or not."""
     names = check_encoder(source, cfg, field)
     return _load(source, encoder.shapes(cfg), names, dtype, field, None)
 
@@ -116,9 +131,12 @@ def check_encoder(
     source: checkpoint.Checkpoint, cfg: config.EncoderConfig, field: str
 ) -> dict[str, list[str]]:
     """Holds the tensors of an encoder against its config. See `check_decoder`."""
-    prefix = "bert." if any(name.startswith("bert.") for name in source.names) else ""
+    prefix = ENCODER_PREFIXES[cfg.family]
+    prefix = prefix if any(name.startswith(prefix) for name in source.names) else ""
     old = {_modern(name): name for name in source.names}
-    return _check(source, encoder.shapes(cfg), ENCODER_NAMES, prefix, old, set(), field)
+    heads = {name for name in source.names if ENCODER_HEADS.match(name)}
+    shapes = encoder.shapes(cfg)
+    return _check(source, shapes, _encoder_names(shapes), prefix, old, heads, field)
 
 
 def decoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
@@ -128,7 +146,7 @@ def decoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
 
 def encoder_tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (tensor name, array) of an encoder, as transformers names and turns them."""
-    return _tensors(params, ENCODER_NAMES)
+    return _tensors(params, _encoder_names(params))
 
 
 def save_decoder(
@@ -142,6 +160,10 @@ def save_decoder(
 
 def _decoder_names(tree):
     return POST_NORM_NAMES if "mlp_post_norm" in tree["layers"] else DECODER_NAMES
+
+
+def _encoder_names(tree):
+    return MODERNBERT_NAMES if "final_norm" in tree else ENCODER_NAMES
 
 
 def _check(source, shapes, names, prefix, stored_as, ignored, field):
@@ -208,7 +230,7 @@ def _parts(name, path, shape):
     part = shape[1:] if stacked else shape
     part = part[::-1] if path.endswith("/kernel") else part
     count = shape[0] if stacked else 1
-    return [(name.format(i=i), part) for i in range(count)]
+    return [(name.format(i=i, next=i + 1), part) for i in range(count)]
 
 
 def _tensors(params, names):
@@ -217,6 +239,6 @@ def _tensors(params, names):
         for i, part in enumerate(parts):
             array = np.asarray(part)
             yield (
-                names[path].format(i=i),
+                names[path].format(i=i, next=i + 1),
                 np.ascontiguousarray(array.T if path.endswith("/kernel") else array),
             )

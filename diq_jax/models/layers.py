@@ -187,8 +187,8 @@ def layer_norm(params: Tree, x: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale, bias = _along_last(params["scale"], x), _along_last(params["bias"], x)
-    return x32.astype(x.dtype) * scale + bias
+    x = x32.astype(x.dtype) * _along_last(params["scale"], x)
+    return x + _along_last(params["bias"], x) if "bias" in params else x
 
 
 def _vector(vector, probe, x):
@@ -227,7 +227,8 @@ def attention(
         q: (B, T, H, C); k, v: (B, T, K, C); query head h reads kv head h // (H // K).
         segment_ids: (B, T) int32; a position sees its own segment only. Segment 0 is padding.
         causal: a query sees no key behind it in the array.
-        window: how many positions back a query sees, itself included; None for all.
+        window: how many positions back a query sees, and ahead where not causal, itself included;
+            None for all.
         positions: (B, T) int32, by which a window counts; only a window needs them.
         parent_ids: (B, T) int32, a second segment that a position sees, -1 for none: options that
             share one prompt have it as their parent. None where no position has a parent.
@@ -287,6 +288,7 @@ def _seen(queries, keys, start, window):
         seen = seen & (jnp.arange(keys["segment_ids"].shape[1])[None, :] <= index)[None]
     if window is not None:
         distance = queries["positions"][:, :, None] - keys["positions"][:, None, :]
+        distance = distance if start is not None else jnp.abs(distance)
         seen = seen & (distance < window)
     return seen
 

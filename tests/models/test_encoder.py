@@ -19,8 +19,9 @@ def jax_hidden(folder, tokens, mask):
 
 def compare(model, folder, vocab):
     rng = np.random.default_rng(0)
-    tokens, mask = rng.integers(0, vocab, (3, 20)), np.ones((3, 20), np.int64)
+    tokens, mask = rng.integers(2, vocab, (3, 20)), np.ones((3, 20), np.int64)
     mask[1, 12:] = 0
+    tokens[1, 12:] = 1  # RoBERTa counts positions by its padding token
     with torch.no_grad():
         expected = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).last_hidden_state
     got, params = jax_hidden(folder, tokens, mask)
@@ -45,6 +46,27 @@ def test_equals_torch(activation, with_head, tmp_path):
     for name, tensor in model.bert.state_dict().items():
         if not name.startswith("pooler"):
             np.testing.assert_array_equal(exported[name], tensor.numpy())
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize("family", ["Roberta", "ModernBert"])
+def test_other_families_equal_torch(family, with_head, tmp_path):
+    apart = {"local_attention": 8, "layer_types": None} if family == "ModernBert" else {}
+    cfg = getattr(transformers, f"{family}Config")(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=34, pad_token_id=1, **apart,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForMaskedLM")(cfg).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    (model if with_head else model.base_model).save_pretrained(tmp_path)
+    params = compare(model.base_model, tmp_path, 90)
+    exported = dict(hf.encoder_tensors(params))
+    expected = model.base_model.state_dict()
+    assert set(exported) == {name for name in expected if not name.startswith("pooler")}
+    for name, array in exported.items():
+        np.testing.assert_array_equal(array, expected[name].numpy())
 
 
 def test_minilm_equals_torch():
