@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from diq_jax import errors
-from diq_jax.models import families, rope
+from diq_jax.models import families
+from diq_jax.models import rope as rope_lib
 from diq_jax.run import reading
 
 # The largest that a size may be; a wrong one is refused before anything of that size is made.
@@ -32,7 +33,7 @@ class DecoderConfig:
     head_dim: int  # C
     vocab_size: int  # V
     norm_eps: float
-    rope: rope.Rope
+    rope: rope_lib.Rope
     max_positions: int
     tied_head: bool
     qkv_bias: bool
@@ -47,7 +48,7 @@ class DecoderConfig:
     fused: bool = False
     unit_offset: bool = False
     sliding_layers: tuple[bool, ...] | None = None  # which have the window; None for all
-    sliding_rope: rope.Rope | None = None
+    sliding_rope: rope_lib.Rope | None = None
     rotary_dim: int | None = None  # how many numbers of a head are rotated; None for all
     rotated_layers: tuple[bool, ...] | None = None
     # Factors, None for 1; `query_scale` comes beside head_dim**-0.5.
@@ -72,8 +73,8 @@ class EncoderConfig:
     activation: str  # gelu (exact) or gelu_tanh
     first_position: int = 0  # where the position embedding begins
     # ModernBERT's.
-    rope: rope.Rope | None = None
-    sliding_rope: rope.Rope | None = None
+    rope: rope_lib.Rope | None = None
+    sliding_rope: rope_lib.Rope | None = None
     sliding_layers: tuple[bool, ...] = ()
     local_attention: int | None = None
 
@@ -112,7 +113,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         head_dim=head_dim,
         vocab_size=read.size("vocab_size"),
         norm_eps=read.epsilon("rms_norm_eps"),
-        rope=rope.read_rope(read, rotary_dim),
+        rope=rope_lib.read_rope(read, rotary_dim),
         max_positions=read.size("max_position_embeddings"),
         # transformers leaves this key out where it equals the library's default for the family.
         tied_head=read.flag("tie_word_embeddings"),
@@ -149,7 +150,10 @@ def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> 
     window = read.size("sliding_window", None) if family.sliding_window else None
     found: dict[str, Any] = {"sliding_window": window}
     types = read.get("layer_types", list, None)
-    allowed = {rope.FULL, *((rope.SLIDING,) if window is not None and family.layer_types else ())}
+    allowed = {
+        rope_lib.FULL,
+        *((rope_lib.SLIDING,) if window is not None and family.layer_types else ()),
+    }
     if types is not None and (family.layer_types or not family.sliding_window):
         known = all(isinstance(kind, str) and kind in allowed for kind in types)
         if not known or (family.layer_types and len(types) != count):
@@ -160,12 +164,12 @@ def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> 
         if every is not None and every < 1:
             raise read.wrong("sliding_window_pattern", "at least 1")
         if types is not None:
-            sliding = tuple(kind == rope.SLIDING for kind in types)
+            sliding = tuple(kind == rope_lib.SLIDING for kind in types)
         else:
             sliding = tuple(every is None or (i + 1) % every != 0 for i in range(count))
         found["sliding_layers"] = None if all(sliding) else sliding
         if family.sliding_theta:
-            own = rope.read_rope(read, rotary_dim, rope.SLIDING, family.sliding_theta)
+            own = rope_lib.read_rope(read, rotary_dim, rope_lib.SLIDING, family.sliding_theta)
             found["sliding_rope"] = own
     if family.unrotated_every:
         every = read.get("no_rope_layer_interval", int, family.unrotated_every)
@@ -228,14 +232,14 @@ def _modern(read: "_Reader", head_dim: int) -> dict[str, Any]:
     every = read.get("global_attn_every_n_layers", int, families.ENCODERS[read.name].full_every)
     if every < 1:
         raise read.wrong("global_attn_every_n_layers", "at least 1")
-    default = [rope.SLIDING if i % every else rope.FULL for i in range(count)]
+    default = [rope_lib.SLIDING if i % every else rope_lib.FULL for i in range(count)]
     types = read.get("layer_types", list, default)
-    if len(types) != count or not all(kind in (rope.FULL, rope.SLIDING) for kind in types):
-        raise read.wrong("layer_types", f"{rope.FULL} or {rope.SLIDING} for each layer")
+    if len(types) != count or not all(kind in (rope_lib.FULL, rope_lib.SLIDING) for kind in types):
+        raise read.wrong("layer_types", f"{rope_lib.FULL} or {rope_lib.SLIDING} for each layer")
     return {
-        "rope": rope.read_rope(read, head_dim, rope.FULL, "global_rope_theta"),
-        "sliding_rope": rope.read_rope(read, head_dim, rope.SLIDING, "local_rope_theta"),
-        "sliding_layers": tuple(kind == rope.SLIDING for kind in types),
+        "rope": rope_lib.read_rope(read, head_dim, rope_lib.FULL, "global_rope_theta"),
+        "sliding_rope": rope_lib.read_rope(read, head_dim, rope_lib.SLIDING, "local_rope_theta"),
+        "sliding_layers": tuple(kind == rope_lib.SLIDING for kind in types),
         "local_attention": read.size("local_attention"),
     }
 

@@ -131,7 +131,7 @@ def _yarn(read: Any, theta: float, dim: int, settings: dict[str, Any]) -> dict[s
 
 
 def frequencies(rope: Rope, dim: int) -> jax.Array:
-    """Inverse frequencies, (dim // 2,) float32, after the scaling that the checkpoint names."""
+    """Computes inverse frequencies, (dim // 2,) float32, scaled as the checkpoint says."""
     settings = dict(rope.settings)
     inverse = rope.theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if rope.kind == "linear":
@@ -154,7 +154,7 @@ def frequencies(rope: Rope, dim: int) -> jax.Array:
 
 
 def amplitude(rope: Rope) -> float:
-    """What queries and keys grow by as they are turned."""
+    """Returns what queries and keys grow by as they are turned."""
     return dict(rope.settings).get("attention_factor", 1.0)
 
 

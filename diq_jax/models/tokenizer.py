@@ -41,6 +41,13 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,8 @@ _LLAMA3 = PreTokenizer((LLAMA3,), ignore_merges=True, add_bos=True)
 _QWEN2 = PreTokenizer((LLAMA3.replace("{1,3}", ""),), nfc=True)
 PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "smaug-bpe": PreTokenizer((LLAMA3,)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), PreTokenizer((LLAMA3,))),
+    **dict.fromkeys(("gpt-4o", "llama4"), PreTokenizer((O200K,))),
     "tekken": PreTokenizer((TEKKEN,), ignore_merges=True, add_bos=True),
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "exaone4", "trillion"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b", "exaone"), _DIGITS),
@@ -184,10 +192,12 @@ def _from_gguf(
         )
     ggml.setdefault("token_type", [NORMAL] * len(ggml["tokens"]))
     backend, add_bos = BUILDERS[kind](path, ggml, field)
-    for token, token_type in zip(ggml["tokens"], ggml["token_type"], strict=True):
-        if token_type in (CONTROL, USER_DEFINED):
-            special = token_type == CONTROL
-            backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
+    added = [
+        tokenizers.AddedToken(token, normalized=False, special=token_type == CONTROL)
+        for token, token_type in zip(ggml["tokens"], ggml["token_type"], strict=True)
+        if token_type in (CONTROL, USER_DEFINED)
+    ]
+    backend.add_tokens(added)  # at once: each call builds the search for all of them anew
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special_tokens = {
         f"{name}_token": ggml["tokens"][ggml[f"{key}_token_id"]]

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import re
 import weakref
 
@@ -48,6 +49,44 @@ def test_logits_equal_torch(name, tmp_path):
             ).logits.numpy()
         got = jax_logits(params, cfg, tokens, mask)
         np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_language_model_of_a_multimodal_checkpoint(prefix, tmp_path):
+    """Gemma 3 with an image encoder, as MedGemma is, by the names of new and old checkpoints."""
+    text = torch_model("gemma3").config.to_dict()
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "new")
+    source = checkpoint.open_checkpoint(str(tmp_path / "new"), "model.path")
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())
+    whole = checkpoint.OPENERS[".safetensors"](tmp_path / "new" / checkpoint.WEIGHTS)
+    tensors = {k: t.read() for k, t in whole.items()}
+    assert any("vision_tower" in name for name in tensors)
+    named = {
+        re.sub(r"^(model\.language_model|language_model\.model)\.", prefix, k): v
+        for k, v in tensors.items()
+    }
+    checkpoint.save_checkpoint(tmp_path / "a", settings, named.items(), 10**9)
+    params, cfg, hf_config = load(tmp_path / "a")
+    assert hf_config["model_type"] == source.config["model_type"] == "gemma3_text"
+    tokens, mask = np.arange(20)[None] + 3, np.ones((1, 20), np.int64)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    got = jax_logits(params, cfg, tokens, mask)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+    hf.save_decoder(tmp_path / "b", params, hf_config, max_shard_bytes=10**9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits, expected, atol=1e-4)
 
 
 def test_a_loaded_model_has_logits_and_ends_with_its_placement(tmp_path):

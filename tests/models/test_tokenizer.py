@@ -170,6 +170,7 @@ def _byte_level(path, pre, **keys):
         ("llama3", "It'S (no)", ["It", "'S", " (", "no", ")"]),
         ("qwen2", "a\n\n12 34.\n\nb", ["a", "\n\n", "1", "2", " ", "3", "4", ".\n\n", "b"]),
         ("tekken", "HelloWorld 12/\n", ["Hello", "World", " ", "1", "2", "/\n"]),
+        ("gpt-4o", "HeLLo's 1234/\n", ["He", "LLo's", " ", "123", "4", "/\n"]),
         ("deepseek-r1-qwen", "a\n\n12.\n\nb", ["a", "\n\n", "1", "2", ".\n\n", "b"]),
         ("pixtral", "a 12345", ["a", " ", "123", "45"]),
         ("refact", "a 12", ["a", " ", "1", "2"]),
