@@ -554,7 +554,7 @@ def test_a_gguf_file_of_a_family_is_the_model(tmp_path, name):
             array = _permute(array, heads[module])
         if name == "gemma3" and module.endswith("norm"):
             array = array + 1
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)) + ".weight", array)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
