@@ -248,7 +248,7 @@ _REQUIRED = object()
 
 
 class _Reader:
-    """Typed values of a config.json of one of the families `built`."""
+    """Reads typed values of a config.json of one of the families `built`."""
 
     def __init__(
         self, config: dict[str, Any], field: str, built: dict[str, families.Family], what: str

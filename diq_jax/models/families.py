@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the decoders of one model_type have, beside what each config.json says."""
+    """Describes what the models of one model_type have, beside what each config.json says."""
 
     architecture: str  # the class in transformers
     # What transformers documents for a config.json without the key, as early conversions are.

@@ -40,7 +40,7 @@ POST_NORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What files of one general.architecture hold."""
+    """Describes what files of one general.architecture hold."""
 
     model_type: str
     names: dict[str, str] = dataclasses.field(default_factory=dict)  # beside LAYER_NAMES

@@ -33,7 +33,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # config.json may give ea
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding. `kind` is one of `SETTINGS`; `settings` are its sorted constants."""
+    """Describes a rotary embedding, a kind of `SETTINGS` with its sorted constants."""
 
     theta: float
     kind: str
