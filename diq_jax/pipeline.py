@@ -69,7 +69,7 @@ WRITES = {
     ),
     "influence": (
         "influence.parquet", "tuned.parquet", "partial/*",
-        "warmup/epoch-*.safetensors", "tuned-*/epoch-*.safetensors",
+        "warmup/epoch-*.safetensors",
         "store*/train-*.npy", "store*/targets.npy", "store*/examples.parquet",
         "store*/manifest.json",
     ),

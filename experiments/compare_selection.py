@@ -3,7 +3,7 @@
     python experiments/compare_selection.py --preset=mini --workdir=runs/mini
     python experiments/compare_selection.py --config=configs/quickstart.py --workdir=runs/compare \\
         --methods=diq,influence --budgets=0.01,0.05,0.1,1 --seeds=3 [--rankings=less=runs/less] \\
-        [--dry_run]
+        [--directions=adam,less] [--units=rows,tokens] [--dry_run]
 
 The stages up to selection run first in --workdir, so that scores are made once. `random` is always
 there, drawn anew for each seed; the budget 1 is the whole pool, trained once for all methods. A
@@ -11,9 +11,11 @@ preset is a line of flags (PRESETS), which your own flags override: `mini` is Sm
 sample (or on your --config.data.*), 39 minutes on two CPU cores (132 rows of 256 tokens: 2.1e14
 FLOPs by the formula, docs/results.md); `paper` the paper's grid; `quadrants` compares
 equal budgets from each of the four. --rankings=NAME=WORKDIR[:METHOD] takes the order of another
-finished workdir as one more method: another influence direction, LESS,
-another model. Written: compare/table.md, results.json, figure.png and a file for each training; a
-killed run continues with the training it was in.
+finished workdir as one more method, such as another model's. --directions=less scores along another
+direction in compare/directions, and adds the methods that read influence as diq@less and so on.
+--units=tokens takes as many of a method's first rows as have the share of all tokens. Written:
+compare/table.md, results.json, figure.png and a file for each training; a killed run continues with
+the training it was in.
 """
 
 import pathlib
@@ -58,6 +60,10 @@ METHODS = flags.DEFINE_list("methods", ["diq", "influence"], "Selection methods.
 BUDGETS = flags.DEFINE_list("budgets", ["0.01", "0.05", "0.1", "1"], "Shares of the pool to keep.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each method and budget.")
 RANKINGS = flags.DEFINE_list("rankings", [], "More methods: NAME=WORKDIR[:METHOD].")
+DIRECTIONS = flags.DEFINE_list(
+    "directions", [], "Of influence: the methods also along these, as METHOD@DIRECTION."
+)
+UNITS = flags.DEFINE_list("units", ["rows"], "What budgets are shares of: rows, tokens, or both.")
 PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "A line of flags to start from.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the cells and their predicted FLOPs.")
 
@@ -76,7 +82,9 @@ def with_preset(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     cfg = cli.read_config(CONFIG)
-    request = grid.parse(METHODS.value, BUDGETS.value, SEEDS.value, RANKINGS.value)
+    request = grid.parse(
+        METHODS.value, BUDGETS.value, SEEDS.value, RANKINGS.value, UNITS.value, DIRECTIONS.value
+    )
     run = experiment.dry_run if DRY_RUN.value else experiment.run
     run(cfg, cli.folder(WORKDIR), request, cli.verify(VERIFY))
 

@@ -14,7 +14,7 @@ from absl import logging
 
 from diq_jax import influence_config, stats, trees
 from diq_jax.data import encoded
-from diq_jax.influence import kinds, score, store
+from diq_jax.influence import kinds, score, store, tuned
 from diq_jax.models import checkpoint, decoder, load, lora
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, parts, processes, records, stages
@@ -67,7 +67,7 @@ def gradients_at(settings: influence_config.Influence) -> str:
 def run(context: stages.Context) -> dict[str, Any]:
     """Writes influence/influence.parquet: example_id, influence, loss, tokens; with `targets` task
     or example also influence_by_target, with `per_token` token_influence (lists). The engines that
-    keep gradients write influence/store/.
+    keep gradients write influence/store/; influence.tuned writes influence/tuned.parquet.
 
     A killed run continues after the last finished batch and gives identical bytes: which examples
     share a batch depends on the pool alone, and the directions are computed again.
@@ -91,8 +91,9 @@ def run(context: stages.Context) -> dict[str, Any]:
         writers[name] = store.Writer(folder, found, len(pool), stored.dtype, stored.shard_rows)
         return writers[name]
 
+    model = load.load(cfg.model.path, cfg.model.dtype, context.placement)
     scores = score.score(
-        load.load(cfg.model.path, cfg.model.dtype, context.placement),
+        model,
         pool,
         targets,
         settings,
@@ -106,6 +107,14 @@ def run(context: stages.Context) -> dict[str, Any]:
         of_rows = made | joined.made_by | ({"checkpoint": name[1:]} if name else {})
         writer.finish(scores.example_ids, joined.ends, list(joined.record["directions"]), of_rows)
     _write_table(context.path("influence/influence.parquet"), scores, settings)
+    if columns := tuned.scores(
+        model, pool, targets, settings, context.placement,
+        lambda name: parts.Parts(context.path(f"{PARTIAL}/{name}")),
+        lambda name: EpochFiles(context.path(f"{PARTIAL}/epochs-{name}")),
+    ):  # fmt: skip
+        ids = {"example_id": pa.array(scores.example_ids)}
+        columns = ids | {name: pa.array(values) for name, values in columns.items()}
+        artifacts.write_table(context.path("influence/tuned.parquet"), columns)
     processes.wait("scores")  # all have read what is dropped now
     artifacts.remove(context.path(PARTIAL))
     return {

@@ -32,13 +32,17 @@ class Epochs(Protocol):
 
 
 def run(
-    problem: problems.Problem, space: direction.Space, epochs: Epochs
+    problem: problems.Problem,
+    space: direction.Space,
+    epochs: Epochs,
+    field: str = "influence.warmup",
 ) -> list[tuple[direction.Point, float]]:
     """Trains and gives each epoch's end with its mean learning rate as a share of all.
 
     Args:
         epochs: those that are done; each is added as it ends, so that a killed run continues with
             the next one.
+        field: the section of the settings, for messages.
 
     Raises:
         UserError: an epoch leaves parameters that are not finite.
@@ -64,8 +68,8 @@ def run(
                     bar.update(len(planned[k].indices), tokens, loss=loss)
                 if bad := trees.not_finite(state.factors):
                     raise errors.UserError(
-                        f"The warm-up has parameters that are not finite after epoch {epoch} "
-                        f"({bad[0]}): try a lower influence.warmup.learning_rate, or "
+                        f"The training of {field} has parameters that are not finite after epoch "
+                        f"{epoch} ({bad[0]}): try a lower {field}.learning_rate, or "
                         "model.dtype=float32."
                     )
                 epochs[epoch] = arrays = _to_arrays(state)

@@ -62,10 +62,13 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def read_scores(
-    context: stages.Context, ids: Sequence[str]
+    context: stages.Context, ids: Sequence[str], diverse: bool = True
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads what select.select takes: all scores that there are of a pool's examples, and the
     levels of each perspective.
+
+    Args:
+        diverse: whether to compute the diverse orders, which compare all pairs of gradients.
 
     Raises:
         UserError: they are of other examples than `ids`.
@@ -74,7 +77,8 @@ def read_scores(
     influence = context.table(INFLUENCE, "example_id", "influence", "tokens")
     _check_rows(ids, difficulty, influence)
     scores = {name: influence[name].to_numpy() for name in ("influence", "tokens")}
-    scores |= {"example_ids": list(ids)} | _by_target(context) | _diversity(context, ids)
+    scores |= {"example_ids": list(ids)} | _by_target(context)
+    scores |= _diversity(context, ids) if diverse else {}
     scores |= _more(context, ids, MODEL_SCORES, ("loss", "ifd", "similarity", "reasoning_tokens"))
     if context.path(TUNED).exists():
         names = [n for n in records.OPTIONAL[TUNED] if n in _names(context.path(TUNED))]

@@ -1,6 +1,8 @@
 """The comparison from start to end: scores once, trainings cell by cell, one table, one picture."""
 
+import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +11,8 @@ import numpy as np
 from comparison import cost, grid, picture, runner, statistics, table
 from diq_jax import config, pipeline
 from diq_jax.report import figures
-from diq_jax.run import artifacts, stages
-from diq_jax.selection import select
+from diq_jax.run import artifacts, records, stages
+from diq_jax.selection import methods, select
 
 STAGES = ("prepare", "difficulty", "influence", "selection")
 
@@ -26,10 +28,12 @@ def run(
     """
     grid.check(cfg, request)
     pipeline.run(cfg, workdir, STAGES, overwrite=False, verify=verify)
+    request = with_directions(cfg, workdir, request, verify)
     with pipeline.at_work(cfg, workdir, verify) as context:
         data = runner.read_data(context)
         ranks, removed = grid.orders(context, request)
-        cells = grid.cells(request, ranks, removed)
+        tokens = np.array([len(row.input_ids) for row in data.pool])
+        cells = grid.cells(request, ranks, removed, tokens)
         keys, found = runner.run(context, data, cells)
         results = summarise(context, request, data, cells, keys, found)
         results["settings"]["removed"] = int(removed.sum())
@@ -42,6 +46,46 @@ def run(
     return results
 
 
+def with_directions(
+    cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
+) -> grid.Request:
+    """Scores and selects along each of request.directions, in a folder of the workdir that takes
+    over its data and difficulty; a finished one is skipped, a killed one goes on.
+
+    Returns:
+        The request with the orders of its methods along them as rankings, METHOD@DIRECTION.
+    """
+    rankings = dict(request.rankings)
+    for name in request.directions:
+        folder = workdir / "compare" / "directions" / name
+        for stage in STAGES[:2]:
+            if not (folder / stage / records.NAME).exists():
+                shutil.rmtree(folder / stage, ignore_errors=True)
+                shutil.copytree(workdir / stage, folder / stage)
+        influence = dataclasses.replace(cfg.influence, direction=name, **_needs(cfg, name))
+        along = dataclasses.replace(cfg, influence=influence)
+        print(f"influence.direction={name}: {folder}", flush=True)
+        pipeline.run(along, folder, STAGES, overwrite=False, verify=verify)
+        moved = {"influence", "by_target"}
+        for method in request.methods:
+            if moved & set(methods.METHODS[method].reads) and methods.METHODS[method].nests:
+                rankings[f"{method}@{name}"] = (folder, method)
+    return dataclasses.replace(request, rankings=rankings)
+
+
+def _needs(cfg, direction) -> dict[str, Any]:
+    """The settings without which influence.direction is refused."""
+    warm = cfg.influence.warmup
+    least = {"adam": 1, "less": 4}.get(direction, 0)
+    found: dict[str, Any] = {}
+    if not warm.epochs and least:
+        found["warmup"] = dataclasses.replace(warm, epochs=least)
+    if direction == "less":
+        found |= {"engine": "projected", "normalize": "cosine", "parameters": "lora"}
+        found |= {"direction_rank": 0, "per_token": False, "packing": False}
+    return found
+
+
 def dry_run(
     cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
 ) -> None:
@@ -49,7 +93,8 @@ def dry_run(
     grid.check(cfg, request)
     pool = "full" if 1 in request.budgets else "no full"
     shares = [budget for budget in request.budgets if budget < 1]
-    count = (len(shares) * len(request.names) + (1 in request.budgets)) * request.seeds
+    arms = len(shares) * len(request.names) * len(request.units)
+    count = (arms + (1 in request.budgets)) * request.seeds
     print(f"{count} cells: {len(request.names)} methods ({', '.join(request.names)}) x "
           f"{', '.join(f'{100 * b:g} %' for b in shares) or 'no budget'} and {pool} x "
           f"{request.seeds} seeds", flush=True)  # fmt: skip
@@ -70,7 +115,7 @@ def predict(context: stages.Context, request: grid.Request) -> list[tuple[str, f
         rows.append(("model scores", cost.model_score_flops(shape, data.pool, data.targets)))
     cells = 1
     for budget in request.budgets:
-        arms = 1 if budget == 1 else len(request.names)
+        arms = 1 if budget == 1 else len(request.names) * len(request.units)
         share = select.budget(budget, len(data.pool)) / len(data.pool)
         flops = arms * request.seeds * cfg.finetune.epochs * share * epoch
         rows.append((f"{arms * request.seeds} trainings on {100 * budget:g} %", flops))
@@ -91,34 +136,38 @@ def summarise(
     """What results.json holds: a row for the base model, and for each method and budget."""
     settings = context.config.evaluate
     tests = [question.task for question in data.questions]
-    tasks = {m: data.target_tasks if m == "target_loss" else tests for m in statistics.METRICS}
-    groups: dict[tuple[str, float], list[str]] = {}
+    names = (*runner.metrics(context.config), "target_loss")
+    tasks = {m: data.target_tasks if m == "target_loss" else tests for m in names}
+    groups: dict[tuple[str, float, str], list[str]] = {}
     for cell, key in zip(cells, keys, strict=True):
-        groups.setdefault((cell.method, cell.budget), []).append(key)
+        groups.setdefault((cell.method, cell.budget, cell.unit), []).append(key)
 
     def values(keys):
-        return {m: np.array([found[k][m] for k in keys], np.float64) for m in statistics.METRICS}
+        return {m: np.array([found[k][m] for k in keys], np.float64) for m in names}
 
     drawn = settings.bootstrap_samples, settings.seed
-    base = statistics.compare(values([runner.BASE]), None, tasks, *drawn)
-    rows = [{"method": runner.BASE, "budget": 0.0, "metrics": base}]
+    zero_shot = values([runner.BASE])
+    base = statistics.compare(zero_shot, None, tasks, *drawn)
+    rows = [{"method": runner.BASE, "budget": 0.0, "unit": "rows", "metrics": base}]
     costs = _method_costs(context, request)
-    for (method, budget), mine in groups.items():
+    for (method, budget, unit), mine in groups.items():
         reference = None
         if method not in (grid.RANDOM, grid.FULL):
-            reference = values(groups[grid.RANDOM, budget])
-        measured = statistics.compare(values(mine), reference, tasks, *drawn)
+            reference = values(groups[grid.RANDOM, budget, unit])
+        measured = statistics.compare(values(mine), reference, tasks, *drawn, zero_shot)
         trained = [found[key] for key in mine]
         rows.append(
             {
                 "method": method,
                 "budget": budget,
-                "rows": trained[0]["rows"],
+                "unit": unit,
+                "rows": round(_mean(trained, "rows")),
                 **{name: _mean(trained, name) for name in AVERAGED},
                 "metrics": measured,
                 "cost": _total(costs[method], trained),
             }
         )
+    statistics.correct(rows)
     return {
         "settings": {
             "model": context.config.model.path,

@@ -3,15 +3,17 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config, errors
+from diq_jax import config, errors, influence_config
 from diq_jax.run import records, stages
-from diq_jax.selection import hygiene, methods, select
+from diq_jax.selection import hygiene, methods, select, stage
 
 FULL, RANDOM = "full", "random"
+UNITS = ("rows", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,16 @@ class Request:
         seeds: trainings of each method and budget.
         rankings: further methods, {name: (another finished workdir, a method of its)}; "" is the
             method that it selected by.
+        units: what a budget is a share of: rows, tokens, or both.
+        directions: influence.direction of further runs, whose orders stand as METHOD@DIRECTION.
     """
 
     methods: tuple[str, ...]
     budgets: tuple[float, ...]
     seeds: int
     rankings: Mapping[str, tuple[pathlib.Path, str]] = dataclasses.field(default_factory=dict)
+    units: tuple[str, ...] = ("rows",)
+    directions: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,14 +50,21 @@ class GridCell:
     budget: float
     seed: int
     indices: tuple[int, ...]
+    unit: str = "rows"
 
     @property
     def name(self) -> str:
-        return f"{self.method} {100 * self.budget:g} % seed {self.seed}"
+        of = "" if self.unit == "rows" else f" of {self.unit}"
+        return f"{self.method} {100 * self.budget:g} %{of} seed {self.seed}"
 
 
 def parse(
-    names: Sequence[str], budgets: Sequence[str], seeds: int, rankings: Sequence[str]
+    names: Sequence[str],
+    budgets: Sequence[str],
+    seeds: int,
+    rankings: Sequence[str],
+    units: Sequence[str] = UNITS[:1],
+    directions: Sequence[str] = (),
 ) -> Request:
     """The grid that the flags ask for; `random` is always in it.
 
@@ -77,7 +90,12 @@ def parse(
         if name in (*chosen, *others, FULL, "base"):
             raise errors.UserError(f"--rankings: {name!r} is the name of another row; rename it.")
         others[name] = (pathlib.Path(folder), method) if colon else (pathlib.Path(where), "")
-    return Request(chosen, tuple(shares), seeds, others)
+    for unit in units:
+        errors.check_choice("--units", unit, UNITS)
+    for direction in directions:
+        errors.check_choice("--directions", direction, influence_config.DIRECTIONS)
+    named = tuple(dict.fromkeys(units)) or UNITS[:1]
+    return Request(chosen, tuple(shares), seeds, others, named, tuple(dict.fromkeys(directions)))
 
 
 def _share(text: str) -> float:
@@ -102,11 +120,6 @@ def check(cfg: config.Config, request: Request) -> None:
         raise errors.UserError(
             f"finetune.parameters={cfg.finetune.parameters}: cells train adapters; set it to lora."
         )
-    if cfg.evaluate.protocol != "options":
-        raise errors.UserError(
-            f"evaluate.protocol={cfg.evaluate.protocol}: cells are compared by the likelihoods of "
-            "options; set it to options."
-        )
     for name, (workdir, method) in request.rankings.items():
         _check_ranking(name, workdir, method)
 
@@ -129,8 +142,9 @@ def ranking_method(workdir: pathlib.Path, method: str) -> str:
 
 
 def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Every method's ranks from 1, {name: (seeds, n) int32}, and which rows hygiene removed, (n,)
-    bool: they rank last, and no budget holds them.
+    """Every method's ranks from 1, {name: (seeds, n) int32}, or {(name, budget): ..} of one whose
+    budgets do not nest, and which rows hygiene removed, (n,) bool: they rank last, and no budget
+    holds them.
 
     `random` is drawn anew for each seed, from selection.seed on; the other orders have none.
 
@@ -145,6 +159,10 @@ def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndar
         if method == RANDOM:
             seeds = context.config.selection.seed + np.arange(request.seeds)
             found[method] = np.stack([random_ranks(ids, int(seed), removed) for seed in seeds])
+        elif method in table.column_names and not methods.METHODS[method].nests:
+            for budget in request.budgets:
+                ranks = select.demote(_ranks_at(context, ids, method, budget), removed)
+                found[method, budget] = np.stack([ranks] * request.seeds)
         elif method in table.column_names:
             found[method] = np.stack([table[method].to_numpy()] * request.seeds)
         else:
@@ -164,6 +182,18 @@ def random_ranks(ids: Sequence[str], seed: int, removed: np.ndarray) -> np.ndarr
     scores = {"id_order": jnp.asarray(methods.id_order(ids))}
     settings = methods.OrderSettings(seed=seed)  # the draw depends on the seed alone
     return select.demote(np.asarray(methods.ranks(RANDOM, scores, settings)), removed)
+
+
+def _ranks_at(context, ids, method, budget) -> np.ndarray:
+    """(n,) ranks of a method for one budget."""
+    cfg = context.config
+    scores, levels = stage.read_scores(context, ids, diverse=False)
+    wanted = dataclasses.replace(cfg.selection, method=method, retention_ratio=budget)
+    found = select.select(
+        scores, levels, perspective=cfg.difficulty.perspective,
+        percentile=cfg.difficulty.percentile, **dataclasses.asdict(wanted),
+    )  # fmt: skip
+    return found.orders[method]
 
 
 def _removed(context, ids):
@@ -197,8 +227,18 @@ def _other_ranks(context, name, workdir, method) -> np.ndarray:
     return np.array([ranks[i] for i in rows[0]], np.int32)
 
 
-def cells(request: Request, ranks: Mapping[str, np.ndarray], removed: np.ndarray) -> list[GridCell]:
-    """All trainings, the cheapest budgets first; the whole pool once, as `full`."""
+def cells(
+    request: Request,
+    ranks: Mapping[Any, np.ndarray],
+    removed: np.ndarray,
+    tokens: np.ndarray | None = None,
+) -> list[GridCell]:
+    """All trainings, the cheapest budgets first; the whole pool once, as `full`.
+
+    Args:
+        tokens: (n,) of each row, for budgets of tokens: as many of a method's first rows as have
+            together at most the share of all tokens, at least one.
+    """
     most = len(removed) - int(removed.sum())
     out = []
     for budget in request.budgets:
@@ -208,7 +248,14 @@ def cells(request: Request, ranks: Mapping[str, np.ndarray], removed: np.ndarray
             out += [GridCell(FULL, budget, seed, everyone) for seed in range(request.seeds)]
             continue
         for name in request.names:
-            for seed in range(request.seeds):
-                chosen = np.flatnonzero(ranks[name][seed] <= keep)
-                out.append(GridCell(name, budget, seed, tuple(chosen.tolist())))
+            own = ranks[name] if name in ranks else ranks[name, budget]
+            for unit in request.units:
+                for seed in range(request.seeds):
+                    count = keep
+                    if unit == "tokens":
+                        order = np.argsort(own[seed])[:most]
+                        limit = budget * tokens[~removed].sum()
+                        count = max(1, int(np.sum(np.cumsum(tokens[order]) <= limit)))
+                    chosen = np.flatnonzero(own[seed] <= count)
+                    out.append(GridCell(name, budget, seed, tuple(chosen.tolist()), unit))
     return out

@@ -31,7 +31,8 @@ def draw(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
     Args:
         results: compare/results.json.
     """
-    rows = results["rows"]
+    unit = results["rows"][-1]["unit"] if len(results["rows"]) > 1 else "rows"
+    rows = [r for r in results["rows"] if r["unit"] == unit or r["method"] in (BASE, FULL)]
     budgets = sorted({row["budget"] for row in rows if row["budget"]})
     methods = [m for m in dict.fromkeys(r["method"] for r in rows) if m not in (RANDOM, FULL, BASE)]
     figure = matplotlib.figure.Figure((8, 6.2))

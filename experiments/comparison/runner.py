@@ -22,7 +22,7 @@ from comparison import cost, grid
 from diq_jax import config, finetune_config, prepare
 from diq_jax.data import encoded, example
 from diq_jax.data import steps as steps_lib
-from diq_jax.evaluate import intervals, measure, options
+from diq_jax.evaluate import generation, intervals, measure, options
 from diq_jax.finetune import fit, sft
 from diq_jax.models import checkpoint, load
 from diq_jax.run import artifacts, records, stages
@@ -57,13 +57,27 @@ def make_keys(context: stages.Context) -> Keys:
         "seed": cfg.finetune.seed,
         "model": checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint,
         "dtype": cfg.model.dtype,
-        "measures": list(intervals.METRICS),
+        "measures": [*metrics(cfg), *asked_of(cfg)],
         "data": [
             artifacts.sha256(context.path(name))
             for name in (prepare.POOL, prepare.TARGETS, prepare.TESTS)
         ],
     }
     return Keys(json.dumps(shared, sort_keys=True))
+
+
+def metrics(cfg: config.Config) -> tuple[str, ...]:
+    """What is measured of a question."""
+    generated = cfg.evaluate.protocol == "generate"
+    return intervals.GENERATED_METRICS if generated else intervals.METRICS
+
+
+def asked_of(cfg: config.Config) -> list[str]:
+    """Says how answers are generated, where they are."""
+    names = ("max_new_tokens", "temperature", "top_p", "samples", "stop", "seed")
+    if cfg.evaluate.protocol != "generate":
+        return []
+    return [f"{name}={getattr(cfg.evaluate, name)}" for name in names]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +149,7 @@ class Bench:
     context: stages.Context
     data: CellData
     model: load.Model
-    asked: tuple[measure.Likelihoods, measure.Likelihoods]
+    asked: tuple[Any, ...]  # as measure.measure takes
     train_step: Callable
     shapes: list[tuple[int, int]]
 
@@ -148,11 +162,15 @@ def make_bench(context: stages.Context, data: CellData) -> Bench:
     cfg, placement = context.config, context.placement
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     tokens = cfg.evaluate.batch_tokens
+    asked = measure.ask(data.targets, data.questions, model.cfg, placement, tokens)
+    if cfg.evaluate.protocol == "generate":
+        tests = generation.from_table(context.table(prepare.TESTS))
+        asked += (generation.make_answers(tests, model, cfg.evaluate, cfg.data.date, placement),)
     return Bench(
         context,
         data,
         model,
-        measure.ask(data.targets, data.questions, model.cfg, placement, tokens),
+        asked,
         fit.make_train_step(model, cfg.finetune, placement),
         fit.shapes_of(data.pool),
     )
@@ -212,9 +230,12 @@ def evaluate(bench: Bench, name: str, adapter: dict) -> dict[str, Any]:
     weights = bench.model.params, bench.context.placement.replicate(adapter)
     found = measure.measure(name, weights, bench.asked)
     rows = options.predictions(name, bench.data.questions, found["question"])
-    metrics = options.outcomes(rows, intervals.METRICS).T.tolist()
+    for answers in bench.asked[2:]:
+        generation.add_answers(answers, rows, found[answers.name])
+    names = metrics(bench.context.config)
+    measured = options.outcomes(rows, names).T.tolist()
     return {
         "target_loss": list(found["target"]["loss"]),
-        **dict(zip(intervals.METRICS, metrics, strict=True)),
+        **dict(zip(names, measured, strict=True)),
         "evaluate_seconds": round(time.perf_counter() - started, 3),
     }

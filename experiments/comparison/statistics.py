@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diq_jax.evaluate import intervals
+from diq_jax.evaluate import intervals, significance
 
 METRICS = (*intervals.METRICS, "target_loss")
 
@@ -35,6 +35,30 @@ def estimates(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """
     by_seed, by_question = draws(*values.shape, samples, seed)
     return np.sum((by_seed @ values) * by_question, axis=1)
+
+
+def p_value(drawn: np.ndarray) -> float:
+    """Two-sided bootstrap p of a difference (1 + B,) of `estimates`: twice the share of resamplings
+    on the rarer side of 0, at least 2 / (1 + B).
+    """
+    below, above = np.sum(drawn[1:] <= 0), np.sum(drawn[1:] >= 0)
+    return float(min(1.0, 2 * (1 + min(below, above)) / len(drawn)))
+
+
+def correct(rows: Sequence[dict[str, Any]]) -> None:
+    """Adds p_holm to each difference to the reference: Holm's correction over the methods of a
+    budget, for each metric.
+    """
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        for metric, value in row["metrics"].items():
+            if value["versus"] is not None:
+                key = row["budget"], row["unit"], metric
+                groups.setdefault(key, {})[row["method"]] = value["versus"]
+    for group in groups.values():
+        adjusted = significance.holm({name: versus["p"] for name, versus in group.items()})
+        for name, versus in group.items():
+            versus["p_holm"] = adjusted[name]
 
 
 def outcomes(
@@ -65,11 +89,14 @@ def compare(
     tasks: Mapping[str, Sequence[str]],
     samples: int,
     seed: int,
+    base: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """{metric: {mean, low, high, by_seed, versus: {mean, low, high, wins, ties, losses} or None}}.
+    """{metric: {mean, low, high, by_seed, versus: {mean, low, high, p, wins, ties, losses} or None,
+    versus_base: {mean, low, high} or None}}.
 
     Args:
         found: {metric: (S, Q)}; reference the same of what it is compared with.
+        base: {metric: (1, Q)} of the base model, which no seed moves.
         tasks: {metric: the task of each question}.
     """
     out = {}
@@ -80,7 +107,11 @@ def compare(
         if reference is not None:
             gap = values - reference[metric]
             lower = metric not in intervals.HIGHER_IS_BETTER
-            out[metric]["versus"] = intervals.summary(estimates(gap, samples, seed)) | outcomes(
-                gap, tasks[metric], lower, samples, seed
-            )
+            drawn = estimates(gap, samples, seed)
+            won = outcomes(gap, tasks[metric], lower, samples, seed)
+            out[metric]["versus"] = intervals.summary(drawn) | {"p": p_value(drawn)} | won
+        out[metric]["versus_base"] = None
+        if base is not None:
+            drawn = estimates(values - base[metric], samples, seed)
+            out[metric]["versus_base"] = intervals.summary(drawn)
     return out

@@ -17,14 +17,17 @@ def caption(results: Mapping[str, Any]) -> str:
         f"test questions of {s['tasks']} tasks; seeds: {s['seeds']}. Means over questions and "
         "seeds with 95 % bootstrap intervals, both resampled (few seeds make them a little too "
         "narrow). - random: paired, same budget, seed and questions; each seed of random is "
-        "another draw. Win / tie / loss: over tasks x seeds, a win where the 95 % interval of the "
-        "task's paired difference lies on the better side of 0 (below for losses, above for "
-        "accuracies), a loss on the worse; not corrected for their number. Test and target loss "
-        "count the token that ends an answer, as training does; subsets of short answers teach "
-        "where to stop, so read the loss without it too."
+        "another draw. p (Holm): its two-sided bootstrap p, corrected over the methods of the "
+        "budget; bold is below 0.05. - base: paired with the model as it is. Win / tie / loss: "
+        "over tasks x seeds, a win where the 95 % interval of the task's paired difference to "
+        "random lies on the better side of 0 (below for losses, above for accuracies), a loss on "
+        "the worse; not corrected for their number. Test and target loss count the token that "
+        "ends an answer, as training does; subsets of short answers teach where to stop, so read "
+        "the loss without it too. A budget of tokens is a share of the pool's tokens."
     )
 
 
+LEVEL = 0.05  # a corrected p below it is marked
 COST = "Cost"
 COST_CAPTION = (
     "Cost of one training and of the selection before it: FLOPs by formula, without padding "
@@ -61,38 +64,45 @@ def prediction(rows: Sequence[tuple[str, float]]) -> str:
 
 
 def _tables(results) -> list[tuple[str, tables.Table]]:
-    out = [(outcomes.title(m), _metric(results, m)) for m in statistics.METRICS]
+    measured = [m for m in statistics.METRICS if m in results["rows"][0]["metrics"]]
+    out = [(outcomes.title(m), _metric(results, m)) for m in measured]
     return [*out, (COST, _cost(results))]
 
 
 def _metric(results, metric) -> tables.Table:
-    """A row for each method and budget: the mean, the difference to random, win / tie / loss."""
+    """A row for each method and budget: the mean, and the differences to random and to base."""
     _, _, factor, decimals = outcomes.METRICS[metric]
 
-    def measure(value, sign=False):
+    def measure(value, sign=False, strong=False):
         mean, low, high = (
             tables.number(factor * value[name], decimals, sign) for name in ("mean", "low", "high")
         )
-        strong = sign and (value["low"] > 0 or value["high"] < 0)
         return tables.Cell(mean, f"{low} to {high}", strong)
 
     rows = []
     for row in results["rows"]:
         value = row["metrics"][metric]
         versus = value["versus"]
-        gap = won = tables.Cell("")
+        gap = p = won = to_base = tables.Cell("")
+        if value["versus_base"] is not None:
+            to_base = measure(value["versus_base"], sign=True)
         if versus is not None:
-            gap = measure(versus, sign=True)
+            gap = measure(versus, sign=True, strong=versus["p_holm"] < LEVEL)
+            p = tables.Cell(f"{versus['p_holm']:.3g}")
             won = tables.Cell(f"{versus['wins']} / {versus['ties']} / {versus['losses']}")
-        rows.append([*_names(row), measure(value), gap, won])
-    headers = ["Method", "Budget", "Rows", "Mean (95 %)", "- random (95 %)", "Win / tie / loss"]
+        rows.append([*_names(row), measure(value), gap, p, won, to_base])
+    headers = [
+        "Method", "Budget", "Rows", "Mean (95 %)", "- random (95 %)", "p (Holm)",
+        "Win / tie / loss", "- base (95 %)",
+    ]  # fmt: skip
     return tables.Table(headers, rows)
 
 
 def _names(row) -> list[tables.Cell]:
     if not row["budget"]:
         return [tables.Cell(row["method"]), tables.Cell(""), tables.Cell("")]
-    budget = tables.Cell(f"{100 * row['budget']:g} %")
+    of = "" if row["unit"] == "rows" else f" of {row['unit']}"
+    budget = tables.Cell(f"{100 * row['budget']:g} %{of}")
     return [tables.Cell(row["method"]), budget, tables.Cell(f"{row['rows']:,}")]
 
 

@@ -224,8 +224,72 @@ def test_statistics_by_hand():
         assert (versus["mean"], versus["low"], versus["high"]) == (1, 1, 1)
         assert (versus["wins"], versus["ties"], versus["losses"]) == (won, 0, lost)
         assert out[name]["by_seed"] == [5, 9]
+        assert versus["p"] == 2 / 101  # no resampling of 100 lies on the other side
+        assert out[name]["versus_base"] is None
+    base = {name: np.zeros((1, 4)) for name in found}
+    to_base = statistics.compare(found, None, tasks, 100, 0, base)["accuracy"]["versus_base"]
+    assert to_base["mean"] == 7 and 2 <= to_base["low"] < to_base["high"] <= 12
     alone = statistics.outcomes(np.ones((2, 1)), ["a"], False, 100, 0)
     assert alone == {"wins": 0, "ties": 2, "losses": 0}
+
+
+def test_p_and_holms_correction_by_hand():
+    # Of four resamplings one is below 0: 2 (1 + 1) / 5.
+    assert statistics.p_value(np.array([1.0, 2, 3, -1, 1])) == pytest.approx(0.8)
+    assert statistics.p_value(np.zeros(5)) == 1
+
+    def row(method, budget, p, unit="rows"):
+        value = {"versus": None if p is None else {"p": p}}
+        return {"method": method, "budget": budget, "unit": unit, "metrics": {"brier": value}}
+
+    rows = [row("random", 0.1, None), row("a", 0.1, 0.01), row("b", 0.1, 0.04),
+            row("a", 0.5, 0.01), row("a", 0.1, 0.03, "tokens")]  # fmt: skip
+    statistics.correct(rows)
+    got = [(row["metrics"]["brier"]["versus"] or {}).get("p_holm") for row in rows]
+    assert got == [None, 0.02, 0.04, 0.01, 0.03]  # two methods share only the first budget
+
+
+def test_budgets_of_tokens_by_hand():
+    # Ranks 1..4 of tokens 10, 40, 30, 20 (100 in all): half holds 10 + 40; a tenth holds the first;
+    # a twentieth none, so the first alone.
+    tokens, ranks = np.array([30, 10, 20, 40]), {"random": np.array([[3, 1, 4, 2]])}
+    request = grid.parse([], ["0.05", "0.1", "0.5"], 1, [], ["rows", "tokens"])
+    found = grid.cells(request, ranks, np.zeros(4, bool), tokens)
+    assert [(c.unit, c.budget, c.indices) for c in found if c.unit == "tokens"] == [
+        ("tokens", 0.05, (1,)), ("tokens", 0.1, (1,)), ("tokens", 0.5, (1, 3)),
+    ]  # fmt: skip
+    assert found[-1].name == "random 50 % of tokens seed 0"
+    assert [c.indices for c in found if c.unit == "rows"][-1] == (1, 3)
+
+
+@pytest.mark.slow
+def test_directions_are_arms_and_bands_follow_the_budget(made, workdir):
+    """diq@adam is the diq of a run along adam; adaptive has a selection for each budget."""
+    cfg = settings(made)
+    request = grid.parse(["diq", "adaptive"], ["0.25", "0.5"], 1, [], ["tokens"], ["adam"])
+    rows = experiment.run(cfg, workdir, request)["rows"]
+    assert [r["method"] for r in rows[:5]] == ["base", "random", "diq", "adaptive", "diq@adam"]
+    folder = workdir / "compare/directions/adam"
+    kept = reading.read_json(folder / "influence/stage.json")["config"]["influence"]
+    assert kept["direction"] == "adam" and kept["warmup"]["epochs"] == 1
+    influence = [reading.read_table(f / "influence/influence.parquet")["influence"].to_numpy()
+                 for f in (workdir, folder)]  # fmt: skip
+    assert np.abs(influence[0] - influence[1]).max() > 0
+    with pipeline.at_work(cfg, workdir) as context:
+        ranks, _ = grid.orders(context, request)
+    assert not np.array_equal(ranks["adaptive", 0.25], ranks["adaptive", 0.5])
+    assert all(r["metrics"]["choice_loss"]["versus_base"] for r in rows[1:])
+
+
+@pytest.mark.slow
+def test_cells_may_answer_in_words(made, workdir):
+    cfg = settings(made)
+    evaluate = dataclasses.replace(cfg.evaluate, protocol="generate", max_new_tokens=4)
+    cfg = dataclasses.replace(cfg, evaluate=evaluate)
+    rows = experiment.run(cfg, workdir, grid.parse(["diq"], ["0.25"], 1, []))["rows"]
+    assert "accuracy_norm" not in rows[0]["metrics"]
+    assert 0 <= rows[2]["metrics"]["accuracy"]["mean"] <= 1
+    assert rows[2]["metrics"]["choice_loss"]["versus"]["p_holm"] <= 1
 
 
 def test_with_one_seed_intervals_are_those_of_the_evaluate_stage():
@@ -282,6 +346,8 @@ def test_a_dry_run_predicts_and_trains_nothing(made, workdir, capsys):
         ((["diq"], ["1.5"], 1, []), "--budgets must be shares of the pool in"),
         ((["diq"], ["many"], 1, []), "--budgets must be shares of the pool in"),
         ((["diq"], ["0.1"], 0, []), "--seeds must be at least 1"),
+        ((["diq"], ["0.1"], 1, [], ["token"]), "--units must be .* Did you mean 'tokens'"),
+        ((["diq"], ["0.1"], 1, [], ["rows"], ["adams"]), "--directions must be .* 'adam'"),
         ((["diq"], ["0.1"], 1, ["less"]), "--rankings must be NAME=WORKDIR"),
         ((["diq"], ["0.1"], 1, ["diq=/tmp"]), "'diq' is the name of another row"),
         ((["diq"], ["0.1"], 1, ["less=/nowhere"]), "holds no finished selection stage"),
@@ -310,7 +376,6 @@ def test_a_ranking_of_another_pool_is_refused(made, workdir, tmp_path):
     [
         ("selection", "source_cap", 0.5, "budgets compared are to nest"),
         ("finetune", "parameters", "all", "cells train adapters"),
-        ("evaluate", "protocol", "generate", "compared by the likelihoods of options"),
     ],
 )
 def test_what_cells_do_not_do_is_refused(section, field, value, message, made):
