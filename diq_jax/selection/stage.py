@@ -121,7 +121,14 @@ def _hand_off(context, found, levels, scores):
     """Joins what is known of each row, for handoff.py."""
     columns = {f"difficulty_{p}": pa.array(levels[p]) for p in levels}
     columns["loss"] = context.table(INFLUENCE, "loss")["loss"]
-    names = ("influence", "tokens", "ifd", "similarity", "reasoning_tokens")
+    names = (
+        "influence",
+        "tokens",
+        "ifd",
+        "similarity",
+        "reasoning_tokens",
+        *records.OPTIONAL[TUNED],
+    )
     columns |= {name: pa.array(scores[name]) for name in names if name in scores}
     columns |= {
         "repeats": handoff.repeats(context, scores["example_ids"]),

@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config, errors, influence_config
+from diq_jax import config, errors
+from diq_jax.influence import kinds
 from diq_jax.run import records, stages
 from diq_jax.selection import hygiene, methods, select, stage
 
@@ -93,7 +94,7 @@ def parse(
     for unit in units:
         errors.check_choice("--units", unit, UNITS)
     for direction in directions:
-        errors.check_choice("--directions", direction, influence_config.DIRECTIONS)
+        errors.check_choice("--directions", direction, kinds.DIRECTIONS)
     named = tuple(dict.fromkeys(units)) or UNITS[:1]
     return Request(chosen, tuple(shares), seeds, others, named, tuple(dict.fromkeys(directions)))
 
