@@ -54,7 +54,7 @@ TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "*.model", "*.tiktoken", "*.jinja",
 )  # fmt: skip
-MODEL = ("config.json", "model*.safetensors*", *TOKENIZER)
+MODEL = ("config.json", "generation_config.json", "model*.safetensors*", *TOKENIZER)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TRAINED = tuple(
     f"{folder}/{name}"

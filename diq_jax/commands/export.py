@@ -2,12 +2,17 @@
 
     diq export --adapter=runs/mine/finetune/adapter --output=merged
 
-Written: config.json, safetensors and the tokenizer. The base is the one that the adapter names
-(--model for another place of the same weights); of a .gguf file the weights are dequantised. The
-adapter's folder itself is what PEFT loads, and needs no export.
+Written: config.json, generation_config.json, safetensors, the tokenizer with its chat template, and
+README.md, a model card with the license note and, for an adapter inside of a run, the selection and
+the numbers. --push=ORG/NAME uploads the folder to the hub, as a private repository.
+
+The base is the one that the adapter names (--model for another place of the same weights); of a
+.gguf file the weights are dequantised. The adapter's folder itself is what PEFT loads, and needs no
+export.
 """
 
 import pathlib
+import re
 
 from absl import flags
 
@@ -19,6 +24,7 @@ ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
 MODEL = flags.DEFINE_string("model", "", "As model.path; empty = the base that the adapter names.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.")
+PUSH = flags.DEFINE_string("push", "", "A hub repository ORG/NAME to upload to; empty = none.")
 flags.mark_flags_as_required(["adapter", "output"])
 
 
@@ -33,19 +39,24 @@ def base_of(adapter: pathlib.Path) -> str:
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise errors.UserError(f"--adapter: {adapter} has no {file.name}; expected a PEFT folder.")
-    record = reading.read_record(file, {}, {"base_model_name_or_path": (str, type(None))})
-    base = record.get("base_model_name_or_path")
+    texts = dict.fromkeys(("base_model_name_or_path", "revision"), (str, type(None)))
+    record = reading.read_record(file, {}, texts)
+    base, revision = (record.get(name) for name in texts)
     if not base:
         raise errors.UserError(f"--adapter: {file} names no base model: give --model.")
-    return base
+    return f"{base}@{revision}" if revision else base
 
 
 def main() -> None:
     """Merges, and writes the folder."""
     import jax
 
-    from diq_jax.models import export, load, lora
-    from diq_jax.run import devices, records
+    from diq_jax.commands import card
+    from diq_jax.models import checkpoint, export, load, lora
+    from diq_jax.run import artifacts, devices, records
+
+    if PUSH.value and not re.fullmatch(r"[\w.-]+/[\w.-]+", PUSH.value):
+        raise errors.UserError(f"--push must be a repository ORG/NAME; got {PUSH.value!r}.")
 
     adapter, output = pathlib.Path(ADAPTER.value), pathlib.Path(OUTPUT.value)
     if cli.verify(VERIFY):
@@ -62,5 +73,9 @@ def main() -> None:
     merged = export.merge_adapter(model.params, factors)
     merged = jax.tree.map(lambda x: x.astype(DTYPE.value), merged)
     export.save_model(output, merged, model.hf_config, path, "--model")
+    text = card.of_model(*checkpoint.split_revision(path), adapter)
+    artifacts.write_text(output / card.CARD, text)
     size = sum(x.nbytes for x in jax.tree.leaves(merged)) / 2**20
     print(f"wrote {output}: {path} with {adapter} merged, {size:,.0f} MiB of {DTYPE.value}")
+    if PUSH.value:
+        print(f"pushed to {card.push(output, PUSH.value)}")

@@ -35,6 +35,7 @@ HUB_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.t
 # Downloaded where HUB_FILES brought no weights.
 HUB_TORCH_FILES = ("pytorch_model*.bin",)
 EMBEDDING, HEAD, TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
+HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EXPECTED = (
     "a hub id (org/name or org/name@revision), a local folder with config.json and safetensors or"
     " pytorch_model.bin, a .gguf file, or package:NAME/FILE"
@@ -105,7 +106,7 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
             found = _in_package(text, field)
         elif local.exists():
             found = local
-        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) and local.suffix != ".gguf":
+        elif re.fullmatch(HUB_ID, text) and local.suffix != ".gguf":
             found = _from_hub(text, field)
         else:
             raise errors.UserError(f"{field}: {text!r} does not exist here; expected {EXPECTED}.")
@@ -113,6 +114,15 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
     except (OSError, RuntimeError) as e:  # no permission, a name too long, ~ of nobody
         raise errors.UserError(f"{field}: {reading.shorten(text)} cannot be read: {e}.") from None
     return found
+
+
+def split_revision(path: str | os.PathLike) -> tuple[str, str]:
+    """Splits a hub id org/name@revision; of any other path the revision is ""."""
+    text = os.fspath(path)
+    if re.fullmatch(HUB_ID, text) and not pathlib.Path(text).exists():
+        name, _, revision = text.partition("@")
+        return name, revision
+    return text, ""
 
 
 def open_checkpoint(path: str | os.PathLike, field: str) -> Checkpoint:

@@ -1,16 +1,20 @@
-"""Trained weights as a folder that transformers loads: tokenizer, safetensors, config.json."""
+"""Trained weights as a folder that transformers loads: tokenizer, safetensors, config.json and
+generation_config.json.
+"""
 
 import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diq_jax import errors, trees
-from diq_jax.models import hf, tokenizer
-from diq_jax.run import artifacts
+from diq_jax.models import checkpoint, hf, tokenizer
+from diq_jax.run import artifacts, reading
 
 MAX_SHARD_BYTES = 5 * 10**9
+GENERATION = "generation_config.json"
 
 
 def save_model(
@@ -29,9 +33,21 @@ def save_model(
             f"{folder} is not written: {bad[0]} holds numbers that are NaN or infinite in the "
             "model's dtype; try a lower learning_rate, or model.dtype=float32."
         )
-    tokenizer.load_tokenizer(base, field).save_pretrained(folder)
+    tok = tokenizer.load_tokenizer(base, field)
+    tok.save_pretrained(folder)
     artifacts.sync_tree(folder)
+    generation = _generation_config(checkpoint.resolve(base, field), tok)
+    artifacts.write_json(pathlib.Path(folder) / GENERATION, generation)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)
+
+
+def _generation_config(base: pathlib.Path, tok: Any) -> dict[str, Any]:
+    """Returns the base's own, or else the tokens that begin, end and pad a text."""
+    if (base / GENERATION).is_file():
+        return reading.read_record(base / GENERATION, {})
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: getattr(tok, name) for name in names}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 @jax.jit

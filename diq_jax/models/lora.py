@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from diq_jax import errors, trees
-from diq_jax.models import config, decoder, safetensors_file, stored
+from diq_jax.models import checkpoint, config, decoder, safetensors_file, stored
 from diq_jax.run import artifacts, reading
 
 PEFT_PREFIX = "base_model.model.model.layers."
@@ -133,9 +133,10 @@ def save_peft(
     if bad := trees.not_finite(adapter):
         raise errors.UserError(f"{folder} is not written: {bad[0]} is not finite.")
     folder = pathlib.Path(folder)
+    name, revision = checkpoint.split_revision(base)
     tensors, modules, rank = {}, set(), 0
-    for name, leaf in trees.named_leaves(adapter).items():
-        *linear, factor = name.split("/")
+    for path, leaf in trees.named_leaves(adapter).items():
+        *linear, factor = path.split("/")
         if factor == "scale":
             continue
         modules.add(linear[-1])
@@ -150,7 +151,8 @@ def save_peft(
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": name,
+            **({"revision": revision} if revision else {}),
             "r": rank,
             "lora_alpha": alpha,
             "lora_dropout": dropout,
