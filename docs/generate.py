@@ -196,8 +196,11 @@ def _executed(path: pathlib.Path) -> dict[str, str | bytes]:
             notebook, {"metadata": {"path": str(ROOT)}}
         )
         nbformat.write(notebook, kept)
-    exporter = nbconvert.MarkdownExporter()
-    text, resources = exporter.from_filename(str(kept))
+    notebook = nbformat.read(kept, as_version=4)
+    for cell in notebook.cells:  # progress bars are no part of the page
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    text, resources = nbconvert.MarkdownExporter().from_notebook_node(notebook)
     pictures = {f"{path.stem}/{name}": data for name, data in resources["outputs"].items()}
     for name in resources["outputs"]:
         text = text.replace(f"]({name})", f"]({path.stem}/{name})")
