@@ -89,3 +89,14 @@ def test_public_parameters_and_returns_have_types():
         for node, parameters in public(ast.parse(path.read_text())):
             bare = [x.arg for x in parameters if x.annotation is None]
             assert not bare and node.returns, f"{path}:{node.lineno} {node.name} {bare}"
+
+
+def test_no_class_name_is_two_classes():
+    classes = [
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) > 50
+    assert [name for name in classes if classes.count(name) > 1] == []
