@@ -3,7 +3,7 @@
 A method maps the pool's scores to a total order, so that budgets nest unless it says that they do
 not. To add one, add a row to METHODS: its checks, its cost, its column in baselines.parquet and its
 sentences follow from that. What differs in the direction alone is no method of its own: LESS is
-`influence` with influence.direction=less, GIST with influence.direction=gist.
+`influence` with influence.direction=less.
 """
 
 import string
