@@ -92,7 +92,8 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
     read.expect(key, (activation,))
     read.expect("use_sliding_window", (False, None))
     for key in family.unset:
-        read.expect(key, (None, False, 0))
+        if config.get(key):
+            raise read.wrong(key, "unset, as that part is not built here")
     num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
     num_kv_heads = read.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:

@@ -74,6 +74,8 @@ def test_sizes_of_encoders_are_checked(key, value):
         ({"attention_bias": 1}, "attention_bias must be true or false"),
         ({"hidden_act": ["silu"]}, "hidden_act=\\['silu'\\]; supported: silu"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "=50.0; it must be unset"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "the length of a batch"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "full_attention for each"),
     ],
 )
