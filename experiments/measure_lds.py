@@ -2,7 +2,10 @@
 
     python experiments/measure_lds.py --config=configs/quickstart.py --workdir=runs/lds \\
         [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--vocab=2048] \\
-        [--dims=256,1024,4096]
+        [--dims=256,1024,4096] [--peers=kronfluence,bergson]
+
+With --peers the influence functions of other tools (after `make peers`) stand beside ours, on the
+same model, rows, targets and halves.
 
 A tiny model with the config's tokenizer is trained on rows of data.pool that are left aside (the
 base), then from there on many random halves of --rows other rows. LDS is the Spearman correlation,
@@ -29,10 +32,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import datamodel
-from diq_jax import config, errors, influence_config, stats, trees
+import lds_scores
+from diq_jax import config, errors, stats, trees
 from diq_jax.commands import cli
 from diq_jax.data import batches, chat, encoded, example, sources
-from diq_jax.influence import curvature, direction, exact, kinds, projection
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, rope, tokenizer
 from diq_jax.run import artifacts, devices, parts, progress
@@ -53,20 +56,9 @@ BASE_EPOCHS = flags.DEFINE_integer("base_epochs", 4, "Over the rows left aside."
 EPOCHS = flags.DEFINE_integer("epochs", 3, "Over each half.", lower_bound=1)
 RATE = flags.DEFINE_float("learning_rate", 1e-3, "AdamW's peak; three times that for the base.")
 DIMS = flags.DEFINE_list("dims", ["256", "1024", "4096"], "Of the rademacher projections.")
+PEERS = flags.DEFINE_list("peers", [], "Methods of peers/score_peers.py, each in its own process.")
 BATCH = 16  # rows of an optimiser step
-CHUNK = 8  # directions, or rows, that one scoring program takes
 BOOTSTRAP = 500
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The tiny model at its base, and batches of one shape."""
-
-    cfg: model_config.DecoderConfig
-    params: dict
-    pool: batches.Batch
-    targets: batches.Batch
-    lengths: np.ndarray  # (rows,) answer tokens
 
 
 def encode(cfg: config.Config) -> tuple[list, list, list]:
@@ -111,7 +103,7 @@ def lay_out(rows) -> batches.Batch:
     return jax.tree.map(jnp.asarray, made)
 
 
-def make_setting(cfg: config.Config) -> Setting:
+def make_setting(cfg: config.Config) -> lds_scores.Setting:
     """Trains the base."""
     base, pool, goals = encode(cfg)
     heads = max(1, WIDTH.value // 16)
@@ -134,11 +126,10 @@ def make_setting(cfg: config.Config) -> Setting:
         f"base: {trees.size(params):,} parameters, {len(base)} rows, {BASE_EPOCHS.value} epochs, "
         f"{time.perf_counter() - started:.0f} s; target loss {before:.3f} -> {after:.3f}"
     )
-    lengths = np.array([row.answer_tokens for row in pool])
-    return Setting(shape, point.chosen, lay_out(pool), targets, lengths)
+    return lds_scores.Setting(shape, point.chosen, pool, goals, lay_out(pool), targets)
 
 
-def train_subsets(setting: Setting, subsets, workdir: pathlib.Path) -> np.ndarray:
+def train_subsets(setting: lds_scores.Setting, subsets, workdir: pathlib.Path) -> np.ndarray:
     """Measures the target losses after training on each subset with each seed, (subsets, seeds,
     targets). What was trained by an earlier call, of fewer subsets or seeds too, is read.
     """
@@ -152,115 +143,11 @@ def train_subsets(setting: Setting, subsets, workdir: pathlib.Path) -> np.ndarra
     with progress.Progress("trainings", total, resumed=total - len(left)) as bar:
         for seed, s in left:
             order = datamodel.order_of(subsets[s], EPOCHS.value, BATCH, seed)
-            point = datamodel.fit(setting.params, setting.pool, order, RATE.value, setting.cfg)
+            point = datamodel.fit(setting.params, setting.batch, order, RATE.value, setting.cfg)
             found = datamodel.losses(point.chosen, setting.targets, setting.cfg)
             seeds[seed].add([s], {"losses": np.asarray(found)[None]})
             bar.update(1, tokens=0)
     return np.stack([done.columns()["losses"][:count] for done in seeds], axis=1)
-
-
-def score_all(
-    setting: Setting, settings: influence_config.GaussNewton, seed: int
-) -> dict[str, np.ndarray]:
-    """{way of scoring: (rows, targets)}, larger is better; all at the base."""
-    cfg, pool = setting.cfg, setting.pool
-    rest = {"params": jax.tree.map(lambda x: None, setting.params), "adapter": None}
-    space = ({"params": setting.params, "adapter": None}, rest)
-    rows = len(setting.lengths)
-
-    one = jax.jit(
-        jax.grad(lambda chosen, batch: direction.losses(chosen, rest, batch, cfg, "mean")[0])
-    )
-    goals = [
-        one(space[0], jax.tree.map(lambda x, i=i: x[i : i + 1], setting.targets))
-        for i in range(TARGETS.value)
-    ]
-    everyone = datamodel.order_of(np.ones(rows, bool), EPOCHS.value, BATCH, seed)
-    point = datamodel.fit(setting.params, pool, everyone, RATE.value, cfg)
-    moments = dataclasses.replace(point, second={"params": point.second, "adapter": None})
-    parts = in_parts(pool, np.arange(rows))
-    sample = np.random.Generator(np.random.PCG64(settings.seed)).permutation(rows)
-    solved = gauss_newton(space, goals, in_parts(pool, sample[: settings.examples]), settings, cfg)
-    found = {
-        "exact, mean": along(space, goals, parts, cfg),
-        "exact, adam": along(space, [kinds.adam(g, moments) for g in goals], parts, cfg),
-        "exact, gauss_newton": along(space, solved, parts, cfg),
-    }
-    found |= projected(space, goals, parts, cfg)
-    losses = np.asarray(datamodel.losses(setting.params, pool, cfg))
-    rng = np.random.Generator(np.random.PCG64(seed))
-    columns = {
-        "highest loss": losses,
-        "shortest answers": -setting.lengths.astype(np.float64),
-        "random": rng.normal(size=rows),
-    }
-    return found | {k: np.repeat(v[:, None], TARGETS.value, axis=1) for k, v in columns.items()}
-
-
-def in_parts(pool: batches.Batch, rows: np.ndarray) -> list[batches.Batch]:
-    """Some rows of the pool, a few at a time."""
-    return [jax.tree.map(lambda x, i=i: x[rows[i : i + 32]], pool) for i in range(0, len(rows), 32)]
-
-
-def gauss_newton(space, goals, parts, settings: influence_config.GaussNewton, cfg) -> list:
-    """The direction of each target, with G over the rows of `parts`."""
-    one = functools.partial(curvature.product, cfg=cfg, reduction="mean")
-    # Only v differs between targets, so that the rows are linearised once.
-    step = jax.jit(jax.vmap(one, in_axes=(None, None, 0, None)))
-    rows = sum(part.tokens.shape[0] for part in parts)
-
-    def multiply(v):
-        images = (step(*space, v, part) for part in parts)
-        total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), images)
-        return jax.tree.map(lambda x: x / rows, total)
-
-    limits = settings.damping, settings.iterations, settings.tolerance
-    solved = []
-    with progress.Progress("gauss_newton", len(goals)) as bar:
-        for i in range(0, len(goals), CHUNK):
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *goals[i : i + CHUNK])
-            v, abouts = curvature.solve(multiply, stacked, *limits)
-            solved += [jax.tree.map(lambda x, k=k: x[k], v) for k in range(len(abouts))]
-            bar.update(len(abouts), tokens=0)
-    return solved
-
-
-def along(space, directions, parts, cfg) -> np.ndarray:
-    """Exact scores along each direction, (rows, Q)."""
-    step = jax.jit(lambda v, batch: exact.scores(space[0], v, space[1], batch, cfg, "mean"))
-    columns = []
-    for i in range(0, len(directions), CHUNK):
-        v = direction.stack(directions[i : i + CHUNK], [1.0] * len(directions[i : i + CHUNK]))
-        columns.append(np.concatenate([step(v, part).influence for part in parts]))
-    return np.concatenate(columns, axis=1)
-
-
-def projected(space, goals, parts, cfg) -> dict[str, np.ndarray]:
-    """Products of projected gradients, and their cosine at the largest dimension."""
-    found, dims = {}, sorted(int(d) for d in DIMS.value)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *goals)
-    for dim in dims:
-        settings = influence_config.Projection(dim=dim)
-
-        @jax.jit
-        def sketch(tree, settings=settings):
-            return projection.project(tree, settings)
-
-        @jax.jit
-        def rows_of(batch, settings=settings):
-            def one(row):
-                row = jax.tree.map(lambda x: x[None], row)
-                return jax.grad(lambda c: direction.losses(c, space[1], row, cfg, "mean")[0])(
-                    space[0]
-                )
-
-            return projection.project(jax.vmap(one)(batch), settings)
-
-        left = np.concatenate([rows_of(part) for part in parts])
-        right = np.asarray(sketch(stacked))
-        found[f"projected {dim:,}"] = left @ right.T
-    left = left / np.linalg.norm(left, axis=1, keepdims=True)
-    return found | {f"projected {dims[-1]:,}, cosine": left @ right.T}
 
 
 def settings_of() -> dict:
@@ -300,14 +187,23 @@ def main() -> None:
         seed = cfg.data.seed
         subsets = datamodel.draw_subsets(SUBSETS.value, ROWS.value, 0.5, seed)
         measured = train_subsets(setting, subsets, workdir)
-        scores = score_all(setting, cfg.influence.gauss_newton, seed)
+        fit = functools.partial(
+            datamodel.fit, setting.params, setting.batch,
+            datamodel.order_of(np.ones(ROWS.value, bool), EPOCHS.value, BATCH, seed),
+            RATE.value, setting.cfg,
+        )  # fmt: skip
+        dims = sorted(int(d) for d in DIMS.value)
+        found = lds_scores.score_all(setting, cfg.influence.gauss_newton, dims, fit, seed)
+        found |= lds_scores.score_peers(setting, PEERS.value, workdir / "peers")
     mean = measured.mean(axis=1)
     reliability = datamodel.reliability(measured) if SEEDS.value > 1 else float("nan")
     rows = []
-    for name, table in scores.items():
+    for name, (table, seconds) in found.items():
         low, high = datamodel.interval(table, subsets, mean, BOOTSTRAP, seed)
         value = float(np.mean(datamodel.lds(table, subsets, mean)))
-        rows.append({"name": name, "lds": value, "low": low, "high": high})
+        rows.append(
+            {"name": name, "lds": value, "low": low, "high": high, "seconds": round(seconds, 1)}
+        )
     title = (
         f"{SUBSETS.value} halves of {ROWS.value} rows, {TARGETS.value} targets, "
         f"{trees.size(setting.params):,} parameters"
@@ -323,9 +219,10 @@ def main() -> None:
     )
     draw(rows, reliability, workdir / "lds.png", title)
     print(f"{title}; reliability {reliability:.3f}")
-    print(f"{'score':<26}{'LDS':>8}   95 % interval")
+    print(f"{'score':<26}{'LDS':>8}   95 % interval{'seconds':>14}")
     for r in rows:
-        print(f"{r['name']:<26}{r['lds']:>8.3f}   {r['low']:.3f} to {r['high']:.3f}")
+        interval = f"{r['low']:.3f} to {r['high']:.3f}"
+        print(f"{r['name']:<26}{r['lds']:>8.3f}   {interval:<17}{r['seconds']:>10,.1f}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ def get_config():
     c = config.default()
     c.model.path = "the lab's own"  # selection_lab.py puts its folder here
     c.model.max_tokens = 256
+    c.model.truncation = "prompt"  # else targets with long questions would be dropped
     c.data.pool = f"{SHARED}/pool/medical_reasoning.jsonl"
     c.data.targets = f"{SHARED}/tasks/*/target.jsonl"
     c.data.tests = f"{SHARED}/tasks/*/test.jsonl"

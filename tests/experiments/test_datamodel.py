@@ -9,7 +9,9 @@ import scipy.stats
 import tiny
 
 import datamodel
+import lds_scores
 from diq_jax.data import batches
+from diq_jax.models import config as model_config
 from diq_jax.models import loss
 
 
@@ -87,3 +89,8 @@ def test_reliability_by_hand():
     measured = np.array([[[3.0], [3.0]], [[1.0], [2.0]], [[2.0], [1.0]]])
     assert datamodel.reliability(measured) == pytest.approx(2 / 3)
     assert datamodel.reliability(measured[:, [0, 0, 0]]) == pytest.approx(1.0)
+
+
+def test_the_peers_model_is_the_study_s():
+    cfg = tiny.decoder_config(num_kv_heads=4)
+    assert model_config.decoder_config(lds_scores.hf_config(cfg), "the study's") == cfg
