@@ -1,0 +1,161 @@
+"""How many targets does a ranking need? Ranks and the chosen 1 % from few targets against many.
+
+    python experiments/run_diq.py --config=.. --workdir=runs/targets --stages=prepare,influence \\
+        --config.influence.engine=projected --config.influence.targets=example \\
+        --config.data.targets_per_task=75
+    python experiments/measure_targets.py --workdir=runs/targets [--sizes=20,45,90,180,225,360] \\
+        [--draws=200] [--budget=0.01]
+
+Reads the influence of every row on every target, which one gradient store gave. Of each size, sets
+of targets are drawn without replacement, as evenly over tasks as can be. A set is compared with all
+targets, and, up to half of them, with a second set that shares none: how far the Spearman
+correlation of the two rankings is from 1, and which share of the chosen rows both choose. (A set
+agrees with all targets also because it is a part of them; two apart say what new targets would.)
+Written: targets.json, targets.png in WORKDIR/targets_study.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.figure
+import numpy as np
+import scipy.stats
+from absl import flags
+
+from diq_jax import errors
+from diq_jax.commands import cli
+from diq_jax.run import artifacts, records
+from diq_jax.selection import select
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run with influence.targets=example.")
+SIZES = flags.DEFINE_list("sizes", ["20", "45", "90", "180", "225", "360"], "Targets of a set.")
+DRAWS = flags.DEFINE_integer("draws", 200, "Sets of each size.", lower_bound=2)
+BUDGET = flags.DEFINE_float("budget", 0.01, "The share of the pool that is chosen.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+FOLDER = "targets_study"
+MEASURES = {"spearman": "Spearman of the rankings", "overlap": "share of the chosen rows in both"}
+
+
+def draw(tasks: Sequence[str], size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws targets without replacement, as evenly over tasks as their numbers allow: (size,)."""
+    left = {task: list(rng.permutation(np.flatnonzero(np.array(tasks) == task)))
+            for task in sorted(set(tasks))}  # fmt: skip
+    found: list[int] = []
+    while len(found) < size:
+        # Of the last turn, which not all tasks fit, the tasks are drawn.
+        for task in rng.permutation(sorted(t for t in left if left[t])):
+            if len(found) < size:
+                found.append(int(left[str(task)].pop()))
+    return np.array(found)
+
+
+def agreement(left: np.ndarray, right: np.ndarray, keep: int) -> tuple[float, float]:
+    """Compares two scores (n,): Spearman, and the share of the `keep` best of one in the other."""
+    best = [set(np.argsort(-x, kind="stable")[:keep].tolist()) for x in (left, right)]
+    return float(scipy.stats.spearmanr(left, right)[0]), len(best[0] & best[1]) / keep
+
+
+def study(
+    by_target: np.ndarray, tasks: Sequence[str], sizes: Sequence[int], draws: int, keep: int,
+    seed: int,
+) -> list[dict]:  # fmt: skip
+    """Compares sets of targets with all of them, and with others.
+
+    Args:
+        by_target: (n, Q), the influence of each row on each target.
+
+    Returns:
+        A row for each size and kind (all, apart): the mean of each of MEASURES over draws, and the
+        ends of the middle 95 %.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    whole, rows = by_target.mean(axis=1), []
+    for size in sizes:
+        found: dict[str, list] = {"all": [], "apart": []}
+        for _ in range(draws):
+            drawn = draw(tasks, min(2 * size, len(tasks)), rng)
+            own = by_target[:, drawn[:size]].mean(axis=1)
+            found["all"].append(agreement(own, whole, keep))
+            if 2 * size <= len(tasks):
+                other = by_target[:, drawn[size:]].mean(axis=1)
+                found["apart"].append(agreement(own, other, keep))
+        for kind, values in found.items():
+            if values:
+                table = np.array(values)
+                ends = np.percentile(table, [2.5, 97.5], axis=0)
+                rows.append({"size": size, "kind": kind} | {
+                    name: {"mean": float(m), "low": float(lo), "high": float(hi)}
+                    for name, m, lo, hi in zip(MEASURES, table.mean(axis=0), *ends, strict=True)
+                })  # fmt: skip
+    return rows
+
+
+def read(workdir) -> tuple[np.ndarray, list[str]]:
+    """Reads the influence of each row on each target, (n, Q), and the targets' tasks.
+
+    Raises:
+        UserError: the run has no influence for each target.
+    """
+    table = records.table(workdir, "influence/influence.parquet")
+    targets = records.table(workdir, "prepare/targets.parquet")
+    if "influence_by_target" not in table.column_names:
+        raise errors.UserError(f"{workdir} was not scored with influence.targets=example.")
+    by_target = np.stack(table["influence_by_target"].combine_chunks().to_numpy(False))
+    tasks = targets["task"].to_pylist()
+    if by_target.shape[1] != len(tasks):
+        raise errors.UserError(
+            f"{workdir} has {by_target.shape[1]} groups of {len(tasks)} targets: score it with "
+            "influence.targets=example."
+        )
+    return by_target.astype(np.float64), tasks
+
+
+def plot(rows: Sequence[dict], title: str) -> matplotlib.figure.Figure:
+    """Draws a panel for each measure, a line for each kind."""
+    figure = matplotlib.figure.Figure((8, 3.4), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
+        for kind, color in (("all", "#0072b2"), ("apart", "#d55e00")):
+            mine = [row for row in rows if row["kind"] == kind]
+            sizes = [row["size"] for row in mine]
+            mean, low, high = ([row[name][k] for row in mine] for k in ("mean", "low", "high"))
+            against = "against all" if kind == "all" else "against as many others"
+            axis.plot(sizes, mean, "o-", ms=3, color=color, label=against)
+            axis.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.set_xlabel("targets")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#d9dde1", linewidth=0.6)
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def main() -> None:
+    """Reads the run, compares, writes and prints."""
+    workdir = cli.folder(WORKDIR)
+    errors.check("--budget", 0 < BUDGET.value <= 1, "a share of the pool", BUDGET.value)
+    by_target, tasks = read(workdir)
+    if not all(s.isdigit() and 0 < int(s) <= len(tasks) for s in SIZES.value):
+        raise errors.UserError(
+            f"--sizes must be whole numbers of at most {len(tasks)} targets; got {SIZES.value}."
+        )
+    keep = select.budget(BUDGET.value, len(by_target))
+    sizes = sorted(int(s) for s in SIZES.value)
+    rows = study(by_target, tasks, sizes, DRAWS.value, keep, SEED.value)
+    title = (
+        f"{len(by_target):,} rows, {keep} chosen, {len(tasks)} targets of {len(set(tasks))} tasks"
+    )
+    folder = workdir / FOLDER
+    artifacts.write_json(folder / "targets.json", {"title": title, "rows": rows})
+    with artifacts.atomic(folder / "targets.png") as temporary:
+        plot(rows, title).savefig(temporary, format="png", dpi=150)
+    print(title)
+    print(f"{'targets':>8}  {'against':<8}{'Spearman':<26}{'chosen in both':<26}")
+    for row in rows:
+        cells = [f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})"
+                 for c in (row[name] for name in MEASURES)]  # fmt: skip
+        print(f"{row['size']:>8}  {row['kind']:<8}{cells[0]:<26}{cells[1]:<26}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir"])
+    cli.run(main)
