@@ -146,14 +146,12 @@ def _missing(names: Sequence[str]) -> str:
     return f"{' and '.join(f'--{n}' for n in names)} must be given; --help explains them."
 
 
-def output(holder: flags.FlagHolder, extension: str) -> pathlib.Path | None:
-    """Returns the file that a flag names, None where it names none.
+def output(holder: flags.FlagHolder[str], extension: str) -> pathlib.Path:
+    """Returns the file that a flag names.
 
     Raises:
         UserError: the file has another extension.
     """
-    if not holder.value:
-        return None
     if not holder.value.endswith(extension):
         raise errors.UserError(f"--{holder.name} must end in {extension}; got {holder.value!r}.")
     return pathlib.Path(holder.value)

@@ -95,12 +95,12 @@ def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.T
 def apply(
     params: trees.Tree,
     cfg: config.DecoderConfig,
-    tokens: batches.Array,
-    positions: batches.Array,
-    segment_ids: batches.Array,
+    tokens: trees.Array,
+    positions: trees.Array,
+    segment_ids: trees.Array,
     adapter: trees.Tree | None = None,
     remat: bool = False,
-    parent_ids: batches.Array | None = None,
+    parent_ids: trees.Array | None = None,
     probe: trees.Tree | None = None,
 ) -> jax.Array:
     """Computes the hidden states after the final norm.
@@ -128,8 +128,8 @@ def apply(
 def through(
     params: trees.Tree,
     cfg: config.DecoderConfig,
-    tokens: batches.Array,
-    positions: batches.Array,
+    tokens: trees.Array,
+    positions: trees.Array,
     attend: Callable[..., tuple[jax.Array, Any]],
     adapter: trees.Tree | None = None,
     remat: bool = False,
