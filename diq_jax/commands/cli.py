@@ -51,7 +51,7 @@ def main(job: str = "") -> None:
     if not job:
         job, sys.argv[1:] = " ".join(sys.argv[1:2]), sys.argv[2:]
     if not job or job in HELP:
-        print(_overview())
+        _show(_overview())
         sys.exit(0 if job else 2)
     if job == "--version":
         print(f"diq_jax {diq_jax.__version__}")
@@ -78,11 +78,11 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     sys.excepthook = _log_and_leave
     processes.stop_on_sigterm()
     if HELP & set(sys.argv[1:]):
-        print(_usage(inspect.getmodule(main)))
+        _show(_usage(inspect.getmodule(main)))
         return
     try:
         if sections := [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--help=")]:
-            print(config.describe(sections[0]))
+            _show(config.describe(sections[0]))
             return
         _check_config_flags(sys.argv)
         if "config" in flags.FLAGS:
@@ -229,6 +229,14 @@ def _write_log(text: str) -> pathlib.Path:
             continue  # there is no such folder yet, or it is full or forbidden
         return path.absolute()
     return pathlib.Path("no file, as none can be written")
+
+
+def _show(text: str) -> None:
+    """Prints a long text, of which the reader may take the beginning alone, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
 def _fail(message: str) -> None:

@@ -38,9 +38,9 @@ def base_of(adapter: pathlib.Path) -> str:
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise errors.UserError(f"--adapter: {adapter} has no {file.name}; expected a PEFT folder.")
-    texts = dict.fromkeys(("base_model_name_or_path", "revision"), (str, type(None)))
-    record = reading.read_record(file, {}, texts)
-    base, revision = (record.get(name) for name in texts)
+    names, kinds = ("base_model_name_or_path", "revision"), (str, type(None))
+    record = reading.read_record(file, {}, {name: kinds for name in names})
+    base, revision = (record.get(name) for name in names)
     if not base:
         raise errors.UserError(f"--adapter: {file} names no base model: give --model.")
     return f"{base}@{revision}" if revision else base

@@ -204,7 +204,8 @@ def _render(layout: Layout, messages: Sequence[dict], asks: bool) -> str:
 
 def _around(whole: str) -> tuple[str, str]:
     """Returns what a rendered conversation has before and after the assistant's message."""
-    return whole.rpartition(_ASSISTANT)[::2]
+    before, _, after = whole.rpartition(_ASSISTANT)
+    return before, after
 
 
 def _end_text(after: str, tokenizer: token_ids.Tokenizer) -> str:

@@ -119,10 +119,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         "target_groups": scores.groups,
         "target_loss": _by_task(tasks, scores.target_losses),
         "correlations": {
-            "spearman_influence_tokens": stats.finite(
-                stats.spearman(scores.influence, scores.tokens)
-            ),
-            "spearman_influence_loss": stats.finite(stats.spearman(scores.influence, scores.loss)),
+            f"spearman_influence_{name}": stats.finite(stats.spearman(scores.influence, values))
+            for name, values in (("tokens", scores.tokens), ("loss", scores.loss))
         },
         **_record(scores, settings),
     }

@@ -209,7 +209,7 @@ def places(cfg: config.DecoderConfig) -> tuple[trees.Tree, trees.Tree]:
     alike = {"window": cfg.sliding_window, **turn(cfg.rope)}
     slides = cfg.sliding_layers or (cfg.sliding_window is not None,) * cfg.num_layers
     apart = {}
-    if cfg.sliding_layers is not None:
+    if cfg.sliding_layers is not None and cfg.sliding_window is not None:
         apart["window"] = jnp.where(jnp.array(slides), cfg.sliding_window, jnp.int32(2**31 - 1))
     if cfg.sliding_rope is not None:
         own = turn(cfg.sliding_rope)

@@ -155,7 +155,7 @@ def _activate(cfg, x):
     return jax.nn.gelu(x, approximate=cfg.activation == "gelu_tanh")
 
 
-def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+def mean_pool(hidden: jax.Array, mask: Array) -> jax.Array:
     """Averages the hidden states over real tokens: (B, T, D) and (B, T) -> (B, D) float32."""
     weights = mask.astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
