@@ -11,7 +11,7 @@ help:
 	@echo "make demo      setup, then configs/quickstart.py into $(WORKDIR)"
 	@echo "make test      setup, then the fast tests"
 	@echo "make test-all  setup, then all tests"
-	@echo "make lint      ruff; make format mends what it can"
+	@echo "make lint      ruff and pyright; make format mends what it can"
 	@echo "make docs      setup, then the documentation's pages into build/site"
 	@echo "make peers     the tools that benchmarks compare with, into .venv-peers"
 	@echo "make clean     remove what these made, runs aside"
@@ -51,6 +51,7 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: setup
 	$(BIN)/ruff format .

@@ -55,11 +55,13 @@ def score(
     most = max_tokens or model.cfg.max_positions
 
     def encode(rows: Rows, name: str) -> list[example.Encoded]:
-        if not all(isinstance(row, example.Encoded) for row in rows):
-            rows, *_ = encoded.encode_all(rows, layout, template, most, truncation, name)
-        if not rows:
+        made = [row for row in rows if isinstance(row, example.Encoded)]
+        if len(made) < len(rows):
+            texts = [row for row in rows if isinstance(row, example.Example)]
+            made, *_ = encoded.encode_all(texts, layout, template, most, truncation, name)
+        if not made:
             raise errors.UserError(f"{name}: there is no example to score.")
-        return list(rows)
+        return made
 
     tasks = {row.example_id: getattr(row, "task", "") for row in targets}
     target_rows = encode(targets, "targets")
@@ -87,7 +89,9 @@ class Artifacts(Mapping[str, pa.Table]):
         self.workdir, self._verify = pathlib.Path(workdir), verify
         found = ((path.parent, records.read(path.parent)) for path in self._stages())
         self.records = {
-            folder.name: record for folder, record in found if record["status"] == records.DONE
+            folder.name: record
+            for folder, record in found
+            if record and record["status"] == records.DONE
         }
         if not self.records:
             raise errors.UserError(f"{workdir} holds no finished stage of a run.")

@@ -3,9 +3,9 @@ that names the file and, where there is one, the line.
 """
 
 import importlib.machinery
-import importlib.util
 import pathlib
 import traceback
+import types
 
 import ml_collections
 from absl import flags
@@ -69,7 +69,8 @@ def load(argument: str) -> ml_collections.ConfigDict:
 
 def _run(file: pathlib.Path, given: list[str]):
     loader = importlib.machinery.SourceFileLoader("diq_config_file", str(file))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(file)
     exec(loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     if not callable(getattr(module, "get_config", None)):
         raise errors.UserError(f"{file}: there is no function get_config() in this file.")

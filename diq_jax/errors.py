@@ -48,3 +48,9 @@ def check_regex(field: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
         raise UserError(f"{field}: {pattern!r} is not a valid regex ({e}).") from None
+
+
+def shorten(value: Any, most: int = 60) -> str:
+    """Shows a value in a message, in one line."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -10,9 +10,11 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 from diq_jax import errors
+
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
@@ -114,6 +116,7 @@ def field(
     return dataclasses.field(default=default, metadata={"declared": declared})
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
     """Holds a part of the configuration.
 
@@ -130,7 +133,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for declared in dataclasses.fields(self):
-            if not dataclasses.is_dataclass(declared.type):
+            if not _is_section(declared.type):
                 name = f"{self.section}.{declared.name}"
                 _check(name, getattr(self, declared.name), declared.metadata["declared"])
         for wrong, sentence in itertools.chain(self.conflicts(), self._conflicts_of_choices()):
@@ -152,6 +155,10 @@ class Section:
                 yield from rows[name].conflicts(self)
 
 
+def _is_section(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
 def _check(name: str, value: Any, declared: Declared) -> None:
     if declared.span:
         declared.span.check(name, value)
@@ -165,7 +172,7 @@ def _check(name: str, value: Any, declared: Declared) -> None:
 def walk(cls: type) -> Iterator[tuple[str, type, dataclasses.Field]]:
     """Yields (dotted name, its section, field) of all fields below a class of sections."""
     for found in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(found.type):
+        if _is_section(found.type):
             yield from walk(found.type)
         else:
             yield f"{cls.section}.{found.name}", cls, found
@@ -184,12 +191,12 @@ def decided_by(cls: type, stage: str) -> frozenset[str]:
 def defaults(cls: type) -> dict[str, Any]:
     """Returns every field with its default, in nested dicts."""
     return {
-        found.name: defaults(found.type) if dataclasses.is_dataclass(found.type) else found.default
+        found.name: defaults(found.type) if _is_section(found.type) else found.default
         for found in dataclasses.fields(cls)
     }
 
 
-def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
     """Makes the checked dataclass of nested dicts; fields that are left out have their defaults.
 
     Raises:
@@ -224,14 +231,14 @@ def typed(cls: type, values: Any, prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, kind in kinds.items():
         where = f"{prefix}{name}"
-        if dataclasses.is_dataclass(kind):
+        if _is_section(kind):
             found[name] = typed(kind, values.get(name), f"{where}.")
         elif name in values:
             found[name] = _typed_value(kind, values[name], where)
     return found
 
 
-def _typed_value(kind: type, value: Any, where: str) -> Any:
+def _typed_value(kind: Any, value: Any, where: str) -> Any:
     if type(value) is int and abs(value) >= 2**63:  # too long to convert, even to print
         raise errors.UserError(f"{where} must be a number below 2**63 in size.")
     if kind is float and type(value) is int:

@@ -13,6 +13,9 @@ RATIO = fields.Span(0, 1, below=True)
 class Steps(fields.Section, section="finetune"):
     """Cuts the rows of a section into optimizer steps."""
 
+    batch_size: int
+    accumulation_steps: int
+
     def conflicts(self) -> Iterator[tuple[bool, str]]:
         yield (
             self.batch_size % self.accumulation_steps > 0,

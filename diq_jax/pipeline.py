@@ -112,7 +112,7 @@ STAGES = {
         stages.Stage(
             "finetune",
             lambda context: (
-                *_prepared(targets=context.config.finetune.eval_every_steps), *SELECTION,
+                *_prepared(targets=context.config.finetune.eval_every_steps > 0), *SELECTION,
             ), WRITES["finetune"], finetune.fingerprints, finetune.run, check=finetune.check,
         ),
         stages.Stage(
@@ -205,7 +205,7 @@ def run(
             ran = stages.execute(stage, spread if stage.everywhere else context, overwrite)
             if not processes.is_first():
                 continue
-            record = records.read(context.path(name))
+            record = records.finished(workdir, name)
             rate = record.get("tokens_per_second")
             done = f"{record['rows']:,} rows, {record['seconds']:.1f} s"
             done += f", {rate:,.0f} tokens/s" if rate else ""

@@ -6,9 +6,9 @@ from numpy.typing import ArrayLike
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
     """Computes the Pearson correlation; nan where either side is constant."""
-    x, y = (np.asarray(v, np.float64) - np.mean(v) for v in (x, y))
-    norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
-    return float(np.sum(x * y) / norm) if norm > 0 else float("nan")
+    a, b = (np.asarray(v, np.float64) - np.mean(np.asarray(v)) for v in (x, y))
+    norm = np.sqrt(np.sum(a * a) * np.sum(b * b))
+    return float(np.sum(a * b) / norm) if norm > 0 else float("nan")
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:

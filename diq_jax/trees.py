@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diq_jax import errors
 
+Array = np.ndarray | jax.Array  # on the host or on devices
 Tree = dict[str, Any]  # nested dicts of arrays, None where a leaf is elsewhere
 
 
@@ -93,7 +95,7 @@ def vdot(left: Any, right: Any) -> jax.Array:
     products = jax.tree.map(
         lambda a, b: jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32)), left, right
     )
-    return sum(jax.tree.leaves(products))
+    return jnp.asarray(sum(jax.tree.leaves(products)))
 
 
 def size(tree: Any) -> int:

@@ -100,3 +100,11 @@ def test_no_class_name_is_two_classes():
     ]
     assert len(classes) > 50
     assert [name for name in classes if classes.count(name) > 1] == []
+
+
+def test_modules_and_functions_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 350, path
+        for node in functions(ast.parse(text)):
+            assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

@@ -33,7 +33,7 @@ class Request:
 
     model: str
     messages: tuple[dict[str, str], ...]
-    schema: dict[str, Any]
+    schema: Mapping[str, Any]
     seed: int
     temperature: float | None
     max_tokens: int
@@ -112,15 +112,14 @@ def settle(request: Request, cache: replies.Cache, tries: int) -> Outcome | Requ
 
     A refused or malformed reply is asked for again, `tries` times in all; the last one counts.
     """
-    outcome = None
-    for number in range(tries):
+    number, outcome = 0, None
+    while outcome is None or (number < tries and outcome.status != "answered"):
         step = request.retry(number)
         reply = cache.get(step.key)
         if reply is None:
             return step
         outcome = judge(reply, request.schema)
-        if outcome.status == "answered":
-            break
+        number += 1
     return outcome
 
 

@@ -201,7 +201,7 @@ def _over_judges(values: np.ndarray) -> np.ndarray:
     return np.nanmean(values, axis=0) if values.size else np.zeros(0)
 
 
-def _summary(values: np.ndarray, samples: int, seed: int) -> dict[str, float | None]:
+def _summary(values: np.ndarray, samples: int, seed: int) -> Mapping[str, float | None]:
     if not len(values):
         return dict.fromkeys(("mean", "low", "high"))
     return intervals.summary(intervals.estimates(values, samples, seed))

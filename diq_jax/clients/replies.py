@@ -162,7 +162,7 @@ class Cache:
 
 def _entry(line: bytes) -> tuple[str, Reply] | None:
     """Reads a line of the file, (key, reply); None where it is damaged."""
-    texts = dict.fromkeys(("key", "content", "refusal", "finish"), str)
+    texts: dict[str, type] = dict.fromkeys(("key", "content", "refusal", "finish"), str)
     try:
         found = reading.parse_json(line.decode(), "a line", mend=True)
         reading.check_record(found, "a line", texts)

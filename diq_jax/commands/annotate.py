@@ -23,9 +23,9 @@ from diq_jax.commands import asking
 from diq_jax.data import example as example_lib
 from diq_jax.run import artifacts
 
-ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.")
-OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.")
-MODEL = flags.DEFINE_string("model", None, "The model's name at the endpoint.")
+ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.", required=True)
+OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.", required=True)
+MODEL = flags.DEFINE_string("model", None, "The model's name at the endpoint.", required=True)
 COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
 LIMIT = flags.DEFINE_integer("limit", 0, "The first so many rows; 0 = all.", lower_bound=0)
 SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many of them; 0 = all.", lower_bound=0)
@@ -34,7 +34,6 @@ REPEAT = flags.DEFINE_integer(
 )
 
 REPLY_TOKENS = 120  # a guess for three reasons and levels
-flags.mark_flags_as_required(["rows", "out", "base_url", "model"])
 
 
 def read_examples() -> list[example_lib.Example]:

@@ -18,7 +18,9 @@ from diq_jax import errors
 from diq_jax.clients import answers, endpoint, replies
 from diq_jax.run import progress
 
-BASE_URL = flags.DEFINE_string("base_url", None, "The endpoint, such as http://localhost:8000/v1.")
+BASE_URL = flags.DEFINE_string(
+    "base_url", None, "The endpoint, such as http://localhost:8000/v1.", required=True
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of any draw, and sent with each request.", lower_bound=0)
 TEMPERATURE = flags.DEFINE_float("temperature", None, "Unset = the server's own.", lower_bound=0)
 MAX_TOKENS = flags.DEFINE_integer(
@@ -170,7 +172,7 @@ def _print_estimate(models, rows, cached, missing, usage, reply_tokens) -> None:
 
 
 def _money(tokens_in: float, tokens_out: float) -> str:
-    if PRICE_IN.value is None:
+    if PRICE_IN.value is None or PRICE_OUT.value is None:
         return "unknown without --price_in and --price_out"
     return f"{(tokens_in * PRICE_IN.value + tokens_out * PRICE_OUT.value) / 1e6:,.4f}"
 

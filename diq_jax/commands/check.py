@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from diq_jax import selection_config
+from diq_jax import fields, selection_config
 
 if TYPE_CHECKING:
     from diq_jax.selection import hygiene
 
-POOL = flags.DEFINE_string("pool", None, "As data.pool.")
+POOL = flags.DEFINE_string("pool", None, "As data.pool.", required=True)
 COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
 AGAINST = flags.DEFINE_string(
     "against", "", "As data.tests, or like the pool; empty = the pool alone."
@@ -35,7 +35,6 @@ for _name in THRESHOLDS:
     _default = getattr(selection_config.Selection, _name)
     _define = flags.DEFINE_integer if isinstance(_default, int) else flags.DEFINE_float
     _define(_name, _default, f"As selection.{_name}.")
-flags.mark_flags_as_required(["pool"])
 
 
 def read_rows() -> "tuple[list[hygiene.ComparedRow], list[hygiene.ComparedRow]]":
@@ -73,7 +72,8 @@ def main() -> None:
     from diq_jax.run import artifacts
     from diq_jax.selection import hygiene
 
-    settings = selection_config.Selection(**{name: flags.FLAGS[name].value for name in THRESHOLDS})
+    given = {name: flags.FLAGS[name].value for name in THRESHOLDS}
+    settings = fields.build(selection_config.Selection, given)
     pool, against = read_rows()
     started = time.perf_counter()
     pairs = hygiene.find(pool, against, settings, None)

@@ -51,7 +51,7 @@ def main(job: str = "") -> None:
     if not job:
         job, sys.argv[1:] = " ".join(sys.argv[1:2]), sys.argv[2:]
     if not job or job in HELP:
-        print(_overview())
+        _show(_overview())
         sys.exit(0 if job else 2)
     if job == "--version":
         print(f"diq_jax {diq_jax.__version__}")
@@ -78,11 +78,11 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     sys.excepthook = _log_and_leave
     processes.stop_on_sigterm()
     if HELP & set(sys.argv[1:]):
-        print(_usage(inspect.getmodule(main)))
+        _show(_usage(inspect.getmodule(main)))
         return
     try:
         if sections := [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--help=")]:
-            print(config.describe(sections[0]))
+            _show(config.describe(sections[0]))
             return
         _check_config_flags(sys.argv)
         if "config" in flags.FLAGS:
@@ -146,14 +146,12 @@ def _missing(names: Sequence[str]) -> str:
     return f"{' and '.join(f'--{n}' for n in names)} must be given; --help explains them."
 
 
-def output(holder: flags.FlagHolder, extension: str) -> pathlib.Path | None:
-    """Returns the file that a flag names, None where it names none.
+def output(holder: flags.FlagHolder[str], extension: str) -> pathlib.Path:
+    """Returns the file that a flag names.
 
     Raises:
         UserError: the file has another extension.
     """
-    if not holder.value:
-        return None
     if not holder.value.endswith(extension):
         raise errors.UserError(f"--{holder.name} must end in {extension}; got {holder.value!r}.")
     return pathlib.Path(holder.value)
@@ -231,6 +229,14 @@ def _write_log(text: str) -> pathlib.Path:
             continue  # there is no such folder yet, or it is full or forbidden
         return path.absolute()
     return pathlib.Path("no file, as none can be written")
+
+
+def _show(text: str) -> None:
+    """Prints a long text, of which the reader may take the beginning alone, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
 def _fail(message: str) -> None:

@@ -111,7 +111,7 @@ def print_all(found: dict[str, Any], names: list[str]) -> None:
 
 def main(first: str, second: str) -> None:
     """Compares the two models that the arguments name."""
-    out = cli.output(OUT, ".json")
+    out = cli.output(OUT, ".json") if OUT.value else None
     names, rows, ids = read([first, second])
     found = {"models": names} | measure(rows, ids)
     print_all(found, names)

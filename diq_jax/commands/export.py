@@ -20,12 +20,11 @@ from diq_jax import config, errors
 from diq_jax.commands import cli
 
 VERIFY = cli.define_verify()
-ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.")
-OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
+ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 MODEL = flags.DEFINE_string("model", "", "As model.path; empty = the base that the adapter names.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.")
 PUSH = flags.DEFINE_string("push", "", "A hub repository ORG/NAME to upload to; empty = none.")
-flags.mark_flags_as_required(["adapter", "output"])
 
 
 def base_of(adapter: pathlib.Path) -> str:
@@ -39,9 +38,9 @@ def base_of(adapter: pathlib.Path) -> str:
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise errors.UserError(f"--adapter: {adapter} has no {file.name}; expected a PEFT folder.")
-    texts = dict.fromkeys(("base_model_name_or_path", "revision"), (str, type(None)))
-    record = reading.read_record(file, {}, texts)
-    base, revision = (record.get(name) for name in texts)
+    names, kinds = ("base_model_name_or_path", "revision"), (str, type(None))
+    record = reading.read_record(file, {}, {name: kinds for name in names})
+    base, revision = (record.get(name) for name in names)
     if not base:
         raise errors.UserError(f"--adapter: {file} names no base model: give --model.")
     return f"{base}@{revision}" if revision else base

@@ -19,8 +19,8 @@ from diq_jax.commands import cli
 if TYPE_CHECKING:
     from diq_jax.evaluate import harness
 
-MODEL = flags.DEFINE_string("model", None, "As model.path.")
-TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.")
+MODEL = flags.DEFINE_string("model", None, "As model.path.", required=True)
+TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.", required=True)
 ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT folder; empty = the base model.")
 INCLUDE_PATH = flags.DEFINE_string("include_path", "", "A folder with task files of your own.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "As model.dtype.")
@@ -32,7 +32,6 @@ CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask as the chat template
 DATE = flags.DEFINE_string("date", config.Data().date, "As data.date.")
 SEED = flags.DEFINE_integer("seed", 0, "Of texts that a task draws.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.")
-flags.mark_flags_as_required(["model", "tasks"])
 
 
 def open_model() -> "harness.HarnessModel":
@@ -63,7 +62,7 @@ def open_model() -> "harness.HarnessModel":
 
 def main() -> None:
     """Runs the tasks and prints the harness's table."""
-    out = cli.output(OUT, ".json")
+    out = cli.output(OUT, ".json") if OUT.value else None
     from diq_jax.evaluate import harness  # an extra: without it this is a UserError
     from diq_jax.run import artifacts, devices
 

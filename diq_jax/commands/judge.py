@@ -30,16 +30,17 @@ from diq_jax.report import tables
 from diq_jax.run import artifacts
 
 VERIFY = cli.define_verify()
-ANSWERS = flags.DEFINE_list("answers", None, "RUN:MODEL or FILE.jsonl[:MODEL], comma-separated.")
-MODELS = flags.DEFINE_list("models", None, "The judges' names at the endpoint.")
-OUT = flags.DEFINE_string("out", None, "The .json file to write.")
+ANSWERS = flags.DEFINE_list(
+    "answers", None, "RUN:MODEL or FILE.jsonl[:MODEL], comma-separated.", required=True
+)
+MODELS = flags.DEFINE_list("models", None, "The judges' names at the endpoint.", required=True)
+OUT = flags.DEFINE_string("out", None, "The .json file to write.", required=True)
 PAIRWISE = flags.DEFINE_bool("pairwise", False, "Compare two models' answers side by side.")
 SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many questions; 0 = all.", lower_bound=0)
 BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each interval.", 100)
 
 REPLY_TOKENS = 200  # a guess for the reasons and levels
 VERDICTS = ".verdicts.jsonl"  # beside --out
-flags.mark_flags_as_required(["answers", "models", "out", "base_url"])
 
 
 def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
@@ -94,8 +95,8 @@ def make_requests(
 
     def pair(name, first, second):
         question, right = first["question"], reference(first) or reference(second)
-        texts = first["text"], second["text"]
-        orders = [judge.pair_messages(question, *t, right) for t in (texts, texts[::-1])]
+        a, b = first["text"], second["text"]
+        orders = [judge.pair_messages(question, *t, right) for t in ((a, b), (b, a))]
         return {"example_id": name}, orders, judge.PAIR_SCHEMA
 
     if PAIRWISE.value:

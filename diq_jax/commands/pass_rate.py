@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from diq_jax.evaluate import generation
 
 CONFIG = cli.define_config()
-ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.")
-OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.")
+ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.", required=True)
+OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.", required=True)
 SAMPLES = flags.DEFINE_integer("samples", 8, "Answers to each question.", lower_bound=1)
-flags.mark_flags_as_required(["config", "rows", "out"])
+flags.mark_flag_as_required("config")
 MADE_FROM = "made_from.json"  # in the folder of finished answers
 
 
@@ -65,9 +65,9 @@ def made_from(cfg: config.Config, settings: evaluate_config.Evaluate) -> str:
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path").fingerprint
     rows = sources.fingerprint(ROWS.value, "--rows", "tests")
     tokens = tokenizer.fingerprints(cfg.model.path, "model.path")
-    settings = dataclasses.asdict(settings)
+    answered = dataclasses.asdict(settings)
     asking = [generation.INSTRUCTION, cfg.data.date]
-    decisive = [source, tokens, rows, cfg.model.dtype, settings, asking]
+    decisive = [source, tokens, rows, cfg.model.dtype, answered, asking]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

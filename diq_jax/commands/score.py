@@ -19,10 +19,11 @@ from diq_jax.commands import cli
 POOL, STORE = "prepare/pool.parquet", "influence/store"
 
 VERIFY = cli.define_verify()
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run.")
-TARGETS = flags.DEFINE_string("targets", None, "As data.targets; all of its rows are taken.")
-OUTPUT = flags.DEFINE_string("output", None, "The parquet file to write.")
-flags.mark_flags_as_required(["workdir", "targets", "output"])
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a finished run.", required=True)
+TARGETS = flags.DEFINE_string(
+    "targets", None, "As data.targets; all of its rows are taken.", required=True
+)
+OUTPUT = flags.DEFINE_string("output", None, "The parquet file to write.", required=True)
 
 
 def read_run(workdir: pathlib.Path) -> config.Config:

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 CONFIG = cli.define_config()
 VERIFY = cli.define_verify()
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder to write classifier/ into.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder to write classifier/ into.", required=True
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Train again what differs or is done.")
 
 FILES = ("difficulty.json", "difficulty.safetensors", "metrics.json", "partial/*")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def classifier() -> "stages.Stage":

@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import flax.struct
-import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from diq_jax.data import example as example_lib
+from diq_jax.trees import Array
 
-Array = np.ndarray | jax.Array
 SHORTEST_EDGE = 32  # tokens
 EDGE_STEP = 16  # edges are multiples of this, which suits the tiles of a TPU and of tensor cores
 ANSWER_STEP = 32  # answer positions are rounded up to a multiple of this
@@ -164,7 +164,7 @@ def iterate(
         yield group.indices, group_batch(encoded, group)
 
 
-def _edges_by_count(lengths: Sequence[int], max_shapes: int) -> list[list[int]]:
+def _edges_by_count(lengths: ArrayLike, max_shapes: int) -> list[list[int]]:
     """Finds the best edges, if there may be 1, 2, ... `max_shapes` of them.
 
     By dynamic programming: cost[j] is the least number of padded tokens that the examples up to
@@ -172,12 +172,12 @@ def _edges_by_count(lengths: Sequence[int], max_shapes: int) -> list[list[int]]:
     """
     if max_shapes < 1:
         raise ValueError(f"max_shapes must be at least 1, got {max_shapes}.")
-    lengths = np.sort(np.asarray(lengths))
+    ordered = np.sort(np.asarray(lengths))
     grid = [0, SHORTEST_EDGE]
-    while grid[-1] < lengths[-1]:
+    while grid[-1] < ordered[-1]:
         octave = 1 << (grid[-1].bit_length() - 1)
         grid.append(grid[-1] + max(octave // 16, EDGE_STEP))
-    count = np.searchsorted(lengths, grid, side="right")
+    count = np.searchsorted(ordered, grid, side="right")
     cost = np.full(len(grid), np.inf)
     cost[0] = 0
     edges: list[list[int]] = [[] for _ in grid]

@@ -25,14 +25,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-import transformers
-
 from diq_jax import errors
-from diq_jax.data import chat_template, wording
+from diq_jax.data import chat_template, token_ids, wording
 from diq_jax.data import example as example_lib
 from diq_jax.run import reading
-
-Tokenizer = transformers.PreTrainedTokenizerBase
 
 ANCHORS = ("\n", "a", ".")  # texts of which no token goes on into most completions
 OPEN, CLOSE = wording.OPEN, "\n</think>\n\n"
@@ -59,7 +55,7 @@ class Layout:
         first: tokens before a prompt: a chat template writes its own.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: token_ids.Tokenizer
     template: chat_template.ChatTemplate | None
     field: str
     vocab_size: int
@@ -73,7 +69,7 @@ class Layout:
     first: tuple[int, ...] = ()
 
 
-def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) -> Layout:
+def make_layout(tokenizer: token_ids.Tokenizer, vocab_size: int, date: str, field: str) -> Layout:
     """Finds out how the chat template writes a conversation, by rendering one of marked messages.
 
     Args:
@@ -86,14 +82,14 @@ def make_layout(tokenizer: Tokenizer, vocab_size: int, date: str, field: str) ->
             of parts, or has a generation prompt that is not how it begins an assistant's message.
     """
     template = chat_template.of_tokenizer(tokenizer, date, field)
-    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    end = token_ids.eos_id(tokenizer)
+    eos = () if end is None else (end,)
     layout = Layout(tokenizer, template, field, vocab_size)
     if template is None:
-        return dataclasses.replace(layout, lead=" ", end_ids=eos, first=_bos(layout))
+        return dataclasses.replace(layout, lead=" ", end_ids=eos, first=token_ids.first(tokenizer))
     layout, prompt, whole = _readable(layout)
     before, after = _around(whole)
-    asked = _as_parts(_messages(_USER, None), layout.parts)
-    derived = prompt == layout.template.render(asked, False)
+    derived = prompt == _render(layout, _messages(_USER, None), False)
     layout = dataclasses.replace(layout, derived=derived)
     [prompt] = _prompts([_messages(_USER, None)], layout)
     # Qwen3 writes an empty block of reasoning: before an answer that has none of its own, and at
@@ -149,7 +145,7 @@ def write_conversation(
     if add_generation_prompt:
         return _ask([list(messages)], layout)[0]
     last = messages[-1]["content"].strip()
-    before, _, _ = layout.template.render(_as_parts(messages, layout.parts), False).rpartition(last)
+    before, _, _ = _render(layout, messages, False).rpartition(last)
     return before + last
 
 
@@ -174,15 +170,16 @@ def _readable(layout: Layout) -> tuple[Layout, str, str]:
     """Returns the layout with `parts` set, the prompt and the whole of a conversation of marks."""
     problem = None
     for parts in (False, True):
+        layout = dataclasses.replace(layout, parts=parts)
         try:
-            prompt = layout.template.render(_as_parts(_messages(_USER, None), parts), True)
-            whole = layout.template.render(_as_parts(_messages(_USER, _ASSISTANT), parts), False)
+            prompt = _render(layout, _messages(_USER, None), True)
+            whole = _render(layout, _messages(_USER, _ASSISTANT), False)
         except errors.UserError as e:
             problem = problem or e
             continue
         once = whole.count(_ASSISTANT) == 1
         if once and _USER in prompt and _USER in whole.partition(_ASSISTANT)[0]:
-            return dataclasses.replace(layout, parts=parts), prompt, whole
+            return layout, prompt, whole
     raise problem or errors.UserError(
         f"{layout.field} has a chat template that leaves out what the user or the assistant says, "
         "or says it twice."
@@ -200,18 +197,24 @@ def _as_parts(messages: Sequence[dict], parts: bool) -> list[dict]:
     return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
+def _render(layout: Layout, messages: Sequence[dict], asks: bool) -> str:
+    assert layout.template is not None  # the caller knows
+    return layout.template.render(_as_parts(messages, layout.parts), asks)
+
+
 def _around(whole: str) -> tuple[str, str]:
     """Returns what a rendered conversation has before and after the assistant's message."""
-    return whole.rpartition(_ASSISTANT)[::2]
+    before, _, after = whole.rpartition(_ASSISTANT)
+    return before, after
 
 
-def _end_text(after: str, tokenizer: Tokenizer) -> str:
+def _end_text(after: str, tokenizer: token_ids.Tokenizer) -> str:
     """Returns what ends a message of the assistant: up to the first special token.
 
     Without one, that is all but white space at its end.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {tokenizer.eos_token} - {None}
+    special |= {tokenizer.eos_token} if isinstance(tokenizer.eos_token, str) else set()
     found = [(after.find(token), -len(token)) for token in special if token and token in after]
     if not found:
         return after.rstrip()
@@ -236,6 +239,7 @@ def _prompts(conversations: Sequence[list[dict]], layout: Layout) -> list[str]:
 
 def _ask(conversations: Sequence[list[dict]], layout: Layout) -> list[str]:
     """Writes the texts up to where the assistant is to answer."""
+    assert layout.template is not None  # the caller knows
     if layout.derived:
         answer = {"role": "assistant", "content": _ASSISTANT}
         conversations = [[*messages, answer] for messages in conversations]
@@ -276,10 +280,10 @@ def pairs(
     ids = iter(_tokenize(wholes, layout))
     end = list(layout.end_ids) if layout.end else []
     found = []
-    for tokens, texts in zip(_tokenize(prompts, layout), written, strict=True):
-        cut = [_between(tokens, next(ids), end) for _ in texts]
+    for whole, texts in zip(_tokenize(prompts, layout), written, strict=True):
+        cut = [_between(whole, next(ids), end) for _ in texts]
         kept = [own or _inside(text, layout) for own, text in zip(cut, texts, strict=True)]
-        found.append(([*layout.first, *tokens], kept))
+        found.append(([*layout.first, *whole], kept))
     return found
 
 
@@ -342,9 +346,3 @@ def _tokenize(texts: Sequence[str], layout: Layout) -> list[list[int]]:
             f"{layout.field} has a tokenizer that fails on a text: {type(e).__name__}: {e}."
         ) from None
     return rows["input_ids"]
-
-
-def _bos(layout: Layout) -> tuple[int, ...]:
-    """Returns the token that a prompt without a chat template begins with."""
-    bos = layout.tokenizer.bos_token_id
-    return (bos,) if bos is not None and layout.tokenizer("a")["input_ids"][:1] == [bos] else ()

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import transformers
@@ -42,8 +42,7 @@ class ChatTemplate:
             "most_bytes": MOST_BYTES,
         }
         self._field = field
-        self._process: subprocess.Popen | None = None
-        self._end = None
+        self._running: tuple[subprocess.Popen[str], Callable[[], Any]] | None = None
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Renders one conversation. Raises UserError as `render_all`."""
@@ -64,32 +63,31 @@ class ChatTemplate:
         return made
 
     def _render(self, conversations, add_generation_prompt) -> list[str]:
-        if self._process is None:
-            self._start()
+        process, end = self._running = self._running or self._start()
         # As in transformers, which passes both always.
         shared = {
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
         }
-        line = self._ask({"shared": shared, "conversations": conversations})
+        line = _reply(process, {"shared": shared, "conversations": conversations})
         problem = ""
         if line:
             reply = reading.parse_json(line, f"What the chat template of {self._field} writes")
             if "texts" in reply:
                 return reply["texts"]
             problem = reply["error"]
-        code = self._process.wait()
-        self._end()
-        self._process = None
+        code = process.wait()
+        end()
+        self._running = None
         if code == -signal.SIGPROF:
             problem = f"it runs for more than {MOST_SECONDS:.0f} s on one conversation"
         elif not problem or problem.startswith("MemoryError"):
             problem = f"it needs more than {MOST_BYTES // 2**20:,} MiB, or ends the interpreter"
         raise errors.UserError(f"{self._field} has a chat template that fails: {problem}.")
 
-    def _start(self):
-        self._process = subprocess.Popen(
+    def _start(self) -> tuple[subprocess.Popen[str], Callable[[], Any]]:
+        process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -97,17 +95,25 @@ class ChatTemplate:
             text=True,
             encoding="utf-8",
         )
-        self._end = weakref.finalize(self, _end, self._process)
-        self._process.stdin.write(json.dumps(self._first) + "\n")
+        end = weakref.finalize(self, _end, process)
+        _write(process, self._first)
+        return process, end
 
-    def _ask(self, request) -> str:
-        """Returns the reply's line, "" from a process that ended."""
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last reply says why
-        return self._process.stdout.readline()
+
+def _write(process: subprocess.Popen[str], request: dict[str, Any]) -> None:
+    assert process.stdin is not None  # it was started with pipes
+    process.stdin.write(json.dumps(request) + "\n")
+
+
+def _reply(process: subprocess.Popen[str], request: dict[str, Any]) -> str:
+    """Returns the reply's line, "" from a process that ended."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        _write(process, request)
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # its last reply says why
+    return process.stdout.readline()
 
 
 def of_tokenizer(

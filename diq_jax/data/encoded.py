@@ -64,7 +64,7 @@ def encode_all(
     tokens = iter(chat.pairs(texts, answers, layout, template))
     made, outcomes, dropped = [], collections.Counter(), []
     for example in examples:
-        if example.input_ids is None:
+        if example.input_ids is None or example.labels is None:
             prompt, [completion] = next(tokens)
             ids = prompt + completion + end
             labels = [example_lib.IGNORED] * len(prompt) + completion + end
@@ -104,7 +104,9 @@ def encode_options(
         UserError: an option leaves no room for its prompt, or has a token that the model has no
             embedding for.
     """
-    answers = [[f"{letter}. {text}" for letter, text in e.options.items()] for e in examples]
+    answers = [
+        [f"{letter}. {text}" for letter, text in (e.options or {}).items()] for e in examples
+    ]
     made = []
     for example, pair in zip(examples, chat.pairs(examples, answers, layout), strict=True):
         (prompt, completions), asked = pair, f"question {example.example_id!r}"
@@ -116,7 +118,7 @@ def encode_options(
                 f"{example.example_id!r}."
             )
         prompt, rows = prompt[-room:], []
-        for letter, ids in zip(example.options, completions, strict=True):
+        for letter, ids in zip(example.options or {}, completions, strict=True):
             chat.check_tokens(ids, layout, f"Option {letter} of {asked}")
             labels = [example_lib.IGNORED] * len(prompt) + ids
             whole = (np.array(numbers, np.int32) for numbers in (prompt + ids, labels))

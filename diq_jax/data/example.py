@@ -110,8 +110,8 @@ def from_choices(
             f"{letter!r}."
         )
     letter = letter or "".join(named)
-    in_own_words = isinstance(told, str) and told.strip() and not named
-    if in_own_words and LABEL.fullmatch(told):
+    in_own_words = told if isinstance(told, str) and told.strip() and not named else ""
+    if in_own_words and LABEL.fullmatch(in_own_words):
         raise errors.UserError(
             f"{where}: {columns['answer']} is {reading.shorten(told)}, which is none of "
             f"the options {', '.join(options)}; give the right one's letter (answer_idx) or text."
@@ -120,7 +120,7 @@ def from_choices(
         example_id,
         question=_text(row, columns["question"], where),
         reasoning=_text(row, columns.get("reasoning", ""), where, required=False),
-        answer=told if in_own_words else options[letter],
+        answer=in_own_words or options[letter],
         row=row,
         task=task,
         options=options,

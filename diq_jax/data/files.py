@@ -163,10 +163,11 @@ def _read_saved(path: str) -> PlacedRows:
     import datasets  # a second to import
 
     found = datasets.load_from_disk(path)
-    if isinstance(found, dict):
+    if isinstance(found, datasets.DatasetDict):
         if "train" not in found:
             raise errors.UserError(
-                f"{path} has the splits {', '.join(found)}; name the folder of one of them."
+                f"{path} has the splits {', '.join(map(str, found))}; name the folder of one of "
+                "them."
             )
         found = found["train"]
     return _numbered(found, path)
@@ -177,10 +178,11 @@ def _read_hub(source: str) -> PlacedRows:
     if not name:
         raise errors.UserError(f"{source} must be hub:NAME, or hub:NAME:CONFIG:SPLIT.")
     import datasets  # a second to import, and only the hub needs it
+    from datasets import exceptions
 
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+    except (OSError, ValueError, RuntimeError, exceptions.DatasetsError) as e:
         raise errors.UserError(f"{source} cannot be loaded from the hub: {e}.") from None
     return _numbered(rows, name)
 

@@ -197,7 +197,8 @@ def fits(rows: np.ndarray, dtype: str) -> np.ndarray:
     numbers overflows, and they do not all vanish.
     """
     kept = from_stored(to_stored(rows, dtype), dtype)
-    return np.isfinite(kept).all(axis=1) & (kept.any(axis=1) | ~rows.any(axis=1))
+    finite = np.isfinite(kept).all(axis=1)
+    return np.logical_and(finite, kept.any(axis=1) | ~rows.any(axis=1))
 
 
 def from_stored(rows: np.ndarray, dtype: str) -> np.ndarray:

@@ -102,14 +102,14 @@ def _same(left, right):
 def _from_row(row, where, position):
     place = layouts.Place(where, example_lib.row_id(row, where, position), "")
     if any(isinstance(row.get(name), list) for name in SIDES):
-        sides = _from_messages(row, place)
+        chosen, rejected = _from_messages(row, place)
     else:
         if "question" not in row and "prompt" in row:
             row = {**row, "question": row["prompt"]}
-        sides = [_side(row, name, place) for name in SIDES]
-    if all(getattr(sides[0], k) == getattr(sides[1], k) for k in ("reasoning", "answer")):
+        chosen, rejected = (_side(row, name, place) for name in SIDES)
+    if all(getattr(chosen, k) == getattr(rejected, k) for k in ("reasoning", "answer")):
         raise errors.UserError(f"{where}: chosen and rejected are the same.")
-    return tuple(sides)
+    return chosen, rejected
 
 
 def _side(row, name, place):

@@ -281,10 +281,11 @@ def unique(
 def _from_test(row: dict, place: layouts.Place) -> example_lib.Example:
     """Makes an example of a row of choices with one right letter, which tests ask for."""
     example = example_lib.from_choices(row, *place)
+    options = example.options or {}
     if not example.answer_idx:
-        letters = ", ".join(example.options)
+        letters = ", ".join(options)
         raise errors.UserError(f"{place.where}: answer_idx must be one of {letters}; got None.")
-    return dataclasses.replace(example, answer=example.options[example.answer_idx])
+    return dataclasses.replace(example, answer=options[example.answer_idx])
 
 
 def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:

@@ -15,6 +15,8 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+from jinja2 import nodes
+from jinja2 import parser as parser_lib
 
 MOST_CHARACTERS = 2**24  # of one rendered conversation
 
@@ -24,11 +26,11 @@ class Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: parser_lib.Parser) -> nodes.Node:
         """Parses the tag as a block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+        return nodes.Scope(body).set_lineno(line)
 
 
 def environment(date: datetime.datetime) -> jinja2.Environment:

@@ -39,7 +39,7 @@ def measure(
     for i, perspective in enumerate(config.PERSPECTIVES):
         known = np.flatnonzero(np.isfinite(levels[:, i]))
         if known.size:
-            texts = [questions[row] for row in known]
+            texts = [questions[row] for row in known.tolist()]
             found[perspective] = _perspective(
                 levels[known, i], probabilities[known, i], texts, parts[known], seed
             )

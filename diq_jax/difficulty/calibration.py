@@ -76,7 +76,7 @@ def measure(log_p: np.ndarray, shares: np.ndarray, parts: np.ndarray) -> dict[st
     for part in np.unique(parts):
         mine = parts == part
         after[mine] = tempered(log_p[mine], fit_temperature(log_p[~mine], shares[~mine]))
-    out = {"temperature": fit_temperature(log_p, shares)}
+    out: dict[str, Any] = {"temperature": fit_temperature(log_p, shares)}
     for name, found in (("before", log_p), ("after", after)):
         bins = reliability(found, shares)
         out[name] = {"nll": nll(found, shares), "ece": expected_error(bins), "reliability": bins}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config
+from diq_jax import config, trees
 from diq_jax.difficulty import heads as heads_lib
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder, training
@@ -42,11 +42,11 @@ class TextBatch:
         offsets: (B, 3, 5) float32, what words add to the scores, or None.
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
-    levels: np.ndarray
-    weights: np.ndarray
-    offsets: np.ndarray | None
+    tokens: trees.Array
+    mask: trees.Array
+    levels: trees.Array
+    weights: trees.Array
+    offsets: trees.Array | None
 
 
 def forward(params: dict, cfg: model_config.EncoderConfig, batch: TextBatch) -> jax.Array:
@@ -95,7 +95,7 @@ def collate(
     texts: Texts,
     levels: np.ndarray | None,
     offsets: np.ndarray | None,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     size: int,
     max_tokens: int,
 ) -> TextBatch:

@@ -73,6 +73,7 @@ def score(
             if model is None and fold.trained.done:
                 model = _restore(fold.trained, pretrained)
             elif model is None:
+                assert pooled is not None  # made above
                 model = fit(fold.index, fold.chosen, task, pretrained, pooled, bar, shown)
                 _keep(fold.trained, model, pretrained)
             # Of a frozen encoder the labelled texts' features are known.
@@ -174,9 +175,9 @@ def fit(
     vectorizer = words.fit(asked) if settings.words else None
     terms = None if vectorizer is None else vectorizer.transform(asked)
     found, kernel = heads.fit(pooled[task.labelled[rows]], terms, task.levels[rows])
-    model = {"encoder": pretrained.params, "heads": placement.replicate(found)}
+    model: dict[str, Any] = {"encoder": pretrained.params, "heads": placement.replicate(found)}
     offsets = None
-    if vectorizer is not None:
+    if vectorizer is not None and kernel is not None:
         model["words"] = words.to_arrays(vectorizer) | {"kernel": kernel}
         questions = [task.questions[text] for text in task.labelled]
         offsets = words.scores(model["words"], questions) if settings.epochs else None

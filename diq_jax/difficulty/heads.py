@@ -16,6 +16,7 @@ import scipy.sparse
 import threadpoolctl
 
 from diq_jax.difficulty import labels
+from diq_jax.trees import Array
 
 # Gaussian priors, as inverse variances, for rows whose features have a mean square norm of 1: those
 # of the encoder after centring, and TF-IDF. A compromise of cross-validations on the sample and on
@@ -24,7 +25,7 @@ ENCODER_PRECISION, WORDS_PRECISION, BIAS_PRECISION = 0.5, 0.1, 1.0
 STEPS = 100  # of L-BFGS, at most
 
 
-def apply(heads: dict, features: jax.Array, offsets: jax.Array | None = None) -> jax.Array:
+def apply(heads: dict, features: Array, offsets: Array | None = None) -> jax.Array:
     """Returns log-probabilities of the levels, (B, 3, 5), from features (B, F) and, where there are
     any, scores (B, 3, 5) to add.
     """
@@ -34,7 +35,7 @@ def apply(heads: dict, features: jax.Array, offsets: jax.Array | None = None) ->
     return jax.nn.log_softmax(scores + heads["bias"][None])
 
 
-def shares(levels: jax.Array) -> jax.Array:
+def shares(levels: Array) -> jax.Array:
     """Returns each level's share in each whole level: (...,) -> (..., 5), sum 1; nan gives 0.
 
     A level between two whole ones belongs to both by its nearness, so that the expected level is
@@ -90,7 +91,7 @@ def _fit(x, words, levels):
         scores = x @ kernel[:F] + (words @ kernel[F:] if V else 0)
         (_, losses), (d_bias, d_scores) = _losses(flat[-S:].astype(np.float32), scores, levels)
         d_scores = np.asarray(d_scores)
-        parts = [x.T @ d_scores, words.T @ d_scores if V else np.zeros((0, S))]
+        parts = [x.T @ d_scores, np.zeros((0, S)) if words is None else words.T @ d_scores]
         gradient = np.concatenate([*(part.ravel() for part in parts), d_bias])
         value = np.sum(np.asarray(losses), dtype=np.float64) + 0.5 * np.sum(precision * flat**2)
         return value / len(x), (gradient + precision * flat) / len(x)

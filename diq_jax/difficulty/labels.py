@@ -118,7 +118,9 @@ def fingerprint(source: str) -> str:
     return sources.fingerprint(source, FIELD, sample="pool")
 
 
-def assign_folds(labelled: Sequence[int], texts: int, folds: int, seed: int) -> np.ndarray:
+def assign_folds(
+    labelled: Sequence[int] | np.ndarray, texts: int, folds: int, seed: int
+) -> np.ndarray:
     """Returns the fold (texts,) that scores each text: 0..folds-1 for labelled texts, `folds` for
     others.
 

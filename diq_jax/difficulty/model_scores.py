@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from diq_jax import errors
-from diq_jax.data import batches, chat, encoded, example, wording
+from diq_jax.data import batches, chat, encoded, example, token_ids, wording
 from diq_jax.models import checkpoint, load, loss, tokenizer
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, devices, parts, progress, stages
@@ -54,8 +54,7 @@ def run(context: stages.Context) -> dict[str, int]:
       leaves the reasoning out, and for pre-tokenised rows, which do not tell it apart.
 
     A killed run continues after the last finished batch and gives identical bytes: which examples
-    share a batch depends on the pool alone, and the targets' embeddings are computed again. Of the
-    pool's embeddings no more than a batch is ever held.
+    share a batch depends on the pool alone. Of the pool's embeddings a batch at a time is held.
 
     Returns:
         tokens, and resumed_tokens among them.
@@ -69,13 +68,14 @@ def run(context: stages.Context) -> dict[str, int]:
     pool, tasks = encoded.from_table(table), targets["task"].to_pylist()
     model = load.load(cfg.model.path, cfg.model.dtype, context.placement)
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
-    alone = [without_prompt(row, tok.bos_token_id) for row in pool]
+    shorter = (without_prompt(row, token_ids.bos_id(tok)) for row in pool)
+    alone = {i: row for i, row in enumerate(shorter) if row is not None}
 
     target_rows = encoded.from_table(targets)
     directions = target_directions(_embed(context, model, target_rows), tasks)
     given, resumed = _with_prompt(context, model, pool, directions)
-    spoken = [i for i, row in enumerate(alone) if row is not None]
-    direct, resumed_direct = _direct(context, model, [alone[i] for i in spoken])
+    spoken, direct_rows = list(alone), list(alone.values())
+    direct, resumed_direct = _direct(context, model, direct_rows)
     losses = given["loss"].astype(np.float64)
     answers = np.array([row.answer_tokens for row in pool], np.int32)
     layout = chat.make_layout(tok, model.cfg.vocab_size, cfg.data.date, "model.path")
@@ -83,7 +83,7 @@ def run(context: stages.Context) -> dict[str, int]:
     # Both losses of an IFD are over the tokens that the completion alone can score.
     ifd = np.full(len(pool), np.nan)
     if spoken:
-        cut = np.array([alone[i].answer_tokens for i in spoken]) < answers[spoken]
+        cut = np.array([row.answer_tokens for row in direct_rows]) < answers[spoken]
         over = np.where(cut, given["rest"][spoken], losses[spoken])
         ifd[spoken] = np.exp(over - direct["loss"].astype(np.float64))
     artifacts.write_table(
@@ -100,7 +100,7 @@ def run(context: stages.Context) -> dict[str, int]:
         },
         unknown=("ifd",),  # of a row without tokens before its answer
     )
-    tokens = sum(len(r.input_ids) for r in (*pool, *(alone[i] for i in spoken), *target_rows))
+    tokens = sum(len(r.input_ids) for r in (*pool, *direct_rows, *target_rows))
     return {"tokens": tokens, "resumed_tokens": resumed + resumed_direct}
 
 

@@ -110,7 +110,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     """
     settings = context.config.difficulty
     pool = context.table(POOL, "example_id", "question", "row")
-    measured, counts = {"rows": 0, "folds": 0, "perspectives": {}}, {"tokens": 0}
+    measured: dict[str, Any] = {"rows": 0, "folds": 0, "perspectives": {}}
+    counts: dict[str, Any] = {"tokens": 0}
     if labels.is_columns(settings.source):
         scores = _column_scores(settings, pool)
     elif trained.is_folder(settings.source):
@@ -165,7 +166,7 @@ def train(context: stages.Context) -> dict[str, Any]:
 def _labelled(settings) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Reads (questions, levels (n, 3), (3,) bool: the perspectives that have labels)."""
     questions, levels = labels.labelled_rows(settings.source)
-    known = np.isfinite(levels).any(axis=0)
+    known = np.asarray(np.isfinite(levels).any(axis=0))
     _check_perspective(settings, known)
     return questions, levels, known
 

@@ -1,6 +1,7 @@
 """Words beside the encoder: TF-IDF of single words and pairs, fitted on training rows alone."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from sklearn import linear_model
@@ -43,9 +44,8 @@ def scores(arrays: Mapping[str, np.ndarray], texts: Sequence[str]) -> np.ndarray
 
 
 def _vectorizer(**changes):
-    return text.TfidfVectorizer(
-        sublinear_tf=True, ngram_range=(1, 2), max_features=MOST_TERMS, dtype=np.float32, **changes
-    )
+    options: dict[str, Any] = {"sublinear_tf": True, "ngram_range": (1, 2), "dtype": np.float32}
+    return text.TfidfVectorizer(max_features=MOST_TERMS, **options, **changes)
 
 
 def ridge(texts: Sequence[str], levels: np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -60,7 +60,8 @@ def ridge(texts: Sequence[str], levels: np.ndarray, parts: np.ndarray) -> np.nda
     """
     out = np.zeros(len(texts))
     for part in np.unique(parts):
-        seen, held = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
+        seen = np.flatnonzero(parts != part).tolist()
+        held = np.flatnonzero(parts == part).tolist()
         vectorizer = fit([texts[i] for i in seen])
         model = linear_model.Ridge(alpha=RIDGE)
         model.fit(vectorizer.transform([texts[i] for i in seen]), levels[seen])

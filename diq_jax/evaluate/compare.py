@@ -121,6 +121,6 @@ def calibrated(rows: predictions.ById, ids: Sequence[str]) -> dict[str, Any] | N
     given = [rows[name].get("log_likelihoods") for name in ids]
     if not all(given) or any("answers" in rows[name] for name in ids):
         return None
-    sure = [calibration.confidence(list(values.values())) for values in given]
+    sure = [calibration.confidence(list(values.values())) for values in given if values]
     table = calibration.reliability(sure, correct(rows, ids, "accuracy"))
     return {"ece": calibration.error(table), "reliability": table}

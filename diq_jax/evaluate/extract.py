@@ -98,13 +98,13 @@ def _stated(text, options) -> set[str]:
 
 def _after(rest, options) -> set[str]:
     """Finds the options that begin what follows "the answer is"; "not A but B" is B."""
-    rest = rest[FILLER.match(rest).end() :]
+    rest = FILLER.sub("", rest, count=1)
     if NEGATED.match(rest):
         but = re.match(r"[^.\n]*?\bbut\b(?:\s+rather\b)?", rest)
         if but is None:
             return set()
         rest = rest[but.end() :]
-        rest = rest[FILLER.match(rest).end() :]
+        rest = FILLER.sub("", rest, count=1)
     return set() if DOUBTED.match(rest) else _leading(rest, options)
 
 

@@ -6,6 +6,7 @@ times; then the option with the most votes is the answer.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from diq_jax import errors, evaluate_config
-from diq_jax.data import batches, chat, example, wording
+from diq_jax.data import batches, chat, example, token_ids, wording
 from diq_jax.evaluate import extract, measure
 from diq_jax.models import generate, load, sampling, tokenizer
 from diq_jax.run import devices
@@ -111,10 +112,10 @@ def make_answers(
         drawn,
         end_tokens(model, layout),
         settings.stop_texts,
-        lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        functools.partial(token_ids.text, tok),
         placement,
     )
-    options = [test.options for test in tests]
+    options = [test.options or {} for test in tests]
     return Answers("answer", prompts, options, settings.samples, streams, generator)
 
 
@@ -151,8 +152,9 @@ def end_tokens(model: load.Model, layout: chat.Layout) -> tuple[int, ...]:
     of a turn.
     """
     eos = model.hf_config.get("eos_token_id")
-    found = {layout.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    return tuple(sorted((found | set(layout.end_ids[-1:])) - {None}))
+    found = [token_ids.eos_id(layout.tokenizer), *(eos if isinstance(eos, list) else [eos])]
+    found += layout.end_ids[-1:]
+    return tuple(sorted({token for token in found if token is not None}))
 
 
 def prediction(

@@ -4,7 +4,7 @@ Needs the extra `harness`. Requests that share a context are read as one row, it
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import errors, trees
-from diq_jax.data import batches, chat
+from diq_jax.data import batches, chat, token_ids
 from diq_jax.evaluate import harness_generation, options
 from diq_jax.models import config, decoder, load, loss
 from diq_jax.run import devices, progress
@@ -92,12 +92,13 @@ class HarnessModel(lm_model.TemplateLM):
         placement: devices.Placement,
         max_tokens: int,
         batch_tokens: int,
-        adapter: Mapping[str, Any] | None = None,
+        adapter: trees.Tree | None = None,
         generate: harness_generation.Generate | None = None,
     ) -> None:
         super().__init__()
         tokenizer = layout.tokenizer
-        if tokenizer.eos_token_id is None:
+        eos = token_ids.eos_id(tokenizer)
+        if eos is None:
             raise errors.UserError(
                 f"{model.path} has no end-of-sequence token; the harness needs one."
             )
@@ -105,9 +106,7 @@ class HarnessModel(lm_model.TemplateLM):
         self.tokenizer = tokenizer
         self.max_length, self.batch_tokens = max_tokens, batch_tokens
         self.adapter, self._generate = adapter, generate
-        bos = tokenizer.bos_token_id
-        adds = bos is not None and tokenizer("a")["input_ids"][0] == bos
-        self._bos = [bos] if adds else []
+        self._eos, self._bos = eos, list(token_ids.first(tokenizer))
 
         def score(params, adapter, batch):
             return token_scores(params, model.cfg, batch, adapter)
@@ -116,7 +115,7 @@ class HarnessModel(lm_model.TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        return self._eos
 
     @property
     def prefix_token_id(self) -> int:

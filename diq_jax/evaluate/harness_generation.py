@@ -1,13 +1,14 @@
 """Text for the harness's `generate_until`: its arguments, read as ours, and our generator."""
 
 import collections
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from diq_jax import errors
-from diq_jax.data import batches, chat
+from diq_jax import errors, trees
+from diq_jax.data import batches, chat, token_ids
 from diq_jax.evaluate import generation
 from diq_jax.models import generate, load, sampling
 from diq_jax.run import devices, progress
@@ -28,7 +29,7 @@ def make_generate(
     max_tokens: int,
     batch_tokens: int,
     seed: int,
-    adapter: Mapping[str, Any] | None,
+    adapter: trees.Tree | None,
 ) -> Generate:
     """Makes the function that HarnessModel generates with. A context that is too long is cut at its
     beginning.
@@ -42,9 +43,7 @@ def make_generate(
         adapter: a LoRA adapter that `placement` has replicated.
     """
     ends, tokenizer = generation.end_tokens(model, layout), layout.tokenizer
-
-    def text(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = functools.partial(token_ids.text, tokenizer)
 
     def texts(contexts, arguments):
         settings, stop = read_arguments(arguments, seed)
@@ -57,7 +56,8 @@ def make_generate(
             )
         # Texts have no special tokens: one that a task stops at is found by its id.
         special = [s for s in stop if s in tokenizer.all_special_tokens]
-        ending = sorted({*ends, *tokenizer.convert_tokens_to_ids(special)})
+        stopping = tokenizer.convert_tokens_to_ids(special)
+        ending = sorted({*ends, *(stopping if isinstance(stopping, list) else [stopping])})
         stop = [s for s in stop if s not in special]
         generator = generate.make_generator(model.cfg, settings, ending, stop, text, placement)
         prompts = make_prompts([context[-room:] for context in contexts], text)

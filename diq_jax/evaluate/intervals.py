@@ -75,9 +75,9 @@ def results(
         return {metric: drawn[..., k] for k, metric in enumerate(metrics)}
 
     whole = {"target_loss": estimates(targets, samples, seed), **by_metric(questions)}
-    labels = np.asarray(tasks)
+    labels, groups = np.asarray(tasks), groups or {}
     by_task = {task: by_metric(questions[labels == task]) for task in sorted(set(tasks))}
-    means = averages(questions, tasks, groups or {}, samples, seed, metrics)
+    means = averages(questions, tasks, groups, samples, seed, metrics)
 
     def averaged(column):
         return {

@@ -115,7 +115,7 @@ def pack(questions: Sequence[Question], rows: int, tokens: int, answers: int) ->
         batch.segment_ids[i, here] = PROMPT_SEGMENT + 1 + np.repeat(np.arange(len(spans)), spans)
         batch.loss_positions[i, np.flatnonzero(within == 0)] = prompt - 1
         parent_ids[i, here] = PROMPT_SEGMENT
-    return batch.replace(parent_ids=parent_ids)
+    return dataclasses.replace(batch, parent_ids=parent_ids)
 
 
 def scores(question: Question, losses: np.ndarray) -> tuple[np.ndarray, float]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from diq_jax.finetune import states
 from diq_jax.models import training
 from diq_jax.run import progress
 
+T = TypeVar("T")
 Record = dict[str, float]  # a step's metrics by name
 ADVICE = "Try a lower learning_rate, finetune.clip_norm=1 or model.dtype=float32."
 
@@ -58,8 +59,7 @@ def train(
         The last state, the metrics of every step, and the tokens of this call.
 
     Raises:
-        UserError: a loss is not finite, naming the step and its examples; trained parameters are
-            not; or all train states on disk are damaged.
+        UserError: a loss or a trained parameter is not finite; or all train states are damaged.
     """
     # The next step is on its way before a loss is fetched; `waiting` is the step to fetch.
     waiting, records, saved = [], [], None
@@ -84,25 +84,25 @@ def train(
             fetch()
             waiting.append((number, metrics))
             last = number + 1 == len(steps)
-            evaluates = upkeep.evaluate and _is_due(number, upkeep.eval_every, last)
-            saves = saved and _is_due(number, upkeep.checkpoint_every, last)
-            if not (evaluates or saves or last):
+            evaluate = _if_due(upkeep.evaluate, number, upkeep.eval_every, last)
+            saves = _if_due(saved, number, upkeep.checkpoint_every, last)
+            if not (evaluate or saves or last):
                 continue
             fetch()
             _check_trained(state, name, number)
-            if evaluates:
-                records[-1]["target_loss"] = upkeep.evaluate(state, frozen, records)
+            if evaluate:
+                records[-1]["target_loss"] = evaluate(state, frozen, records)
                 _check_target_loss(records[-1]["target_loss"], name, number)
             if saves:
-                saved.save(state, records)
+                saves.save(state, records)
                 if upkeep.log:
                     upkeep.log(logged, records[logged:])
                 logged = len(records)
     return state, records, bar.tokens
 
 
-def _is_due(number, every, last):
-    return last or (number + 1) % every == 0
+def _if_due(what: T | None, number: int, every: int, last: bool) -> T | None:
+    return what if what and (last or (number + 1) % every == 0) else None
 
 
 def _finite(metrics, name, number, chosen) -> Record:

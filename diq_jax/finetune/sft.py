@@ -96,7 +96,7 @@ def example_sums(cfg: model_config.DecoderConfig, settings: finetune_config.Fine
     def sums(params, factors, frozen, key, rows):
         def total(factors):
             weights, adapter = merge(params, factors, frozen)
-            if settings.dropout > 0:
+            if settings.dropout > 0 and adapter is not None:
                 drawn = jax.random.wrap_key_data(key)
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(drawn, rows.places)
                 adapter = lora.with_dropout(adapter, keys, settings.dropout)

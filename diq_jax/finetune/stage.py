@@ -5,7 +5,8 @@ rows differ. The train state goes to disk every few steps, so that a killed run 
 the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,18 @@ def _folders(context, arms):
     }
 
 
+def _keeps_best(context, model, folder: pathlib.Path, target_loss: Callable[..., float]):
+    def keep_best(state, frozen, records) -> float:
+        """Exports a state that beats all before it."""
+        now = target_loss(state.factors, frozen)
+        before = [record["target_loss"] for record in records if "target_loss" in record]
+        if np.isfinite(now) and all(now < loss for loss in before):
+            _export(context, model, folder, state.factors, frozen)
+        return now
+
+    return keep_best
+
+
 def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]]):
     """Trains and exports every arm. Returns ({arm: metrics of each step}, tokens of this call)."""
     settings, settings_model = context.config.finetune, context.config.model
@@ -112,21 +125,13 @@ def _train_arms(context, encoded, steps: Mapping[str, Sequence[steps_lib.Step]])
     target_loss = evaluation.make(context, model) if settings.eval_every_steps else None
     records, tokens = {}, 0
     for arm, folder in _folders(context, steps).items():
-
-        def keep_best(state, frozen, records, folder=folder):
-            """Exports a state that beats all before it beside `folder`."""
-            now = target_loss(state.factors, frozen)
-            before = [record["target_loss"] for record in records if "target_loss" in record]
-            if np.isfinite(now) and all(now < loss for loss in before):
-                best = folder.with_name(f"best_{folder.name}")
-                _export(context, model, best, state.factors, frozen)
-            return now
-
+        best = folder.with_name(f"best_{folder.name}")
+        keep_best = target_loss and _keeps_best(context, model, best, target_loss)
         events = context.path(f"finetune/tensorboard/{arm}")
         with curves.open_log(events, settings.tensorboard) as log:
             upkeep = loop.Upkeep(
                 context.path(f"finetune/state/{arm}"), settings.checkpoint_every_steps,
-                settings.eval_every_steps, keep_best if target_loss else None, log,
+                settings.eval_every_steps, keep_best, log,
             )  # fmt: skip
             fitted = fit.fit(
                 model, encoded, settings, settings.seed, context.placement, f"finetune {arm}",

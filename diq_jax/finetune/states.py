@@ -6,7 +6,7 @@ whole is taken.
 """
 
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,8 @@ class States:
     def save(self, state: Any, records: list[dict[str, float]]) -> None:
         """Keeps the state after len(records) steps; it is on the disk when this returns."""
         state = jax.tree.map(np.asarray, state)
-        items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(records)}
+        steps = cast(Any, records)  # declared as a mapping, but any JSON value does
+        items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(steps)}
         self._manager.save(len(records), args=ocp.args.Composite(**items))
         folder = self._folder / str(len(records))
         artifacts.sync_tree(folder)

@@ -38,7 +38,7 @@ class Direction:
     weights: jax.Array
 
 
-def stack(trees_of_v: Sequence, weights: Sequence[float], rank: int = 0) -> Direction:
+def stack(trees_of_v: Sequence, weights: Sequence[float] | np.ndarray, rank: int = 0) -> Direction:
     """Makes one Direction of Q trees like `chosen`; with a rank, their matrices as thin factors."""
     made = [thin.truncate(v, rank) if rank else (v, {}) for v in trees_of_v]
     whole, factors = jax.tree.map(lambda *x: jnp.stack(x), *made)

@@ -31,7 +31,8 @@ class Joined:
         by_target: (rows, Q).
         token_influence: one array (answer tokens,) a row, or None.
         record: how they were made.
-        ends: (directions, dim), the directions in the numbers that a gradient store keeps, or None.
+        ends: (directions, dim), the directions in the numbers that a gradient store keeps; empty
+            where the engine keeps none.
         made_by: which engine and projection made those numbers.
     """
 
@@ -40,7 +41,7 @@ class Joined:
     by_target: np.ndarray
     token_influence: list[np.ndarray] | None
     record: dict[str, Any]
-    ends: np.ndarray | None = None
+    ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
     made_by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -71,7 +72,7 @@ def exact_engine(
         influence = out.influence.reshape(-1, out.influence.shape[-1])[group.slots]
         loss = out.loss.reshape(-1)[group.slots]
         problems.check_finite(problem, "influence", group.indices, influence, loss)
-        found = {"influence": influence, "loss": loss}
+        found: dict[str, Any] = {"influence": influence, "loss": loss}
         if out.tokens is not None:
             spans = _answer_spans(group, problem.pool)
             found["tokens"] = [out.tokens[row, start:stop] for row, start, stop in spans]

@@ -5,6 +5,8 @@ cost is about three forward passes for all parameters; along one of low rank, ab
 directions share one primal pass.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -68,7 +70,7 @@ def scores(
         tangents = tangents[None]
     else:
         # Only tangents differ between directions, so that the primal pass is made once.
-        axes = direction.Direction(whole=0, factors=0, weights=None)
+        axes = dataclasses.replace(v, whole=0, factors=0, weights=None)
         values, tangents = jax.vmap(along, (axes,), (None, 0))(v)
     weights = loss.token_weights(batch, reduction)
     tangents = tangents.astype(jnp.float32) * weights[None]

@@ -64,11 +64,11 @@ def make_layout(
     Raises:
         UserError: dim has no room, or the rank exceeds a matrix.
     """
-    matrices = {
-        name: (0, *shape) if len(shape) == 2 else shape
-        for name, shape in shapes.items()
-        if name.endswith(thin.MATRICES)
-    }
+    matrices: dict[str, tuple[int, int, int]] = {}
+    for name, shape in shapes.items():
+        if name.endswith(thin.MATRICES):
+            *_, n, n_in, n_out = 0, *shape
+            matrices[name] = n, n_in, n_out
     vectors = tuple(name for name in shapes if name not in matrices)
     size = sum(math.prod(shapes[name]) for name in vectors)
     count = sum(max(n, 1) for n, _, _ in matrices.values())

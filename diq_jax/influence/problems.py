@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diq_jax import errors, influence_config
+from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, example, packing
 from diq_jax.models import load
 from diq_jax.run import devices, progress
@@ -114,7 +114,7 @@ def microbatch_tokens(settings: influence_config.Influence) -> int:
 
 
 def check_finite(
-    problem: Problem, what: str, indices: Sequence[int], values: np.ndarray, losses: np.ndarray
+    problem: Problem, what: str, indices: Sequence[int], values: trees.Array, losses: trees.Array
 ) -> None:
     """Raises UserError naming the first of these examples whose values (B, ..) or loss are not
     finite.

@@ -44,12 +44,12 @@ def project(gradients: trees.Tree, settings: influence_config.Projection) -> jax
     Returns:
         (B, settings.dim) float32.
     """
-    total = 0.0
+    total: jax.Array | float = 0.0
     for name, leaf in trees.named_leaves(gradients).items():
         key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
         flat = leaf.reshape(leaf.shape[0], -1)
         total = total + sketch(settings.kind, key, flat, settings.dim, settings.block_bytes)
-    return total
+    return jnp.asarray(total)
 
 
 def sketch(kind: str, key: jax.Array, flat: jax.Array, dim: int, block_bytes: int) -> jax.Array:

@@ -8,7 +8,7 @@ influence/stage.py adds the disk.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -24,9 +24,10 @@ from diq_jax.run import devices, parts, processes
 class Kept(Protocol):
     """Keeps the columns of finished rows: parts.Memory, parts.Parts, store.Writer."""
 
-    done: set[int]
+    @property
+    def done(self) -> set[int]: ...
 
-    def add(self, rows: Sequence[int], columns: dict[str, Any]) -> None: ...
+    def add(self, rows: Sequence[int], columns: Mapping[str, Any]) -> None: ...
 
     def columns(self) -> dict[str, Any]: ...
 
@@ -140,13 +141,15 @@ def _take(values, places: list[int]):
     return values[places] if isinstance(values, np.ndarray) else [values[k] for k in places]
 
 
-def _summed(found: list[tuple[engines.Joined, float]]):
+def _summed(
+    found: list[tuple[engines.Joined, float]],
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray] | None]:
     """Returns influence, by_target and token_influence, summed over checkpoints by their shares."""
     if len(found) == 1 and found[0][1] == 1.0:
         [(only, _)] = found
         return only.influence, only.by_target, only.token_influence
 
-    def total(values: list[Any]):
+    def total(values: list[Any]) -> Any:
         return sum(w * x for x, (_, w) in zip(values, found, strict=True))
 
     tokens = None

@@ -107,14 +107,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         of_rows = made | joined.made_by | ({"checkpoint": name[1:]} if name else {})
         writer.finish(scores.example_ids, joined.ends, list(joined.record["directions"]), of_rows)
     _write_table(context.path("influence/influence.parquet"), scores, settings)
-    if columns := tuned.scores(
-        model, pool, targets, settings, context.placement,
-        lambda name: parts.Parts(context.path(f"{PARTIAL}/{name}")),
-        lambda name: EpochFiles(context.path(f"{PARTIAL}/epochs-{name}")),
-    ):  # fmt: skip
-        ids = {"example_id": pa.array(scores.example_ids)}
-        columns = ids | {name: pa.array(values) for name, values in columns.items()}
-        artifacts.write_table(context.path("influence/tuned.parquet"), columns)
+    _write_tuned(context, model, pool, targets)
     processes.wait("scores")  # all have read what is dropped now
     artifacts.remove(context.path(PARTIAL))
     return {
@@ -126,13 +119,23 @@ def run(context: stages.Context) -> dict[str, Any]:
         "target_groups": scores.groups,
         "target_loss": _by_task(tasks, scores.target_losses),
         "correlations": {
-            "spearman_influence_tokens": stats.finite(
-                stats.spearman(scores.influence, scores.tokens)
-            ),
-            "spearman_influence_loss": stats.finite(stats.spearman(scores.influence, scores.loss)),
+            f"spearman_influence_{name}": stats.finite(stats.spearman(scores.influence, values))
+            for name, values in (("tokens", scores.tokens), ("loss", scores.loss))
         },
         **_record(scores, settings),
     }
+
+
+def _write_tuned(context, model, pool, targets) -> None:
+    columns = tuned.scores(
+        model, pool, targets, context.config.influence, context.placement,
+        lambda name: parts.Parts(context.path(f"{PARTIAL}/{name}")),
+        lambda name: EpochFiles(context.path(f"{PARTIAL}/epochs-{name}")),
+    )  # fmt: skip
+    if columns:
+        ids = {"example_id": pa.array([row.example_id for row in pool])}
+        columns = ids | {name: pa.array(values) for name, values in columns.items()}
+        artifacts.write_table(context.path("influence/tuned.parquet"), columns)
 
 
 def _write_table(path: pathlib.Path, scores: score.Scores, settings) -> None:
@@ -206,7 +209,7 @@ def made_from(context: stages.Context) -> dict[str, Any]:
     """Returns what a store's rows depend on, beside the projection."""
     cfg = context.config
     settings = cfg.influence
-    record = {
+    record: dict[str, Any] = {
         "weights": _weights(context),
         "data": artifacts.sha256(context.path("prepare/pool.parquet")),
         "model_path": cfg.model.path,

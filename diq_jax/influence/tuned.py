@@ -136,8 +136,9 @@ def cluster(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn import cluster as clustering  # seconds to import
 
     count = min(clusters, len(np.unique(vectors, axis=0)))
-    found = clustering.KMeans(count, n_init=4, random_state=seed).fit(vectors)
-    return found.labels_.astype(np.int32)
+    options: dict[str, Any] = {"n_init": 4, "random_state": seed}
+    found = clustering.KMeans(count, **options).fit_predict(vectors)
+    return np.asarray(found, np.int32)
 
 
 def _mean_losses(chosen, rest, batch, cfg, reduction):

@@ -7,8 +7,9 @@ others go on; what a row computes depends on P, S and its own tokens only.
 Dims: N layers, B rows, K kv heads, S columns, C head, P columns of the prompt.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Generic, TypeVar
 
 import flax.struct
 import jax
@@ -17,38 +18,41 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from diq_jax.models import config, decoder, layers, sampling
+from diq_jax.trees import Array, Tree
 
-Tree = dict[str, Any]  # nested dicts of arrays
+Leaf = TypeVar("Leaf")
 CHUNK = 16  # decode steps between two looks of the host
 NOTHING = -1  # emitted by a row that has ended
 
 
 @flax.struct.dataclass
-class State:
+class State(Generic[Leaf]):
     """Rows under way. The last token of a row is known, but not in the cache yet."""
 
-    k: jax.Array  # (N, B, K, S, C)
-    v: jax.Array  # (N, B, K, S, C)
-    token: jax.Array  # (B,) int32: the last one
-    length: jax.Array  # (B,) int32: tokens of the prompt
-    generated: jax.Array  # (B,) int32: tokens so far, `token` included
-    live: jax.Array  # (B,) bool: goes on
-    prompt: jax.Array  # (B,) uint32, sampling.prompt_number
-    sample: jax.Array  # (B,) int32
+    k: Leaf  # (N, B, K, S, C)
+    v: Leaf  # (N, B, K, S, C)
+    token: Leaf  # (B,) int32: the last one
+    length: Leaf  # (B,) int32: tokens of the prompt
+    generated: Leaf  # (B,) int32: tokens so far, `token` included
+    live: Leaf  # (B,) bool: goes on
+    prompt: Leaf  # (B,) uint32, sampling.prompt_number
+    sample: Leaf  # (B,) int32
 
 
 @flax.struct.dataclass
 class Prompts:
     """Prompts to begin, R rows; one that is no prompt has a slot beyond the state's rows."""
 
-    tokens: jax.Array  # (R, P) int32, left-padded
-    length: jax.Array  # (R,) int32, at least 1
-    slot: jax.Array  # (R,) int32: the row of the state to put it in
-    prompt: jax.Array  # (R,) uint32
-    sample: jax.Array  # (R,) int32
+    tokens: Array  # (R, P) int32, left-padded
+    length: Array  # (R,) int32, at least 1
+    slot: Array  # (R,) int32: the row of the state to put it in
+    prompt: Array  # (R,) uint32
+    sample: Array  # (R,) int32
 
 
-def shapes(cfg: config.DecoderConfig, rows: int, columns: int, dtype: DTypeLike) -> State:
+def shapes(
+    cfg: config.DecoderConfig, rows: int, columns: int, dtype: DTypeLike
+) -> State[jax.ShapeDtypeStruct]:
     """Returns the state's leaves as jax.ShapeDtypeStruct."""
     cache = jax.ShapeDtypeStruct(
         (cfg.num_layers, rows, cfg.num_kv_heads, columns, cfg.head_dim), dtype
@@ -59,7 +63,7 @@ def shapes(cfg: config.DecoderConfig, rows: int, columns: int, dtype: DTypeLike)
     return State(cache, cache, number, number, number, live, prompt, number)
 
 
-def specs(cfg: config.DecoderConfig, model_devices: int) -> State:
+def specs(cfg: config.DecoderConfig, model_devices: int) -> State[PartitionSpec]:
     """Splits rows over the data axis, and kv heads over the model axis where it divides them."""
     heads = "model" if cfg.num_kv_heads % model_devices == 0 else None
     cache, row = PartitionSpec(None, "data", heads, None, None), PartitionSpec("data")
@@ -69,12 +73,12 @@ def specs(cfg: config.DecoderConfig, model_devices: int) -> State:
 def begin(
     params: Tree,
     adapter: Tree | None,
-    state: State,
+    state: State[jax.Array],
     batch: Prompts,
     cfg: config.DecoderConfig,
     settings: sampling.Sampling,
     ends: Sequence[int],
-) -> tuple[State, jax.Array]:
+) -> tuple[State[jax.Array], jax.Array]:
     """Reads prompts into rows of the state.
 
     Args:
@@ -118,11 +122,11 @@ def begin(
 def decode(
     params: Tree,
     adapter: Tree | None,
-    state: State,
+    state: State[jax.Array],
     cfg: config.DecoderConfig,
     settings: sampling.Sampling,
     ends: Sequence[int],
-) -> tuple[State, jax.Array]:
+) -> tuple[State[jax.Array], jax.Array]:
     """Continues all rows by up to CHUNK tokens; fewer where every row has ended.
 
     What the chunk adds is kept apart until its end, in columns that all rows share: rows stand at
@@ -150,7 +154,8 @@ def decode(
         )
         generated = state.generated + state.live
         live = state.live & _goes_on(token, generated, settings, ends)
-        return i + 1, state.replace(token=token, generated=generated, live=live), recent, tokens
+        state = dataclasses.replace(state, token=token, generated=generated, live=live)
+        return i + 1, state, recent, tokens
 
     tokens = jnp.full((len(state.token), CHUNK), NOTHING, jnp.int32)
     carry = (0, state, (recent, recent), tokens)
@@ -163,13 +168,13 @@ def decode(
 
     merge = jax.vmap(jax.vmap(merge), in_axes=(0, 0, None))
     k, v = (merge(old, new, start) for old, new in zip((state.k, state.v), recent, strict=True))
-    return state.replace(k=k, v=v), tokens
+    return dataclasses.replace(state, k=k, v=v), tokens
 
 
 def next_logits(
     params: Tree,
     adapter: Tree | None,
-    state: State,
+    state: State[jax.Array],
     recent: tuple[jax.Array, jax.Array],
     i: jax.Array | int,
     start: jax.Array,

@@ -104,6 +104,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
     rotary_dim = _rotary_dim(read, family, head_dim)
     attention_bias = read.flag("attention_bias")
     scales = family.scales(read, model_dim, head_dim) if family.scales else {}
+    kept: dict[str, Any] = {k: None if scale == 1 else scale for k, scale in scales.items()}
     return DecoderConfig(
         family=read.name,
         num_layers=read.size("num_hidden_layers"),
@@ -129,7 +130,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         unit_offset=family.unit_offset,
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         **_layers_apart(read, family, rotary_dim),
-        **{name: None if scale == 1 else scale for name, scale in scales.items()},
+        **kept,
     )
 
 
@@ -255,14 +256,15 @@ class _Reader:
         self, config: dict[str, Any], field: str, built: dict[str, families.Family], what: str
     ):
         self.config, self.field, self.built, self.what = config, field, built, what
-        self.name = config.get("model_type")
-        if self.name not in tuple(built):
-            missing = families.MISSING.get(self.name) if isinstance(self.name, str) else None
+        name = config.get("model_type")
+        if not isinstance(name, str) or name not in built:
+            missing = families.MISSING.get(name) if isinstance(name, str) else None
             has = f" (it has {missing}, which is not built here)" if missing else ""
             raise errors.UserError(
-                f"{field}: model family {reading.shorten(self.name)} is not supported here{has}:"
+                f"{field}: model family {reading.shorten(name)} is not supported here{has}:"
                 f" {what} is needed, one of {', '.join(built)}."
             )
+        self.name = name
         for key in ("quantization_config", "compression_config"):
             if config.get(key):
                 method = config[key].get("quant_method") if isinstance(config[key], dict) else None

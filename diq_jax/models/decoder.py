@@ -95,12 +95,12 @@ def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.T
 def apply(
     params: trees.Tree,
     cfg: config.DecoderConfig,
-    tokens: batches.Array,
-    positions: batches.Array,
-    segment_ids: batches.Array,
+    tokens: trees.Array,
+    positions: trees.Array,
+    segment_ids: trees.Array,
     adapter: trees.Tree | None = None,
     remat: bool = False,
-    parent_ids: batches.Array | None = None,
+    parent_ids: trees.Array | None = None,
     probe: trees.Tree | None = None,
 ) -> jax.Array:
     """Computes the hidden states after the final norm.
@@ -128,8 +128,8 @@ def apply(
 def through(
     params: trees.Tree,
     cfg: config.DecoderConfig,
-    tokens: batches.Array,
-    positions: batches.Array,
+    tokens: trees.Array,
+    positions: trees.Array,
     attend: Callable[..., tuple[jax.Array, Any]],
     adapter: trees.Tree | None = None,
     remat: bool = False,
@@ -209,7 +209,7 @@ def places(cfg: config.DecoderConfig) -> tuple[trees.Tree, trees.Tree]:
     alike = {"window": cfg.sliding_window, **turn(cfg.rope)}
     slides = cfg.sliding_layers or (cfg.sliding_window is not None,) * cfg.num_layers
     apart = {}
-    if cfg.sliding_layers is not None:
+    if cfg.sliding_layers is not None and cfg.sliding_window is not None:
         apart["window"] = jnp.where(jnp.array(slides), cfg.sliding_window, jnp.int32(2**31 - 1))
     if cfg.sliding_rope is not None:
         own = turn(cfg.sliding_rope)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from diq_jax.models import config, layers, rope
+from diq_jax.trees import Array
 
 Params = dict[str, Any]  # nested dicts of arrays
 
@@ -75,9 +76,7 @@ def apply(
     return _layers(params, cfg, tokens, mask, lambda x: None)[0]
 
 
-def layer_means(
-    params: Params, cfg: config.EncoderConfig, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
+def layer_means(params: Params, cfg: config.EncoderConfig, tokens: Array, mask: Array) -> jax.Array:
     """Computes every layer's mean-pooled hidden states, side by side from the bottom.
 
     See `apply`. Returns (B, N * D) float32.
@@ -156,7 +155,7 @@ def _activate(cfg, x):
     return jax.nn.gelu(x, approximate=cfg.activation == "gelu_tanh")
 
 
-def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+def mean_pool(hidden: jax.Array, mask: Array) -> jax.Array:
     """Averages the hidden states over real tokens: (B, T, D) and (B, T) -> (B, D) float32."""
     weights = mask.astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)

@@ -133,7 +133,8 @@ def run(
         begun = []
         while waiting and None in at:
             places = _places(at, waiting, generator.placement.rows_multiple)
-            found = [None if row is None else prompts[at[row]] for row in places]
+            which = [None if row is None else at[row] for row in places]
+            found = [None if i is None else prompts[i] for i in which]
             batch = make_batch(generator, found, places, stream)
             state, first = generator.begin(params, adapter, state, batch)
             begun.append((places, first))
@@ -143,12 +144,12 @@ def run(
                 if row is not None:
                     tokens[row] = [int(token)]
         for row, new in enumerate(np.asarray(chunk)):
-            if at[row] is None:
+            if (i := at[row]) is None:
                 continue
             tokens[row] += new[new != cache.NOTHING].tolist()
-            answer = _finished(tokens[row], generator, prompts[at[row]])
+            answer = _finished(tokens[row], generator, prompts[i])
             if answer is not None:
-                yield at[row], answer
+                yield i, answer
                 at[row] = None
 
 

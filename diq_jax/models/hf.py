@@ -202,7 +202,7 @@ def _load(source, shapes, names, dtype, field, place):
     place = place or (lambda path, array: jnp.asarray(array))
 
     def read(path, shape):
-        leaf = np.empty(shape, dtype)
+        leaf = np.empty(shape, jnp.dtype(dtype))
         parts = leaf if path.startswith("layers/") else [leaf]
         for part, name in zip(parts, names[path], strict=True):
             array = source.read(name)

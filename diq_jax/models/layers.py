@@ -13,6 +13,7 @@ parameters, as the argument `probe`, nested like them; at a parameter it is one 
 Dims: B batch, T tokens, D model, H query heads, K kv heads, G = H // K, C head, R rank.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -20,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ad_checkpoint
 
-from diq_jax.data import batches
-from diq_jax.trees import Tree
+from diq_jax.trees import Array, Tree
 
 UNSEEN = -1e30  # added to a score: exp gives exactly 0; a position always sees itself
 QUERY_BLOCK = 256  # queries of one attention block: scores are (B, H, QUERY_BLOCK, T) at most
@@ -211,11 +211,11 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids: batches.Array,
+    segment_ids: Array,
     causal: bool,
     window: int | None = None,
-    positions: batches.Array | None = None,
-    parent_ids: batches.Array | None = None,
+    positions: Array | None = None,
+    parent_ids: Array | None = None,
 ) -> jax.Array:
     """Computes softmax attention inside segments, in blocks of queries, so that no (T, T) array of
     all heads exists at once.
@@ -254,11 +254,9 @@ def attention(
         out = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(*rows.shape[:3], -1), v)
         return out.reshape(*heads, Q, C)
 
-    places = {"segment_ids": segment_ids}
-    if window is not None:
-        places["positions"] = positions
-    if parent_ids is not None:
-        places["parent_ids"] = parent_ids
+    given = {"segment_ids": segment_ids, "parent_ids": parent_ids}
+    given |= {} if window is None else {"positions": positions}
+    places = {name: ids for name, ids in given.items() if ids is not None}
     outputs = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
@@ -266,9 +264,8 @@ def attention(
         step = block if T <= QUERY_BLOCK else jax.checkpoint(block, static_argnums=(5,))
         queries = {name: ids[:, start:stop] for name, ids in places.items()}
         keys = {name: ids[:, :end] for name, ids in places.items()}
-        outputs.append(
-            step(q[:, :, :, start:stop], k[:, :, :end], v[:, :, :end], queries, keys, start)
-        )
+        rows = q[:, :, :, start:stop]
+        outputs.append(step(rows, k[:, :, :end], v[:, :, :end], queries, keys, start))
     out = jnp.concatenate(outputs, axis=3)  # (B, K, G, T, C)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)
 
@@ -318,4 +315,4 @@ def attention_to_parts(
     read = (
         jnp.einsum("bkgs,bksc->bkgc", w, v) for w, (_, v, _) in zip(weights, parts, strict=True)
     )
-    return sum(read).reshape(B, 1, H * C)
+    return functools.reduce(jnp.add, read).reshape(B, 1, H * C)

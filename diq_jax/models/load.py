@@ -53,7 +53,7 @@ def load_model(path: str, dtype: str = "float32", field: str = "path") -> Model:
 def load(path: str, dtype: str, placement: devices.Placement, field: str = "model.path") -> Model:
     """Loads a decoder on `placement`, or returns it if it was the last one loaded there."""
     key, model = _last.pop(placement, (None, None))
-    if key != (path, dtype):
+    if model is None or key != (path, dtype):
         model = _read(path, dtype, placement, field)
     _last[placement] = (path, dtype), model
     return model

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from diq_jax import trees
 from diq_jax.data import batches
 from diq_jax.models import config, decoder
+from diq_jax.trees import Array
 
 HEAD_BLOCK = 512  # answer tokens of one block: logits are (HEAD_BLOCK, V) float32
 
@@ -75,7 +76,7 @@ def answer_losses(
     return jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :A] * batch.loss_mask
 
 
-def head_blocks(x: batches.Array) -> jax.Array:
+def head_blocks(x: Array) -> jax.Array:
     """Splits (B, A, ...) into what the head takes at a time, padded: (blocks, B, size, ...)."""
     B, A = x.shape[:2]
     size = min(A, max(1, HEAD_BLOCK // B))
@@ -84,7 +85,7 @@ def head_blocks(x: batches.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
 
 
-def token_weights(batch: batches.Batch, reduction: str) -> jax.Array:
+def token_weights(batch: batches.Batch, reduction: str) -> Array:
     """Returns what each answer token's loss counts in its example's, (B, A) float32: 1, or with
     `mean` 1 over the example's answer tokens; 0 at padding.
     """
@@ -98,7 +99,7 @@ def token_weights(batch: batches.Batch, reduction: str) -> jax.Array:
     return batch.loss_mask / jnp.maximum(count, 1.0)
 
 
-def by_example(values: batches.Array, batch: batches.Batch) -> jax.Array:
+def by_example(values: Array, batch: batches.Batch) -> jax.Array:
     """Sums (B, A) over each example's answer tokens: (B,), or (B, S) of a packed batch."""
     if batch.loss_examples is None:
         return jnp.sum(values, axis=1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diq_jax import errors
 from diq_jax.run import reading
+from diq_jax.trees import Array
 
 # What each kind of rotary scaling reads, and what it may read.
 SETTINGS = {
@@ -159,7 +160,7 @@ def amplitude(rope: Rope) -> float:
 
 
 def rotate(
-    x: jax.Array, positions: jax.Array, frequencies: jax.Array, amplitude: jax.Array | float = 1.0
+    x: jax.Array, positions: Array, frequencies: jax.Array, amplitude: jax.Array | float = 1.0
 ) -> jax.Array:
     """Turns queries or keys, half-split layout.
 

@@ -40,7 +40,7 @@ def open_safetensors(file: pathlib.Path) -> dict[str, stored.Tensor]:
 
     def tensor(name):
         part = handle.get_slice(name)
-        dtype = part.get_dtype()
+        dtype = str(part.get_dtype())
         return stored.Tensor(
             tuple(part.get_shape()), DTYPES.get(dtype, dtype), lambda: handle.get_tensor(name)
         )

@@ -6,6 +6,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from diq_jax.trees import Array
+
 BROKEN = -2  # in the place of a token where the logits are not finite
 
 
@@ -26,8 +28,8 @@ def prompt_number(prompt_id: str) -> int:
 
 def pick(
     logits: jax.Array,
-    prompts: jax.Array,
-    samples: jax.Array,
+    prompts: Array,
+    samples: Array,
     indices: jax.Array,
     settings: Sampling,
 ) -> jax.Array:

@@ -272,6 +272,11 @@ class _StateDict(pickle._Unpickler):
     becomes the object that it names: it stays two words, which `_call` knows or refuses.
     """
 
+    # Of the interpreter, which does not declare them.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def persistent_load(self, pid: Any) -> "_Storage":
         return _storage(pid)
 
@@ -309,7 +314,7 @@ class _StateDict(pickle._Unpickler):
                 raise Refused("its pickle has a dict whose keys are neither texts nor numbers")
             target[key] = value
 
-    dispatch = {  # noqa: RUF012 (pickle declares it so)
+    dispatch: dict[int, Callable[[Any], None]] = {  # noqa: RUF012 (pickle declares it so)
         ord(opcode.code): _refuse(opcode.name) for opcode in pickletools.opcodes
     }
     dispatch |= {code: pickle._Unpickler.dispatch[code] for code in PLAIN_OPCODES}

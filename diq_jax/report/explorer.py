@@ -94,12 +94,7 @@ def make(
         "chunk_rows": CHUNK_ROWS,
         "chunks": len(chunks),
         "characters": sum(len(text) for name in TEXTS for text in examples[name]),
-        "numbers": [
-            {"name": name, "title": TITLES.get(name, name), "fact": name not in HIDDEN,
-             "hidden": name in HIDDEN}
-            | ({"hidden": True, "fact": False} if name.startswith("rank by ") else {})
-            for name in numbers
-        ],
+        "numbers": [_described(name) for name in numbers],
         "groups": [{"name": name, "labels": found} for name, found in labels.items()],
         "fences": {"influence": _fence(numbers["influence"])},
         "keep": int(np.sum(examples["selected"])),
@@ -124,6 +119,12 @@ def make(
         methods=len(details.methods),
         absent=details.absent,
     )
+
+
+def _described(name: str) -> dict[str, Any]:
+    """Returns what the page knows of a column of numbers."""
+    hidden = name in HIDDEN or name.startswith("rank by ")
+    return {"name": name, "title": TITLES.get(name, name), "fact": not hidden, "hidden": hidden}
 
 
 def _spans(n):

@@ -17,6 +17,7 @@ import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
+from matplotlib import layout_engine
 
 INK, LINE, MUTED = "#1f2429", "#d9dde1", "#7a828c"
 SELECTED, POOL = "#d55e00", "#8a939c"
@@ -30,7 +31,7 @@ QUADRANTS = {
 THRESHOLD = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3)), "zorder": 1}
 DIFFICULTY, INFLUENCE = "difficulty (level)", "influence (nats per unit learning rate)"
 CORNERS = {1: (1, 1), 2: (0, 1), 3: (1, 0), 4: (0, 0)}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -153,11 +154,12 @@ def quadrants(
 
 def axis_titles(thresholds: Mapping[str, float | None]) -> tuple[str, str]:
     """Names the axes of difficulty and influence, with their thresholds."""
-    titles = (DIFFICULTY, "difficulty", ".2f"), (INFLUENCE, "influence", ".3g")
-    return tuple(
-        title if thresholds[axis] is None else f"{title}, threshold {thresholds[axis]:{digits}}"
-        for title, axis, digits in titles
-    )
+
+    def title(name: str, axis: str, digits: str) -> str:
+        at = thresholds[axis]
+        return name if at is None else f"{name}, threshold {at:{digits}}"
+
+    return title(DIFFICULTY, "difficulty", ".2f"), title(INFLUENCE, "influence", ".3g")
 
 
 def quadrant_label(quadrant: int, counts: Mapping[int, tuple[int, int]]) -> str:
@@ -257,7 +259,9 @@ def comparison(
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, prune="both"))
         ax.margins(x=0.08)
         ax.grid(axis="y", visible=False)
-    figure.get_layout_engine().set(wspace=0.06)
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, layout_engine.ConstrainedLayoutEngine)  # by STYLE
+    engine.set(wspace=0.06)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure

@@ -32,9 +32,9 @@ def arms(results: Mapping[str, Any]) -> list[str]:
 
 def headline(results: Mapping[str, Any] | None) -> str:
     """Says what loss and accuracy show of the selection in this run, which is one seed."""
-    models = results["models"] if results else {}
-    if "selected" not in models:
+    if not results or "selected" not in results["models"]:
         return "Not evaluated: whether this selection helps is not known."
+    models = results["models"]
     versus = models["selected"].get("versus", {})
     against = next((name for name in ("random", "base") if name in versus), None)
     said = [f"One seed, {results['tests']} held-out questions."]

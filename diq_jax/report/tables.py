@@ -114,7 +114,8 @@ def group_shares(values: Sequence[str], selected: np.ndarray) -> list[tuple[str,
         head = sorted(head, key=int)
     out = [(v or "(none)", pool[v], chosen[v]) for v in head]
     if rest:
-        out.append((f"{len(rest)} others", *(sum(n[v] for v in rest) for n in (pool, chosen))))
+        others = sum(pool[v] for v in rest), sum(chosen[v] for v in rest)
+        out.append((f"{len(rest)} others", *others))
     return out
 
 

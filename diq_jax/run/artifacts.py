@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diq_jax import errors
+from diq_jax.run import columns as columns_lib
 from diq_jax.run import processes, reading
 
 
@@ -155,7 +156,7 @@ def write_table(
     Raises:
         UserError: another number is not finite; the column and the row are named.
     """
-    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    table = pa.table(dict(columns)) if isinstance(columns, Mapping) else columns
     write_tables(path, [table], unknown)
 
 
@@ -178,7 +179,7 @@ def write_tables(
 
 def _check_finite(path, table, unknown) -> None:
     for name in table.column_names:
-        finite = reading.finite_rows(table[name], nan=name in unknown)
+        finite = columns_lib.finite_rows(table[name], nan=name in unknown)
         if not finite.all():
             row = int(np.argmin(finite))
             ids = table["example_id"] if "example_id" in table.column_names else range(len(finite))

@@ -150,7 +150,7 @@ class PmapPlacement(Placement):
         return 1  # pmap has split the rows before
 
     def _map(self, fn, **settings):
-        return jax.pmap(fn, "data", devices=self.mesh.devices.flat, **settings)
+        return jax.pmap(fn, "data", devices=list(self.mesh.devices.flat), **settings)
 
     def replicate(self, tree: Any) -> Any:
         n, sharding = self.rows_multiple, NamedSharding(self.mesh, PartitionSpec("data"))
@@ -239,6 +239,7 @@ def whole(array: ArrayLike) -> np.ndarray:
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
+        assert isinstance(array.sharding, NamedSharding)  # nothing else spans processes
         array = put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
     return np.asarray(array)
 

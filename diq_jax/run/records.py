@@ -26,7 +26,7 @@ FINISHED = {"outputs": dict, "rows": int, "seconds": float}
 COUNTS = {"tokens": int, "resumed_tokens": int, "tokens_per_second": float}
 
 IDS, TOKENS = {"example_id": "text"}, {"input_ids": "wholes", "labels": "wholes"}
-# The columns that the tables of a run have, and what they hold (reading.KINDS).
+# The columns that the tables of a run have, and what they hold (columns.KINDS).
 COLUMNS: dict[str, dict[str, str]] = {
     "prepare/pool.parquet": IDS
     | dict.fromkeys(("source", "question", "reasoning", "answer", "row"), "text")

@@ -123,16 +123,18 @@ def _execute(stage, context, overwrite):
         **({"unverified_inputs": unverified} if unverified else {}),
         "versions": versions(),
     }
-    continues = bool(before) and before["status"] != records.CLEARING and not overwrite
-    if continues:
-        _refuse_difference(stage, folder, before, now)
-        if before["status"] == records.DONE and _is_whole(context, folder, before):
+    continued = None if overwrite else before
+    if continued and continued["status"] == records.CLEARING:
+        continued = None
+    if continued:
+        _refuse_difference(stage, folder, continued, now)
+        if continued["status"] == records.DONE and _is_whole(context, folder, continued):
             return False
     if stage.everywhere:
         processes.wait(f"{stage.name} begins")  # all know what was there
-    if not continues:
+    if not continued:
         _clear(stage, folder, before, now)
-    if not continues or before["status"] == records.DONE:
+    if not continued or continued["status"] == records.DONE:
         artifacts.write_json(folder / records.NAME, now)
     for name in _files(folder):  # of a killed run, in the middle of a write
         if artifacts.temporary_of(pathlib.Path(name).name) and _is_own(stage, name):

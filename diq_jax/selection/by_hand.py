@@ -66,7 +66,8 @@ def decisions(path: str, ids: Sequence[str], field: str = "selection.edits") -> 
     """
     found = {}
     for line, (i, row) in enumerate(_rows(path, ids, field), 1):
-        decision, reason = row.get("decision"), row.get("reason") or ""
+        decision: Any = row.get("decision")  # checked below
+        reason = row.get("reason") or ""
         errors.check_choice(f"{field}: {path}:{line}: decision", decision, DECISIONS)
         if not isinstance(reason, str):
             raise errors.UserError(f"{field}: {path}:{line}: reason must be text; got {reason!r}.")

@@ -15,8 +15,8 @@ import numpy as np
 
 from diq_jax import config, errors
 from diq_jax.selection import by_hand, orders, quadrants
+from diq_jax.selection.orders import PERSPECTIVE, OrderSettings, Scores
 
-Scores, OrderSettings, PERSPECTIVE = orders.Scores, orders.OrderSettings, orders.PERSPECTIVE
 _highest, _lowest = orders.highest, orders.lowest
 # What has to be computed over a pool before its scores are there; others are there always.
 PARTS = {

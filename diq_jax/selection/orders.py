@@ -110,8 +110,8 @@ def _filled(quadrant, settings, first=None):
 def _turns(scores, settings, inside: bool):
     """Returns the places and the takers of turns, in all of the pool or quadrant by quadrant."""
     blocks = _filled(quadrants.of(scores, settings)[0], settings) if inside else None
-    columns = (np.asarray(scores[name]) for name in ("by_target", "id_order"))
-    return turns.take_turns(*columns, None if blocks is None else np.asarray(blocks))
+    by_target, id_order = np.asarray(scores["by_target"]), np.asarray(scores["id_order"])
+    return turns.take_turns(by_target, id_order, None if blocks is None else np.asarray(blocks))
 
 
 def round_robin(inside: bool) -> Method:

@@ -68,24 +68,11 @@ def select(
         UserError: a field out of range, a score that the method needs is missing, or source_cap
             leaves fewer examples than the budget.
     """
-    cfg = fields.build(selection_config.Selection, settings, "selection.")
-    split = {"perspective": perspective, "percentile": percentile}
-    split = fields.build(config.Difficulty, split, "difficulty.")
-    method = methods.name(cfg.method)
-    errors.check_choice("selection.method", method, methods.METHODS)
-    if not isinstance(scores, Mapping):
-        names = ("example_ids", "influence", "tokens")
-        names += ("by_target", "groups") if len(scores.groups) > 1 else ()
-        scores = {name: getattr(scores, name) for name in names}
-    scores = dict(scores)
+    scores = _columns_of(scores)
     groups = tuple(scores.pop("groups", ()))
-    if not isinstance(difficulty, Mapping):
-        difficulty = {} if difficulty is None else {perspective: difficulty}
+    method, cfg, order = _settings(settings, perspective, percentile, groups)
+    difficulty = _levels(difficulty, perspective)
     ids = list(scores["example_ids"])
-    order = methods.OrderSettings(
-        perspective, split.percentile, cfg.seed, cfg.quadrants, cfg.length_residual,
-        cfg.retention_ratio, cfg.band, groups,
-    )  # fmt: skip
     _check_columns(ids, {**scores, **difficulty})
     given = _given(scores, difficulty, order)
     _check_scores(method, given, order)
@@ -101,10 +88,9 @@ def select(
     endings = [f"; {why}" if why else f"; beyond the budget of {keep:,}" for why in removed]
     placed = by_hand.apply(own, ids, decided, keep) if decided else own
     ranks = _capped(cfg.source_cap, placed, sources or [""] * len(ids), last, keep, endings)
-    selected = ranks <= keep
-    unknown = jnp.full(len(ids), jnp.nan)
-    quadrant, (tau_d, m_dot) = quadrants.of({perspective: unknown, **given}, order)
-    said = methods.why(method, given, order, own)
+    selected, said = ranks <= keep, methods.why(method, given, order, own)
+    levels = {perspective: jnp.full(len(ids), jnp.nan), **given}
+    quadrant, (tau_d, m_dot) = quadrants.of(levels, order)
     return Selected(
         ranks=ranks,
         selected=selected,
@@ -113,6 +99,35 @@ def select(
         thresholds=(float(tau_d), float(m_dot)),
         orders=orders,
     )
+
+
+def _columns_of(scores) -> dict[str, Any]:
+    if isinstance(scores, Mapping):
+        return dict(scores)
+    names = ("example_ids", "influence", "tokens")
+    names += ("by_target", "groups") if len(scores.groups) > 1 else ()
+    return {name: getattr(scores, name) for name in names}
+
+
+def _levels(difficulty, perspective) -> Mapping[str, Any]:
+    if isinstance(difficulty, Mapping):
+        return difficulty
+    return {} if difficulty is None else {perspective: difficulty}
+
+
+def _settings(
+    settings, perspective, percentile, groups
+) -> tuple[str, selection_config.Selection, methods.OrderSettings]:
+    cfg = fields.build(selection_config.Selection, settings, "selection.")
+    split = {"perspective": perspective, "percentile": percentile}
+    split = fields.build(config.Difficulty, split, "difficulty.")
+    method = methods.name(cfg.method)
+    errors.check_choice("selection.method", method, methods.METHODS)
+    order = methods.OrderSettings(
+        perspective, split.percentile, cfg.seed, cfg.quadrants, cfg.length_residual,
+        cfg.retention_ratio, cfg.band, groups,
+    )  # fmt: skip
+    return method, cfg, order
 
 
 def _sentences(ids, said, endings, selected, decided):
@@ -227,7 +242,7 @@ def capped(
     """
     taken: dict[str, int] = collections.Counter()
     places, passed = [], np.zeros(len(ranks), bool)
-    for i in np.argsort(ranks):
+    for i in map(int, np.argsort(ranks)):
         if len(places) == keep:
             break
         if taken[sources[i]] == limit:

@@ -75,7 +75,7 @@ def alike(texts: Sequence[Words], n: int, threshold: float) -> Iterator[tuple[in
     )
     sketches = datasketch.MinHash.generator(hashes, num_perm=PERMUTATIONS, seed=0, hashfunc=int)
     for v, sketch in enumerate(sketches):
-        yield from ((u, v) for u in index.query(sketch))
+        yield from ((u, v) for u in index.query(sketch) if isinstance(u, int))
         index.insert(v, sketch)
 
 

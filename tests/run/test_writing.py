@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from diq_jax import errors
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts, columns
 
 IDS = ["a", "b", "c"]
 
@@ -30,8 +30,8 @@ def test_an_unknown_number_may_be_nan_but_not_infinite(tmp_path):
 
 def test_rows_are_counted_over_chunks():
     lists = pa.chunked_array([[[1.0], []], [], [None, [2.0, np.inf], [np.nan]], [[3.0]]])
-    assert reading.finite_rows(lists).tolist() == [True, True, True, False, False, True]
-    assert reading.finite_rows(lists, nan=True).tolist() == [True] * 3 + [False, True, True]
+    assert columns.finite_rows(lists).tolist() == [True, True, True, False, False, True]
+    assert columns.finite_rows(lists, nan=True).tolist() == [True] * 3 + [False, True, True]
 
 
 @pytest.mark.parametrize(
