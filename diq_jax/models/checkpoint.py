@@ -34,6 +34,7 @@ OPENERS = {".safetensors": safetensors_file.open_safetensors, ".bin": torch_file
 HUB_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 # Downloaded where HUB_FILES brought no weights.
 HUB_TORCH_FILES = ("pytorch_model*.bin",)
+HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EMBEDDING, HEAD, TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 EXPECTED = (
     "a hub id (org/name or org/name@revision), a local folder with config.json and safetensors or"
@@ -105,7 +106,7 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
             found = _in_package(text, field)
         elif local.exists():
             found = local
-        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) and local.suffix != ".gguf":
+        elif re.fullmatch(HUB_ID, text) and local.suffix != ".gguf":
             found = _from_hub(text, field)
         else:
             raise errors.UserError(f"{field}: {text!r} does not exist here; expected {EXPECTED}.")
