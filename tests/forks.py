@@ -9,6 +9,7 @@ their own, too, is tested where that is the point (tests/commands/test_cli.py, t
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -189,6 +190,9 @@ def _prepare(request: dict, outputs: Sequence[int]) -> Callable[[], object]:
     time.tzset()
     import jax
 
+    import diq_jax
+
+    importlib.reload(diq_jax)  # it completes XLA_FLAGS
     for name, parse in JAX_SETTINGS.items():
         if name in os.environ:
             jax.config.update(name.lower(), parse(os.environ[name]))
