@@ -2,11 +2,13 @@
 
 Run:     make demo, which is
          diq run --config=configs/quickstart.py:demo --workdir=runs/quickstart
-Cost:    TODO
-Result:  TODO
+Cost:    not measured
+Result:  not measured
 
-With :demo the run takes a part of the sample, and a direction of rank 16. Without it, it takes all
-rows and the whole direction (8 min 18 s, commit 89ddc13), and is a base for rows of your own.
+:demo scores 64 rows for 9 targets along a direction of rank 16, and asks 24 questions. Without it
+all 160 rows, 24 targets and 48 questions are taken and the direction is whole: a base for rows of
+your own. That run, commit 89ddc13, on two CPU cores: 8 min 18 s after the installation; test loss
+DIQ - random -0.046 (-0.058 to -0.035), accuracy 0.0 (0.0 to 0.0) points; one seed.
 """
 
 from diq_jax import config, errors
@@ -27,8 +29,8 @@ def get_config(size="whole"):
     c.finetune.epochs = 2
     c.evaluate.batch_tokens = 2048
     if size == "demo":
-        c.data.pool_limit = 112
-        c.data.targets_per_task = 4
+        c.data.pool_limit = 64
+        c.data.targets_per_task = 3
         c.data.tests_per_task = 8
         c.influence.direction_rank = 16  # ranks as the whole direction does, in less time
     return c
