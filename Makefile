@@ -8,7 +8,7 @@ WORKDIR ?= runs/quickstart
 
 help:
 	@echo "make setup     install into .venv"
-	@echo "make demo      setup, then configs/quickstart.py into $(WORKDIR)"
+	@echo "make demo      setup, then configs/quickstart.py:demo into $(WORKDIR)"
 	@echo "make test      setup, then the fast tests"
 	@echo "make test-all  setup, then all tests"
 	@echo "make lint      ruff and pyright; make format mends what it can"
@@ -52,7 +52,7 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	touch $@
 
 demo: setup
-	$(BIN)/python experiments/run_diq.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python experiments/run_diq.py --config=configs/quickstart.py:demo --workdir=$(WORKDIR)
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 

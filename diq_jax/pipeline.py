@@ -17,7 +17,7 @@ from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
 from diq_jax.report import stage as report
-from diq_jax.run import artifacts, devices, processes, progress, records, stages
+from diq_jax.run import artifacts, compiled, devices, processes, progress, records, stages
 from diq_jax.selection import methods
 from diq_jax.selection import stage as selection
 
@@ -227,9 +227,14 @@ def at_work(
 ) -> Iterator[stages.Context]:
     """Holds the workdir, and the matrix products at the precision that the model's dtype asks for.
 
+    Compiled programs are kept for later runs, except with parallel.distributed: hosts that share
+    the work of compiling on GPUs would wait for one that need not compile.
+
     Raises:
         UserError: another run holds the workdir.
     """
+    if not cfg.parallel.distributed and (folder := compiled.keep()):
+        print(f"compiled programs are kept in {folder} (JAX_ENABLE_COMPILATION_CACHE=false: not)")
     context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel), verify)
     with locked(workdir), devices.matmul_precision(cfg.model.dtype):
         yield context

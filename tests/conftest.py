@@ -1,10 +1,18 @@
 """Tests run at the highest matmul precision, and an accidental rank promotion is an error."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Programs of tiny models take longer to compile than to run; set before jax starts.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# What one test has compiled, in whatever process, the others take up.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="diq-tests-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest

@@ -15,7 +15,6 @@ import io
 import json
 import os
 import pathlib
-import runpy
 import shutil
 import signal
 import sys
@@ -23,6 +22,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+
+import forks
+import scripts
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = (
@@ -93,7 +95,7 @@ class Counter:
 def forked(work: Callable[[], None], log: pathlib.Path) -> int:
     """Runs work() in a fork, output to a file, and returns its exit code, negative for a signal."""
     sys.stdout.flush()
-    child = os.fork()
+    child = forks.fork()
     if child == 0:
         code = 1
         try:
@@ -114,18 +116,6 @@ def forked(work: Callable[[], None], log: pathlib.Path) -> int:
                 sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def script(name: str, flags: Sequence[str]) -> None:
-    """Runs a script of experiments/, or a job of `diq NAME`, in this process."""
-    file = ROOT / f"experiments/{name}.py"
-    sys.argv = [str(file), *flags]
-    if file.exists():
-        runpy.run_path(str(file), run_name="__main__")
-    else:
-        from diq_jax.commands import cli
-
-        cli.main(name)
 
 
 class Job:
@@ -162,17 +152,14 @@ class Job:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self._start, self.folder, symlinks=True)
 
-    def remove(self) -> None:
-        for folder in (self.folder, self._start):
-            shutil.rmtree(folder)
-
     def _run(self, command, begin=lambda: None, end=lambda: None) -> int:
         name, flags = command
 
         def work():
             begin()
             try:
-                script(name, [flag.format(self.folder) for flag in flags])
+                flags_here = [str(flag).format(self.folder) for flag in flags]
+                forks.program(scripts.command(name, *flags_here))()
             finally:
                 end()
 
@@ -298,10 +285,11 @@ class Campaign:
 
     def __init__(self, base: pathlib.Path):
         self._base, self._data = base, base / "data"
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "cache")
+        self._jobs: dict[str, Job] = {}
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(base / "cache"))
         self._data.mkdir()
         assert forked(lambda: make_data(self._data), base / "data.log") == 0
-        preload()
+        forks.preload()
 
     def run(self, name: str, kills: int) -> dict[str, object]:
         """Kills a job before `kills` operations spread over all (0 = before every one).
@@ -309,24 +297,16 @@ class Campaign:
         Returns:
             {"operations": how many there are, "kills": [number], "wrong": {number: what}}.
         """
-        job = Job(name, self._base, commands(self._data)[name])
+        if name not in self._jobs:
+            self._jobs[name] = Job(name, self._base, commands(self._data)[name])
+        job = self._jobs[name]
         total = len(job.operations)
         numbers = range(1, total + 1)
         if kills:
             numbers = sorted({1 + round((k + 0.5) / kills * (total - 1)) for k in range(kills)})
         problems = {number: job.kill(number) for number in numbers}
         wrong = {n: f"{job.operations[n - 1]}: {said}" for n, said in problems.items() if said}
-        job.remove()
         return {"operations": total, "kills": list(numbers), "wrong": wrong}
-
-
-def preload() -> None:
-    """Imports what all scripts need, which no fork has to do again."""
-    import orbax.checkpoint  # noqa: F401
-    import transformers.models.auto  # noqa: F401
-
-    from comparison import experiment  # noqa: F401
-    from diq_jax import pipeline  # noqa: F401
 
 
 def main(arguments: Sequence[str]) -> int:

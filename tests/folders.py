@@ -3,8 +3,9 @@
 import json
 import pathlib
 
+import numpy as np
+import safetensors.numpy
 import tokenizers
-import torch
 import transformers
 
 CHAT = (
@@ -31,28 +32,68 @@ def tokenizer(chat: bool = True) -> transformers.PreTrainedTokenizerFast:
     return made
 
 
+def save(folder: pathlib.Path, settings: transformers.PretrainedConfig, shapes: dict) -> None:
+    """Writes config.json and random weights, as transformers does: vectors of scales are 1."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: np.ones(shape, np.float32)
+        if name.lower().endswith("norm.weight")
+        else rng.normal(0, settings.initializer_range, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    settings.save_pretrained(folder)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def decoder(folder: pathlib.Path, chat: bool = True) -> pathlib.Path:
-    torch.manual_seed(0)
+    """A Llama of two layers, 16 wide."""
     tok = tokenizer(chat)
     settings = transformers.LlamaConfig(
         vocab_size=len(tok), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
         tie_word_embeddings=True, initializer_range=0.2,
+        architectures=["LlamaForCausalLM"], dtype="float32",
     )  # fmt: skip
-    transformers.LlamaForCausalLM(settings).save_pretrained(folder)
+    layer = {
+        "input_layernorm": (16,), "post_attention_layernorm": (16,),
+        "self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16),
+        "self_attn.o_proj": (16, 16),
+        "mlp.gate_proj": (24, 16), "mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24),
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (len(tok), 16), "model.norm.weight": (16,)}
+    for i in range(2):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    save(folder, settings, shapes)
     tok.save_pretrained(folder)
     return folder
 
 
 def encoder(folder: pathlib.Path) -> pathlib.Path:
-    torch.manual_seed(0)
+    """A BERT of two layers, 16 wide, over letters and digits."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789"]
     words += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
     settings = transformers.BertConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=256,
+        architectures=["BertModel"], dtype="float32",
     )  # fmt: skip
-    transformers.BertModel(settings).save_pretrained(folder)
+    rows = {"word_embeddings": len(words), "position_embeddings": 256, "token_type_embeddings": 2}
+    linears = {
+        "attention.self.query": (16, 16), "attention.self.key": (16, 16),
+        "attention.self.value": (16, 16), "attention.output.dense": (16, 16),
+        "intermediate.dense": (24, 16), "output.dense": (16, 24),
+    }  # fmt: skip
+    shapes = {f"embeddings.{name}.weight": (count, 16) for name, count in rows.items()}
+    layers = [f"encoder.layer.{i}" for i in range(2)]
+    shapes |= {f"{at}.{name}.weight": shape for at in layers for name, shape in linears.items()}
+    shapes |= {f"{at}.{name}.bias": shape[:1] for at in layers for name, shape in linears.items()}
+    norms = [
+        "embeddings",
+        *(f"{at}.{part}" for at in layers for part in ("attention.output", "output")),
+    ]
+    shapes |= {f"{at}.LayerNorm.{part}": (16,) for at in norms for part in ("weight", "bias")}
+    shapes |= {"pooler.dense.weight": (16, 16), "pooler.dense.bias": (16,)}
+    save(folder, settings, shapes)
     core = tokenizers.Tokenizer(
         tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
     )

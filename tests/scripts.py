@@ -3,15 +3,16 @@
 import os
 import pathlib
 import subprocess
-import sys
 
-import folders
+import forks
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def make(base: pathlib.Path) -> pathlib.Path:
     """A decoder, a pool, targets and tests in the folder."""
+    import folders  # takes seconds, which crashing.py need not spend
+
     folders.decoder(base / "decoder")
     folders.write(base / "pool.jsonl", folders.pool_rows(24))
     folders.write(base / "targets.jsonl", folders.choice_rows(6, "target"))
@@ -19,17 +20,22 @@ def make(base: pathlib.Path) -> pathlib.Path:
     return base
 
 
-def command(name: str) -> list[str]:
-    """A script of experiments/, or a job of `diq NAME`."""
+def command(name: str, *flags) -> list[str]:
+    """A script of experiments/, or a job of `diq NAME`, as python takes it."""
     file = ROOT / f"experiments/{name}.py"
-    return [sys.executable, *([str(file)] if file.exists() else ["-m", "diq_jax", name])]
+    return [*([str(file)] if file.exists() else ["-m", "diq_jax", name]), *map(str, flags)]
 
 
-def script(name, *flags, **options):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command(name), *flags], capture_output=True, text=True, env=environment, **options
-    )
+def script(name, *flags, env=None, cwd=None) -> subprocess.CompletedProcess:
+    """Runs it to its end."""
+    environment = (os.environ if env is None else env) | {"JAX_PLATFORMS": "cpu"}
+    return forks.run(command(name, *flags), environment, cwd)
+
+
+def start(name, *flags, env=None, cwd=None) -> forks.Running:
+    """Starts it."""
+    environment = (os.environ if env is None else env) | {"JAX_PLATFORMS": "cpu"}
+    return forks.Running(command(name, *flags), environment, cwd)
 
 
 def on_data(name, made, workdir, *flags):

@@ -1,7 +1,6 @@
 """The pipeline as a user meets it: every stage, skip, refuse, kill and resume, and bad input."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -13,6 +12,7 @@ import time
 import folders
 import pyarrow.parquet as pq
 import pytest
+import scripts
 
 from diq_jax import config, errors, pipeline, preflight
 from diq_jax.evaluate import generation
@@ -342,7 +342,7 @@ def command(made, workdir, stages, *flags):
         "data.tests": made / "tests.jsonl",
     }
     return [
-        sys.executable, str(ROOT / "experiments/run_diq.py"),
+        "run_diq",
         f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}", f"--stages={stages}",
         *(f"--config.{name}={value}" for name, value in pairs.items()), *flags,
     ]  # fmt: skip
@@ -354,15 +354,15 @@ def test_killed_influence_continues_to_identical_bytes(made, tmp_path):
     flags = (f"--config.data.pool={pool}", "--config.influence.batch_tokens=64")
     killed = command(made, tmp_path / "killed", "prepare,influence", *flags)
     partial = tmp_path / "killed/influence/partial"
-    process = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
+    process = scripts.start(*killed)
     while process.poll() is None and len(list(partial.glob("rows/part-*"))) < 4:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert 0 < len(parts.Parts(partial / "rows").done) < 200
-    subprocess.run(killed, check=True, stderr=subprocess.DEVNULL)
+    scripts.script(*killed).check_returncode()
     whole = command(made, tmp_path / "whole", "prepare,influence", *flags)
-    subprocess.run(whole, check=True, stderr=subprocess.DEVNULL)
+    scripts.script(*whole).check_returncode()
     name = "influence/influence.parquet"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not partial.exists()
@@ -381,10 +381,7 @@ def test_killed_influence_continues_to_identical_bytes(made, tmp_path):
     ],
 )
 def test_the_command_line_answers_mistakes_with_a_sentence(flags, message, made, tmp_path):
-    ended = subprocess.run(
-        [*command(made, tmp_path / "run", "prepare"), *flags],
-        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    ended = scripts.script(*command(made, tmp_path / "run", "prepare"), *flags)
     assert ended.returncode == 2, ended.stderr
     assert message in ended.stderr and "Traceback" not in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1

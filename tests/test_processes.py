@@ -4,8 +4,6 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import folders
@@ -35,20 +33,16 @@ def start(made, workdir, *flags, processes=1, devices=1):
         address = f"localhost:{free.getsockname()[1]}"
     if processes > 1:
         flags = (*flags, "--config.parallel.distributed=True")
-    script = str(scripts.ROOT / "experiments/run_diq.py")
-    command = [sys.executable, script, *scripts.data_flags(made, workdir), *SCORE, *flags]
+    flags = (*scripts.data_flags(made, workdir), *SCORE, *flags)
+    count = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}", "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(processes),
+    }  # fmt: skip
     return [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {
-                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
-                f"--xla_force_host_platform_device_count={devices}",
-                "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index),
-            },
-        )
+        scripts.start("run_diq", *flags, env=env | {"JAX_PROCESS_ID": str(index)})
         for index in range(processes)
-    ]  # fmt: skip
+    ]
 
 
 def finish(running) -> list[str]:

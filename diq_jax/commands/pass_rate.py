@@ -126,9 +126,10 @@ def main() -> None:
     from diq_jax.difficulty import labels
     from diq_jax.evaluate import generation, measure
     from diq_jax.models import generate, load
-    from diq_jax.run import artifacts, devices, parts, progress
+    from diq_jax.run import artifacts, compiled, devices, parts, progress
 
     tests = sources.load_tests(ROWS.value, 0, 0, "--rows")
+    compiled.keep()
     placement = devices.make_placement(cfg.parallel)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     answers = generation.make_answers(tests, model, settings, cfg.data.date, placement)

@@ -8,6 +8,8 @@
 --config is a file, or the name of a shipped one. A finished stage is skipped; a killed run
 continues; a changed config is refused, naming the change, and so is a file that is not what its
 stage wrote. --overwrite deletes what a stage wrote, and nothing that others put into its folder.
+Compiled programs are kept in ~/.cache/diq_jax (or $XDG_CACHE_HOME) for later runs, except with
+parallel.distributed; set JAX_ENABLE_COMPILATION_CACHE=false to compile anew.
 
 --from repeats the selection of a finished run in a new --workdir, from its record and its artifacts
 alone, and compares the files byte by byte. Exit code 0: all are identical; 1: one is different.

@@ -60,8 +60,9 @@ def main() -> None:
     from diq_jax.influence import direction, engines, problems, store
     from diq_jax.influence import stage as influence
     from diq_jax.models import load, tokenizer
-    from diq_jax.run import artifacts, devices, records, stages
+    from diq_jax.run import artifacts, compiled, devices, records, stages
 
+    compiled.keep()
     placement = devices.make_placement(cfg.parallel)
     context = stages.Context(cfg, workdir, placement)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)

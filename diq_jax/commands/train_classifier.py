@@ -70,8 +70,9 @@ def main() -> None:
     import jax
 
     from diq_jax import pipeline
-    from diq_jax.run import devices, records, stages
+    from diq_jax.run import compiled, devices, records, stages
 
+    compiled.keep()
     placement = devices.make_placement(cfg.parallel)
     context = stages.Context(cfg, cli.folder(WORKDIR), placement, cli.verify(VERIFY))
     # As in pipeline.run: TPUs and GPUs round float32 products unless told otherwise.

@@ -3,13 +3,13 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
+import signal
 import time
 
 import endpoint_server
 import numpy as np
 import pytest
+import scripts
 from endpoint_server import Act, Server
 
 from diq_jax.clients import annotate
@@ -37,17 +37,14 @@ def expected(row):
 
 
 def command(server, folder, *flags):
-    return [
-        sys.executable, "-m", "diq_jax", "annotate", f"--rows={folder / 'pool.jsonl'}",
-        f"--out={folder / 'labels.jsonl'}", f"--base_url={server.url}", "--model=tiny", *flags,
-    ]  # fmt: skip
+    return (
+        "annotate", f"--rows={folder / 'pool.jsonl'}", f"--out={folder / 'labels.jsonl'}",
+        f"--base_url={server.url}", "--model=tiny", *flags,
+    )  # fmt: skip
 
 
 def run(server, folder, *flags, environment=ENVIRONMENT):
-    return subprocess.run(
-        command(server, folder, *flags), capture_output=True, text=True, env=environment,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    return scripts.script(*command(server, folder, *flags), env=environment)
 
 
 @pytest.fixture(name="folder")
@@ -80,14 +77,13 @@ def test_a_killed_run_asks_only_for_what_is_missing_and_gives_the_same_bytes(fol
         (whole / "pool.jsonl").write_bytes((folder / "pool.jsonl").read_bytes())
         assert run(server, whole, "--yes").returncode == 0
     with Server(lambda number, body: Act(hang=True) if number >= 5 else None) as server:
-        process = subprocess.Popen(
-            command(server, folder, "--yes", "--concurrency=2"),
-            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = scripts.start(
+            *command(server, folder, "--yes", "--concurrency=2"), env=ENVIRONMENT
+        )
         deadline = time.monotonic() + 60
         while len(server.bodies) < 7 and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(server.bodies) == 7 and not (folder / "labels.jsonl").exists()
         kept = folder / "labels.cache.jsonl"
@@ -214,12 +210,9 @@ def test_two_runs_at_once_pay_once(folder):
     )
     with slow as server:
         both = [
-            subprocess.Popen(
-                command(server, folder, "--yes", "--concurrency=2"),
-                env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )
+            scripts.start(*command(server, folder, "--yes", "--concurrency=2"), env=ENVIRONMENT)
             for _ in range(2)
-        ]  # fmt: skip
+        ]
         said = [process.communicate()[1] for process in both]
         assert len(server.bodies) == 12
     refused, ended = sorted(both, key=lambda process: -process.returncode)

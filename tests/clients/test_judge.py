@@ -3,11 +3,10 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import scripts
 from endpoint_server import Act, Server
 
 from diq_jax.clients import judge
@@ -47,15 +46,11 @@ def _folder(tmp_path):
 
 
 def run(server, folder, *flags, models="tiny", environment=ENVIRONMENT, url=None):
-    command = [
-        sys.executable, "-m", "diq_jax", "judge",
-        f"--answers={folder}/good.jsonl,{folder}/poor.jsonl",
+    return scripts.script(
+        "judge", f"--answers={folder}/good.jsonl,{folder}/poor.jsonl",
         f"--out={folder}/judge.json", f"--base_url={url or server.url}", f"--models={models}",
-        *flags,
-    ]  # fmt: skip
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
-    )
+        *flags, env=environment,
+    )  # fmt: skip
 
 
 def by_text(number, body):

@@ -1,11 +1,8 @@
 """The base model's scores: formulas by hand, and on the tiny model against one row at a time."""
 
 import functools
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import folders
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripts
 import tiny
 
 from diq_jax import config, errors, pipeline
@@ -215,25 +213,17 @@ def test_killed_scores_continue_to_identical_bytes(made, tmp_path):
     pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
     changes = {"data.pool": pool, "influence.batch_tokens": 64}
 
-    def command(workdir):
-        return [
-            sys.executable, str(ROOT / "experiments/run_diq.py"),
-            f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}",
-            "--stages=prepare,difficulty",
-            *(f"--config.{name}={value}" for name, value in fields(made, **changes).items()),
-        ]  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in fields(made, **changes).items()]
+    flags += [f"--config={ROOT}/configs/quickstart.py", "--stages=prepare,difficulty"]
 
     finished = tmp_path / "killed" / model_scores.PARTIAL / "given"
-    process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
+    process = scripts.start("run_diq", *flags, f"--workdir={tmp_path / 'killed'}")
     while process.poll() is None and len(list(finished.glob("*.arrow"))) < 4:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert 0 < len(parts.Parts(finished).done) < 200
     for name in ("killed", "whole"):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        subprocess.run(
-            command(tmp_path / name), check=True, stderr=subprocess.DEVNULL, env=environment
-        )
+        scripts.script("run_diq", *flags, f"--workdir={tmp_path / name}").check_returncode()
     name = "difficulty/model_scores.parquet"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

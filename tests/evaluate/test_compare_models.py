@@ -1,19 +1,13 @@
 """Exact tests and calibration against scipy and by hand; the comparison as a user calls it."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.stats
+import scripts
 
 from diq_jax.evaluate import calibration, compare, predictions, significance
 from diq_jax.run import artifacts, reading
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def rows(model, hits, task=lambda i: "xy"[i % 2]):
@@ -29,11 +23,7 @@ def rows(model, hits, task=lambda i: "xy"[i % 2]):
 
 
 def run(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "diq_jax", "compare-models", *map(str, arguments)],
-        capture_output=True, text=True, cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    return scripts.script("compare-models", *arguments, cwd=folder)
 
 
 def test_the_exact_test_by_hand_and_against_scipy():

@@ -7,9 +7,9 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,8 +138,7 @@ def run_child(*args, devices_count=1):
     inherited = os.environ.get("XLA_FLAGS", "")
     flags = f"{inherited} --xla_force_host_platform_device_count={devices_count}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return forks.run([__file__, *args], env)
 
 
 @pytest.fixture(scope="module")

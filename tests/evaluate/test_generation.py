@@ -4,10 +4,10 @@ import dataclasses
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import folders
+import forks
 import pytest
 import tiny
 
@@ -100,9 +100,7 @@ def test_votes():
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_identical(made, finished, tmp_path):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, str(made), str(tmp_path), "7"]
-    killed = subprocess.run(command, env=env, capture_output=True, text=True)
+    killed = forks.run([__file__, made, tmp_path, 7])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [*(tmp_path / stage.PARTIAL).glob("base/answer/*.arrow")]
     run(made, tmp_path)

@@ -1,10 +1,6 @@
 """The harness adapter against the decoder itself and against our own evaluator."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import folders
@@ -12,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripts
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: extra `harness`")
 
@@ -23,7 +20,6 @@ from diq_jax.evaluate import harness, harness_generation
 from diq_jax.models import decoder, load, tokenizer
 from diq_jax.run import reading
 
-ROOT = pathlib.Path(__file__).parents[2]
 TASK = """
 task: sums
 dataset_path: json
@@ -202,14 +198,10 @@ def test_the_script_runs_a_task_and_names_a_mistake(made, tmp_path):
         TASK.format(rows=made / "tests.jsonl", before="", after="", delimiter=" ")
     )
     out = tmp_path / "found.json"
-    command = [
-        sys.executable, "-m", "diq_jax", "harness", f"--model={made / 'plain'}",
-        f"--include_path={tmp_path}", f"--out={out}", "--limit=4",
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    always = f"--model={made / 'plain'}", f"--include_path={tmp_path}", f"--out={out}", "--limit=4"
 
     def script(*flags):
-        return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
+        return scripts.script("harness", *always, *flags)
 
     ended = script("--tasks=sums")
     assert ended.returncode == 0 and "|sums" in ended.stdout, ended.stderr[-2000:]

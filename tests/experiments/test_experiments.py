@@ -1,12 +1,10 @@
 """The research scripts as a user calls them, on a tiny model."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import folders
+import forks
 import pytest
 import scripts
 
@@ -95,10 +93,7 @@ def test_pass_rates_are_labels_and_a_killed_run_continues(made, tmp_path):
     assert again.returncode == 2 and "rates.jsonl exists; name another file" in again.stderr
 
     flags = pass_rate_flags(made, other)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, "pass-rate", *flags],
-        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    killed = forks.run(["-c", KILLED, "pass-rate", *flags])
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert len(list((tmp_path / "other.partial/answer").glob("part-*"))) == 4
     refused = pass_rate(*flags, "--config.evaluate.seed=1")
@@ -252,8 +247,5 @@ def test_a_mistake_is_one_sentence(name, flags, message, tmp_path):
 
 def test_the_harness_without_its_extra_is_one_sentence():
     code = "import sys; sys.modules['lm_eval'] = None; from diq_jax.commands import cli; cli.main()"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, "harness", "--model=x", "--tasks=y"],
-        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    ended = forks.run(["-c", code, "harness", "--model=x", "--tasks=y"])
     assert ended.returncode == 2 and "pip install 'diq_jax[harness]'" in ended.stderr

@@ -7,11 +7,11 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import folders
+import forks
 import jax
 import numpy as np
 import pytest
@@ -114,13 +114,8 @@ def test_a_fresh_adapter_may_be_the_beginning(prepared, tmp_path):
 def start(workdir, strategy="mesh", count=1):
     # conftest's flags are inherited: what is compiled otherwise differs in its last bits.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    root = pathlib.Path(__file__).parents[2]
-    environment["PYTHONPATH"] = f"{root}:{pathlib.Path(tiny.__file__).parent}"
-    return subprocess.Popen(
-        [sys.executable, __file__, str(workdir), strategy],
-        cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return forks.Running([__file__, workdir, strategy], environment)
 
 
 @pytest.mark.slow
@@ -144,14 +139,13 @@ def test_killed_and_resumed_is_identical(whole, prepared, tmp_path, monkeypatch)
     process = start(workdir)
     state = workdir / "dpo/state"
     while not any(int(p.name) >= 6 for p in state.glob("*") if p.name.isdigit()):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (workdir / "dpo/losses.jsonl").exists()
     process = start(workdir)
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
+    assert process.wait() == 0, process.communicate()
     assert files(workdir) == sorted(OUTPUTS)
     assert read(workdir) == read(whole[0])
 
@@ -162,8 +156,7 @@ def test_eight_devices_equal_one(whole, prepared, tmp_path, strategy):
     workdir = tmp_path / "run"
     shutil.copytree(prepared, workdir)
     process = start(workdir, strategy, count=8)
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
+    assert process.wait() == 0, process.communicate()
     ones, eights = (
         reading.read_jsonl(folder / "dpo/losses.jsonl") for folder in (whole[0], workdir)
     )

@@ -9,11 +9,11 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import folders
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,6 @@ import pyarrow as pa
 import pytest
 import safetensors.numpy
 import tiny
-import torch
 import transformers
 
 from diq_jax import config, errors
@@ -158,27 +157,21 @@ def test_a_finished_stage_trains_nothing(whole, monkeypatch):
 def start(workdir, count=1, **settings):
     # conftest's flags are inherited: what is compiled otherwise differs in its last bits.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    root = pathlib.Path(__file__).parents[2]
-    environment["PYTHONPATH"] = f"{root}:{pathlib.Path(tiny.__file__).parent}"
-    return subprocess.Popen(
-        [sys.executable, __file__, str(workdir), json.dumps(settings)],
-        cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return forks.Running([__file__, workdir, json.dumps(settings)], environment)
 
 
 def kill(process, state, least):
     """Ends a run, whatever it is at, once it holds a checkpoint of so many steps."""
     while not any(int(p.name) >= least for p in state.glob("*") if p.name.isdigit()):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
 
 def finish(process):
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
+    assert process.wait() == 0, process.communicate()
 
 
 @pytest.mark.slow
@@ -231,6 +224,8 @@ def test_all_parameters_with_the_best_kept_beside_the_last(full):
 
 def target_loss(workdir, folder):
     """The targets' mean loss by transformers, of a model as the stage writes it."""
+    import torch  # seconds, which the forks of this file need not spend
+
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = encoded.from_table(reading.read_table(workdir / "prepare/targets.parquet"))
     with torch.no_grad():

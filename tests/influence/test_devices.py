@@ -1,8 +1,8 @@
 """Any number of devices, by mesh or pmap, gives the same numbers; all lowers for TPU and CUDA."""
 
-import subprocess
-import sys
+import os
 
+import forks
 import jax
 import numpy as np
 import pytest
@@ -90,22 +90,12 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_eight_devices_mesh_and_pmap_equal_one(pytestconfig):
+def test_eight_devices_mesh_and_pmap_equal_one():
     """Also with fewer examples than devices; and a data-parallel scoring program holds no
     collective.
     """
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    ended = subprocess.run(
-        [sys.executable, "-c", DEVICES],
-        capture_output=True,
-        text=True,
-        env={
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(pytestconfig.rootpath / "tests"),
-            "PATH": "",
-        },
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    ended = forks.run(["-c", DEVICES], os.environ | {"XLA_FLAGS": flags})
     assert ended.stdout.strip() == "equal", ended.stderr[-2000:]
 
 

@@ -1,17 +1,15 @@
 """The influence stage on files: engines agree, a store takes new targets, a killed one is whole."""
 
-import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import folders
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scripts
 
 from diq_jax import config, errors, pipeline, stats
 from diq_jax.influence import store
@@ -93,13 +91,8 @@ def test_the_store_gives_the_scores_and_takes_new_targets(made, tmp_path, capsys
 
     # The same targets, scored anew from the store: the same numbers.
     output = tmp_path / "again.parquet"
-    subprocess.run(
-        [
-            sys.executable, "-m", "diq_jax", "score", f"--output={output}",
-            f"--workdir={tmp_path / 'run'}", f"--targets={made / 'targets.jsonl'}",
-        ],
-        check=True, stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    where = f"--workdir={tmp_path / 'run'}", f"--targets={made / 'targets.jsonl'}"
+    scripts.script("score", f"--output={output}", *where).check_returncode()
     again = pq.read_table(output)
     np.testing.assert_allclose(influence(again), influence(table), rtol=1e-3, atol=1e-3)
     assert again.column_names[2:] == opened.manifest["targets"]
@@ -222,14 +215,8 @@ def test_a_store_killed_at_random_moments_is_whole(made, tmp_path):
         "data.pool": str(pool),
     }
 
-    def command(workdir):
-        values = [f"--config.{k}={v}" for k, v in fields(made, **changes).items()]
-        script = str(ROOT / "experiments/run_diq.py")
-        base = f"--config={ROOT / 'configs/quickstart.py'}"
-        return [
-            sys.executable, script, base, f"--workdir={workdir}", "--stages=prepare,influence",
-            *values,
-        ]  # fmt: skip
+    flags = [f"--config.{k}={v}" for k, v in fields(made, **changes).items()]
+    flags += [f"--config={ROOT / 'configs/quickstart.py'}", "--stages=prepare,influence"]
 
     rng = random.Random(0)
     partial = tmp_path / "killed/influence/partial/rows"
@@ -239,14 +226,14 @@ def test_a_store_killed_at_random_moments_is_whole(made, tmp_path):
 
     for _ in range(2):
         before = finished()
-        process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
+        process = scripts.start("run_diq", *flags, f"--workdir={tmp_path / 'killed'}")
         while process.poll() is None and finished() <= before:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     for name in ("killed", "whole"):
-        subprocess.run(command(tmp_path / name), check=True, stderr=subprocess.DEVNULL)
+        scripts.script("run_diq", *flags, f"--workdir={tmp_path / name}").check_returncode()
     for file in (tmp_path / "whole/influence").rglob("*"):
         if file.is_file() and file.name != "stage.json":
             other = tmp_path / "killed" / file.relative_to(tmp_path / "whole")

@@ -2,9 +2,8 @@
 
 import functools
 import os
-import subprocess
-import sys
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,7 +239,5 @@ for settings in (t.GREEDY, t.DRAWN):
 def test_eight_devices_are_one(monkeypatch):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     monkeypatch.setenv("XLA_FLAGS", flags)
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c", DEVICES], capture_output=True, text=True
-    )
+    ended = forks.run(["-c", "import warnings; warnings.simplefilter('error')\n" + DEVICES])
     assert ended.returncode == 0, ended.stderr[-3000:]
