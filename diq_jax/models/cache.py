@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from diq_jax.models import config, decoder, layers, sampling
+from diq_jax.models import attention, config, decoder, sampling
 from diq_jax.trees import Array, Tree
 
 Leaf = TypeVar("Leaf")
@@ -92,7 +92,7 @@ def begin(
     positions, segments = jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
 
     def attend(q, k, v, window, _):
-        out = layers.attention(q, k, v, segments, True, window, positions)
+        out = attention.attend(q, k, v, segments, True, window, positions)
         return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
     hidden, (k, v) = decoder.through(params, cfg, batch.tokens, positions, attend, adapter)
@@ -204,7 +204,7 @@ def next_logits(
             near = near & (start[:, None] + i - columns < window)
             near_recent = near_recent & (i - steps < window)
         parts = (past_k, past_v, near), (recent_k, recent_v, near_recent), (k, v, itself)
-        return layers.attention_to_parts(q, parts), (k, v)
+        return attention.attend_to_parts(q, parts), (k, v)
 
     past = (state.k, state.v), recent
     positions = (start + i - first)[:, None]

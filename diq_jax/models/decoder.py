@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from diq_jax import trees
 from diq_jax.data import batches
-from diq_jax.models import config, layers, rope
+from diq_jax.models import attention, config, layers, rope
 from diq_jax.run import sharding
 
 ACTIVATIONS = {
@@ -128,7 +128,7 @@ def apply(
         adapter: LoRA factors nested like the parameters (models/lora.py), or None.
         remat: recompute each layer in the backward pass. Otherwise that keeps what matrix products
             and attention gave, a third of the activations, and recomputes the cheap rest.
-        parent_ids: (B, T) int32 or None, a second segment that a token sees (layers.attention).
+        parent_ids: (B, T) int32 or None, a second segment that a token sees (attention.attend).
         probe: nested like the parameters (models/layers.py), or None.
 
     Returns:
@@ -137,7 +137,7 @@ def apply(
     """
 
     def attend(q, k, v, window, _):
-        return layers.attention(q, k, v, segment_ids, True, window, positions, parent_ids), None
+        return attention.attend(q, k, v, segment_ids, True, window, positions, parent_ids), None
 
     return through(params, cfg, tokens, positions, attend, adapter, remat, probe=probe)[0]
 
@@ -164,7 +164,6 @@ def through(
     Returns:
         Hidden states after the final norm (B, T, D), and what was kept, stacked over the layers.
     """
-    B, T = tokens.shape
     probe = probe or {}
     norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, unit_offset=cfg.unit_offset)
     alike, apart = places(cfg)
@@ -182,36 +181,45 @@ def through(
                 return norm(p[name], x, probe=probes.get(name))
             return x.astype(p["attn"]["o_proj"]["kernel"].dtype)
 
-        def heads(name, x):
-            """Splits what a projection gave into heads, normed where the family does that."""
-            whole = x.reshape(B, T, -1, cfg.head_dim)
-            if not cfg.qk_norm or name == "v":
-                return whole
-            x = x if cfg.joint_qk_norm else whole
-            x = norm(p["attn"][f"{name}_norm"], x, probe=probes.get("attn", {}).get(f"{name}_norm"))
-            return x.reshape(whole.shape)
+        def head_norm(name, x):
+            return norm(p["attn"][name], x, probe=probes.get("attn", {}).get(name))
 
-        def add(x, h):
-            return x + (h if cfg.residual_scale is None else h * cfg.residual_scale)
-
-        h = _inside(block_norm("attn_norm", x))
-        q, k, v = (heads(name, y) for name, y in zip("qkv", _qkv(cfg, linear, h), strict=True))
+        q, k, v = _qkv(cfg, linear, _inside(block_norm("attn_norm", x)))
+        q, k = _heads(cfg, q, "q_norm", head_norm), _heads(cfg, k, "k_norm", head_norm)
+        v = _heads(cfg, v)
         q, k = (rope.rotate(y, positions, place["frequencies"], place["amplitude"]) for y in (q, k))
         if cfg.query_scale is not None:
             q = q * cfg.query_scale
         h, kept = attend(q, k, v, place["window"], before)
-        x = add(x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
+        x = _add(cfg, x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
 
-        h = _inside(block_norm("mlp_norm", x))
-        gate, up = _gate_up(cfg, linear, h)
+        gate, up = _gate_up(cfg, linear, _inside(block_norm("mlp_norm", x)))
         h = linear("mlp", "down_proj", ACTIVATIONS[cfg.activation](gate) * up)
-        return _between(add(x, block_norm("mlp_post_norm", h))), kept
+        return _between(_add(cfg, x, block_norm("mlp_post_norm", h))), kept
 
     x = _between(embed(params["embed"], cfg, tokens, probe.get("embed")))
-    adapter_layers = {} if adapter is None else adapter["layers"]
-    stacked = (params["layers"], adapter_layers, probe.get("layers", {}), past, apart)
+    stacked = (
+        params["layers"],
+        adapter["layers"] if adapter else {},
+        probe.get("layers", {}),
+        past,
+        apart,
+    )
     x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
     return _inside(norm(params["final_norm"], x, probe=probe.get("final_norm"))), kept
+
+
+def _heads(cfg, x, name="", norm=None):
+    """Splits what a projection gave into heads, normed where the family does that."""
+    whole = x.reshape(*x.shape[:2], -1, cfg.head_dim)
+    if not cfg.qk_norm or norm is None:
+        return whole
+    return norm(name, x if cfg.joint_qk_norm else whole).reshape(whole.shape)
+
+
+def _add(cfg, x, h):
+    """Adds what a block gave to the residual stream, scaled where the family does that."""
+    return x + (h if cfg.residual_scale is None else h * cfg.residual_scale)
 
 
 def _placed(cfg, name, y):

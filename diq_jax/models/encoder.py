@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diq_jax.models import config, layers, rope
+from diq_jax.models import attention, config, layers, rope
 from diq_jax.trees import Array
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -102,7 +102,7 @@ def _layers(params, cfg, tokens, mask, keep):
             layers.linear(p["attn"][name], x).reshape(B, T, cfg.num_heads, cfg.head_dim)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        h = layers.attention(q, k, v, segment_ids, causal=False)
+        h = attention.attend(q, k, v, segment_ids, causal=False)
         h = layers.linear(p["attn"]["o_proj"], layers.kept(h))
         x = layers.layer_norm(p["attn_norm"], x + h, cfg.norm_eps)
         h = _activate(cfg, layers.linear(p["mlp"]["up_proj"], x))
@@ -135,7 +135,7 @@ def _modern_layers(params, cfg, tokens, mask, keep):
         qkv = layers.linear(p["attn"]["qkv_proj"], h)
         q, k, v = jnp.split(qkv.reshape(B, T, 3 * cfg.num_heads, cfg.head_dim), 3, axis=2)
         q, k = (rope.rotate(y, positions, own["frequencies"]) for y in (q, k))
-        h = layers.attention(q, k, v, segment_ids, False, own["window"], positions)
+        h = attention.attend(q, k, v, segment_ids, False, own["window"], positions)
         x = x + layers.linear(p["attn"]["o_proj"], layers.kept(h))
         h = layers.linear(p["mlp"]["gate_up_proj"], norm(p["mlp_norm"], x))
         gate, up = jnp.split(h, 2, axis=-1)

@@ -177,17 +177,23 @@ def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
         config["sliding_window_pattern"] = GEMMA3_PATTERN
         largest = config["num_hidden_layers"] == GEMMA3_27B_LAYERS
         config["query_pre_attn_scalar"] = width // heads if largest else head_dim
-    window = optional("attention.sliding_window", int)
-    if window and (family.layer_types or window < config["max_position_embeddings"]):
-        if architecture != "llama" and not family.sliding_window:
-            raise errors.UserError(
-                f"{path} has a sliding window of {window} positions, which is not built here for"
-                f" {architecture}."
-            )
-        moved = {"model_type": "mistral"} if architecture == "llama" else {}
-        config |= {**moved, "sliding_window": window}
+    config |= _window(path, architecture, optional("attention.sliding_window", int), config)
     config["architectures"] = [families.DECODERS[config["model_type"]].architecture]
     return config | _special_tokens(path, metadata)
+
+
+def _window(path: pathlib.Path, architecture: str, window: int | None, config: dict) -> dict:
+    """Returns what a sliding window adds to the config. Raises UserError where none is built."""
+    family = families.DECODERS[config["model_type"]]
+    if not window or not (family.layer_types or window < config["max_position_embeddings"]):
+        return {}
+    if architecture != "llama" and not family.sliding_window:
+        raise errors.UserError(
+            f"{path} has a sliding window of {window} positions, which is not built here for"
+            f" {architecture}."
+        )
+    moved = {"model_type": "mistral"} if architecture == "llama" else {}
+    return {**moved, "sliding_window": window}
 
 
 def _special_tokens(path: pathlib.Path, metadata: dict) -> dict[str, int]:

@@ -10,7 +10,7 @@ import transformers
 from diq_jax import config, errors
 from diq_jax.data import batches, example
 from diq_jax.evaluate import options
-from diq_jax.models import layers, load, loss
+from diq_jax.models import attention, load, loss
 from diq_jax.run import devices
 
 SHAPE = dict(
@@ -120,7 +120,7 @@ def test_options_do_not_see_each_other():
     batch = options.pack([question], 1, n, question.row.answer_tokens)
 
     def attend(x):
-        out = layers.attention(
+        out = attention.attend(
             x, x, x, batch.segment_ids, True, WINDOW, batch.positions, batch.parent_ids
         )
         return out[0, :, 0]

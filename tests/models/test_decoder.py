@@ -17,7 +17,7 @@ from torch_models import FAMILIES, load, torch_model
 
 from diq_jax import errors, trees
 from diq_jax.data import batches, example
-from diq_jax.models import checkpoint, config, decoder, hf, layers, loss
+from diq_jax.models import attention, checkpoint, config, decoder, hf, loss
 from diq_jax.models import load as load_lib
 
 
@@ -169,9 +169,9 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
     q = jax.random.normal(key[0], (2, 37, 4, 8))
     k, v = (jax.random.normal(k, (2, 37, 2, 8)) for k in key[1:])
     segments = jnp.asarray(np.repeat([[1, 1, 2], [1, 2, 2]], [10, 10, 17], axis=1))
-    whole = layers.attention(q, k, v, segments, causal=True)
-    monkeypatch.setattr(layers, "QUERY_BLOCK", 8)
-    np.testing.assert_allclose(layers.attention(q, k, v, segments, causal=True), whole, atol=1e-6)
+    whole = attention.attend(q, k, v, segments, causal=True)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    np.testing.assert_allclose(attention.attend(q, k, v, segments, causal=True), whole, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -184,12 +184,12 @@ def test_attention_in_loops_over_blocks_has_the_same_derivatives(monkeypatch, wi
     positions = jnp.broadcast_to(jnp.arange(37), (2, 37))
 
     def total(q, k, v):
-        out = layers.attention(q, k, v, segments, True, window, positions)
+        out = attention.attend(q, k, v, segments, True, window, positions)
         return jnp.sum(out * weight.reshape(out.shape))
 
     at_once = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(layers, "STRIPS", 3)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "STRIPS", 3)
     found = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
     tangent = jax.jvp(total, (q, k, v), (q, k, v))[1]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, at_once)
