@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: help setup peers demo test test-all lint format docs clean
+.PHONY: help setup peers demo test test-all lint format docs pods clean
 
 help:
 	@echo "make setup     install into .venv"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all  setup, then all tests"
 	@echo "make lint      ruff; make format mends what it can"
 	@echo "make docs      setup, then the documentation's pages into build/site"
+	@echo "make pods      compile the programs for TPU slices without a TPU, in .venv-pods (8 minutes)"
 	@echo "make peers     the tools that benchmarks compare with, into .venv-peers"
 	@echo "make clean     remove what these made, runs aside"
 
@@ -35,6 +36,19 @@ peers: .venv-peers/.installed
 	.venv-peers/bin/pip install --quiet --no-compile --disable-pip-version-check torch -c $<
 	.venv-peers/bin/pip install --quiet --no-compile --disable-pip-version-check \
 		--no-deps --ignore-requires-python -r $<
+	touch $@
+
+# Its own venv: the packages of setup by a path file, and the libtpu that their jax asks for.
+pods: .venv-pods/.installed
+	.venv-pods/bin/python -m pytest -p no:cacheprovider tests/pods/check_pods.py
+
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.venv-pods/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv .venv-pods
+	$(BIN)/python $(PURELIB) > "$$(.venv-pods/bin/python $(PURELIB))/setup.pth"
+	.venv-pods/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps \
+		"$$($(BIN)/python -c 'from diq_jax.pods import topology; print(topology.wanted())')"
 	touch $@
 
 demo: setup
@@ -65,4 +79,4 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-pods build dist *.egg-info

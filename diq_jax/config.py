@@ -181,6 +181,12 @@ class Parallel(fields.Section, section="parallel"):
         0, "Devices along the batch; 0 = all that `model` leaves.", fields.or_none(fields.DEVICES)
     )
     model: int = field(1, "Devices over which parameters are split.", fields.DEVICES)
+    fsdp: str = field(
+        "auto",
+        "Splits matrices over the data axis as well (fully sharded data parallelism): auto = where "
+        "a device would fill a quarter of its memory with parameters.",
+        choices=("auto", "on", "off"),
+    )
     distributed: bool = field(
         False, "Several processes work as one, each with its devices (the page Pods and clusters)."
     )
@@ -192,6 +198,7 @@ class Parallel(fields.Section, section="parallel"):
             "parallel.model must be 1 with parallel.strategy=pmap.",
         )
         yield pmap and self.distributed, "parallel.distributed needs parallel.strategy=mesh."
+        yield pmap and self.fsdp == "on", "parallel.fsdp=on needs parallel.strategy=mesh."
 
 
 @dataclasses.dataclass(frozen=True)

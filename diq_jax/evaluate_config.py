@@ -11,7 +11,8 @@ from diq_jax.fields import field
 class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
     batch_tokens: int = field(
         4096,
-        "Tokens of one evaluation batch on all devices, answers included.",
+        "Tokens of one evaluation batch on each of the devices that share it (parallel.data), "
+        "answers included.",
         fields.TOKENS,
         harmless=True,
     )

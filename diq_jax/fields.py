@@ -41,7 +41,7 @@ class Span(NamedTuple):
 SEED = Span(0, 2**31 - 1)  # int32, and jax keeps 32 bits of a key; seeds are also counted up from
 COUNT = Span(0, 2**31 - 1)  # of rows or steps; 0 = no limit
 AT_LEAST_ONE = Span(1, 2**31 - 1)
-TOKENS = Span(1, 2**24)  # of a batch, on all devices
+TOKENS = Span(1, 2**24)  # of a batch, on a device
 EPOCHS = Span(1, 10_000)
 BATCH = Span(1, 2**16)  # rows of one step
 RANK = Span(1, 2**14)

@@ -207,12 +207,15 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
         False, "exact: puts several examples in a row, told apart by segment ids.", harmless=True
     )
     batch_tokens: int = field(
-        4096, "Tokens of one scoring batch on all devices.", fields.TOKENS, harmless=True
+        4096,
+        "Tokens of one scoring batch on each of the devices that share it (parallel.data).",
+        fields.TOKENS,
+        harmless=True,
     )
     microbatch_tokens: int = field(
         0,
         "projected, factored: tokens whose activations a device holds at once; 0 = 1,024 on a CPU, "
-        "16,384 elsewhere.",
+        "elsewhere what fits into half of its memory, 16,384 at most.",
         fields.or_none(fields.TOKENS),
         harmless=True,
     )

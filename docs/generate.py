@@ -34,6 +34,7 @@ ROOMS = (
     ("models", "Decoder, encoder, adapters, weights"),
     ("data", "From files to batches"),
     ("run", "Stages, artifacts, resuming, devices"),
+    ("pods", "Compiling for TPU slices that are not here"),
     ("clients", "Language models behind endpoints"),
     ("commands", "diq NAME"),
 )

@@ -23,7 +23,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ROOMS,
-    ("api", "clients", "prepare"),
+    ("api", "clients", "pods", "prepare"),
     ("pipeline",),
     ("preflight",),
     ("commands",),

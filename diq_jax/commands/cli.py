@@ -27,6 +27,7 @@ from diq_jax.run import processes
 
 JOBS = {
     "run": "score a pool, select, fine-tune, evaluate, report: all stages, or some",
+    "plan": "say what a run needs of a TPU slice, by the TPU's own compiler, without a TPU",
     "score": "score a pool against new targets, from the gradient store of a finished run",
     "train-classifier": "train a difficulty classifier once, to score any pool with",
     "annotate": "label the difficulty of a pool by a language model",

@@ -82,9 +82,10 @@ def plan(
 ) -> list[Group]:
     """Assigns every example to one batch, shortest first, ties by example_id.
 
-    A bucket of T tokens has batches of at most batch_tokens / T rows, a multiple of `rows_multiple`
-    (the devices that share a batch) and never less than that. What does not fill its last batch
-    moves up to the next bucket, so that only the very last batch may have padding rows.
+    A bucket of T tokens has batches of at most batch_tokens / T rows for each of `rows_multiple`
+    shards (the devices that share a batch), as many for each and never less than one. What does not
+    fill its last batch moves up to the next bucket, so that only the very last batch may have
+    padding rows.
 
     Returns:
         Groups of at most `max_shapes` distinct (rows, tokens, answers).
@@ -221,13 +222,13 @@ def _fill(
 
 
 def _batch_rows(count: int, most: int, multiple: int, is_last: bool) -> int:
-    """Returns the rows of each batch in a bucket of `count` examples, at most `most`; 0 puts all of
-    them into the next bucket.
+    """Returns the rows of each batch in a bucket of `count` examples, at most `most` for each of
+    `multiple` shards; 0 puts all of them into the next bucket.
 
     The last bucket spreads its examples evenly, for few padding rows. The others take one batch
     where all fit, or else the size from 3/4 of `most` up that leaves the fewest.
     """
-    most = max(most // multiple, 1) * multiple
+    most = max(most, 1) * multiple
     if is_last:
         even = -(-count // -(-count // most))
         return -(-even // multiple) * multiple

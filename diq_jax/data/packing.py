@@ -14,14 +14,15 @@ def plan(
     """Packs examples into rows as long as the longest (`fill`).
 
     Returns:
-        Groups of one shape: at most batch_tokens / T rows, a multiple of `rows_multiple`.
+        Groups of one shape: at most batch_tokens / T rows for each of `rows_multiple` shards, as
+        many for each.
     """
     if not encoded:
         return []
     T = batches.bucket_edges([len(e.input_ids) for e in encoded], 1)[-1]
     rows = fill(encoded, range(len(encoded)), T)
     A, S = room(encoded, rows, T)
-    B = max(min(batch_tokens // T, len(rows)) // rows_multiple, 1) * rows_multiple
+    B = max(min(batch_tokens // T, -(-len(rows) // rows_multiple)), 1) * rows_multiple
     return [
         batches.Group(tuple(map(tuple, rows[i : i + B])), B, T, A, S)
         for i in range(0, len(rows), B)

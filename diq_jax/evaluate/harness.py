@@ -80,7 +80,7 @@ class HarnessModel(lm_model.TemplateLM):
 
     Args:
         max_tokens: of a context and what follows it, together.
-        batch_tokens: tokens of one batch on all devices.
+        batch_tokens: tokens of one batch on each device.
         adapter: a LoRA adapter that `placement` has replicated.
         generate: what `generate_until` calls; None = tasks that generate are refused.
     """

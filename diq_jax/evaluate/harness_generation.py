@@ -37,7 +37,7 @@ def make_generate(
 
     Args:
         max_tokens: of a context and its text, together.
-        batch_tokens: tokens of one batch on all devices.
+        batch_tokens: tokens of one batch on each device.
         seed: of texts that a task draws.
         adapter: a LoRA adapter that `placement` has replicated.
     """

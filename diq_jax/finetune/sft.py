@@ -47,8 +47,13 @@ def init_state(
     adapter: dict, optimizer: optax.GradientTransformation
 ) -> tuple[training.TrainState, Any]:
     """Returns the state before the first step, and the adapter's leaves that stay as they are."""
-    factors, frozen = trees.partition(adapter, lora.is_factor)
+    factors, frozen = split_adapter(adapter)
     return training.TrainState(factors, optimizer.init(factors)), frozen
+
+
+def split_adapter(adapter: dict) -> tuple[Any, Any]:
+    """Returns an adapter's trained leaves and the others, None elsewhere."""
+    return trees.partition(adapter, lora.is_factor)
 
 
 def init_weights(

@@ -19,7 +19,7 @@ import numpy as np
 from diq_jax import trees
 from diq_jax.data import batches
 from diq_jax.models import config, decoder, loss
-from diq_jax.run import devices
+from diq_jax.run import devices, sharding
 
 HEAD = ("params/embed/", "params/head/")  # what stands after the last hidden state
 
@@ -76,7 +76,8 @@ def product(
     (through,) = jax.linear_transpose(push, chosen)(back)
     through = jax.tree.map(lambda g: g.astype(jnp.float32), through)
     shared, others = in_head(through)
-    return trees.combine(jax.tree.map(jnp.add, shared, from_head), others)
+    total = trees.combine(jax.tree.map(jnp.add, shared, from_head), others)
+    return sharding.alike(total, chosen)
 
 
 def make_product(

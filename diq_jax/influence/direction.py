@@ -6,7 +6,7 @@ Which directions there are: influence/kinds.py. A `space` is the pair (chosen, r
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -18,7 +18,7 @@ from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import kinds, problems, thin
 from diq_jax.models import config, load, lora, loss
-from diq_jax.run import devices, progress
+from diq_jax.run import devices, progress, sharding
 
 Space = tuple[trees.Tree, trees.Tree]
 
@@ -38,9 +38,23 @@ class Direction:
     weights: jax.Array
 
 
-def stack(trees_of_v: Sequence, weights: Sequence[float], rank: int = 0) -> Direction:
-    """Makes one Direction of Q trees like `chosen`; with a rank, their matrices as thin factors."""
-    made = [thin.truncate(v, rank) if rank else (v, {}) for v in trees_of_v]
+def stack(
+    trees_of_v: Iterable, weights: Sequence[float], rank: int = 0, like: Any = None
+) -> Direction:
+    """Makes one Direction of Q trees like `chosen`; with a rank, their matrices as thin factors.
+
+    Args:
+        trees_of_v: taken one by one.
+        like: a tree of the same nesting, in whose dtypes whole leaves are kept: those in which
+            `exact.scores` takes them.
+    """
+    made = []
+    for v in trees_of_v:
+        whole, factors = thin.truncate(v, rank) if rank else (v, {})
+        if like is not None:
+            kept = trees.partition_like(like, whole)[0]
+            whole = jax.tree.map(lambda x, p: x.astype(p.dtype), whole, kept)
+        made.append((whole, factors))
     whole, factors = jax.tree.map(lambda *x: jnp.stack(x), *made)
     return Direction(whole, factors, jnp.asarray(weights, jnp.float32) / sum(weights))
 
@@ -152,7 +166,7 @@ def mean_gradient(
     Returns:
         A tree nested like `chosen`, float32, without a device axis.
     """
-    step = _gradient_step(cfg, reduction, placement)
+    step = mean_gradient_step(cfg, reduction, placement)
     total, count = None, 0
     for examples, batch in placed:
         part = step(*space, batch)
@@ -162,14 +176,17 @@ def mean_gradient(
 
 
 @functools.lru_cache(maxsize=1)
-def _gradient_step(cfg, reduction, placement):
-    """Compiles the gradient of a batch, once for all groups of targets."""
+def mean_gradient_step(
+    cfg: config.DecoderConfig, reduction: str, placement: devices.Placement
+) -> Callable:
+    """Compiles (chosen, rest, batch) -> the sum of the gradients, once for all groups."""
 
     def gradient(chosen, rest, batch):
         def total(chosen):
             return jnp.sum(losses(chosen, rest, batch, cfg, reduction, remat=True))
 
-        return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(total)(chosen))
+        found = jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(total)(chosen))
+        return sharding.alike(found, chosen)
 
     return placement.compile(gradient, rows=False)
 
@@ -223,9 +240,15 @@ def make_direction(
     if settings.direction.startswith(kinds.PEFT):
         folder = settings.direction.removeprefix(kinds.PEFT)
         return from_peft(folder, problem.model.cfg, space[0]), {}
-    found = list(make(problem, space, checkpoint))
-    v = stack([tree for _, tree, _ in found], problem.weights, settings.direction_rank)
-    return v, {"directions": {name: about for name, _, about in found}}
+    record = {}
+
+    def found():
+        for name, tree, about in make(problem, space, checkpoint):
+            record[name] = about
+            yield tree
+
+    v = stack(found(), problem.weights, settings.direction_rank, space[0])
+    return v, {"directions": record}
 
 
 def _mean_of(problem, space, group, bar=None):

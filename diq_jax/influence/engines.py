@@ -187,6 +187,7 @@ def open_features(
     shapes = direction.shapes(space, placement)
     record = {"engine": settings.engine, "projection": dataclasses.asdict(settings.projection)}
     del record["projection"]["block_bytes"]  # a limit on memory, which changes no number
+    settings = problems.fit_microbatches(settings, cfg, placement)
     if settings.engine == "factored":
         return _factored(space, shapes, settings, cfg, placement, record)
     return _projected(space, shapes, settings, cfg, placement, checkpoint, record)

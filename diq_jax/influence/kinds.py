@@ -104,7 +104,8 @@ def _gauss_newton(problem: "problems.Problem", space, checkpoint, gbar):
 
     settings, solver = problem.settings, problem.settings.gauss_newton
     rows = [problem.pool[i] for i in example.draw(problem.pool, solver.examples, solver.seed)]
-    tokens = problems.microbatch_tokens(settings) * problem.placement.rows_multiple
+    fitting = problems.fit_microbatches(settings, problem.model.cfg, problem.placement)
+    tokens = problems.microbatch_tokens(fitting)
     multiply = curvature.make_product(
         space,
         lambda: problems.placed(problem, rows, tokens),

@@ -9,8 +9,11 @@ import numpy as np
 
 from diq_jax import errors, influence_config
 from diq_jax.data import batches, example, packing
-from diq_jax.models import load
+from diq_jax.models import config as model_config
+from diq_jax.models import decoder, load
 from diq_jax.run import devices, progress
+
+MICROBATCH_TOKENS = 16_384  # the most by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,25 @@ def microbatch_tokens(settings: influence_config.Influence) -> int:
     setting's, or by backend. A CPU gains nothing from more, a GPU or TPU is fastest while its
     products are large.
     """
-    return settings.microbatch_tokens or (1024 if jax.default_backend() == "cpu" else 16_384)
+    few = jax.default_backend() == "cpu"
+    return settings.microbatch_tokens or (1024 if few else MICROBATCH_TOKENS)
+
+
+def fit_microbatches(
+    settings: influence_config.Influence,
+    cfg: model_config.DecoderConfig,
+    placement: devices.Placement,
+) -> influence_config.Influence:
+    """Returns the settings with the microbatch_tokens whose activations take half of the memory of
+    a device of the placement, where the settings leave that open and the memory is known.
+    """
+    if settings.microbatch_tokens or not placement.memory:
+        return settings
+    room = placement.memory // 2 * placement.mesh.shape["model"]
+    tokens = room // decoder.activation_bytes(cfg, settings.remat)
+    return dataclasses.replace(
+        settings, microbatch_tokens=int(np.clip(tokens, 1, MICROBATCH_TOKENS))
+    )
 
 
 def check_finite(

@@ -56,25 +56,39 @@ def sketch(kind: str, key: jax.Array, flat: jax.Array, dim: int, block_bytes: in
     """Projects one parameter's gradients (B, size) with the matrix that `key` stands for."""
     if kind == "sparse":
         return _sparse(key, flat, dim)
-    return _dense({"rademacher": _signs, "gaussian": _normals}[kind], key, flat, dim, block_bytes)
+    multiply = {"rademacher": _times_signs, "gaussian": _times_normals}[kind]
+    return _dense(multiply, key, flat, dim, block_bytes)
 
 
-def _dense(make, key, flat, dim, block_bytes):
+def _dense(multiply, key, flat, dim, block_bytes):
     def add(total, block, part):
-        return total + part @ make(key, block, part.shape[1] // ATOM, dim)
+        return total + multiply(key, block, part, dim)
 
     # Half of the limit for the matrix: the compiler may hold it twice, made and laid out.
     atoms = max(1, block_bytes // (2 * 4 * dim * ATOM))
     return _over_blocks(flat, dim, ATOM, atoms, add) / math.sqrt(dim)
 
 
-def _signs(key, first, atoms, dim):
-    """Makes rows first * ATOM ... of the sign matrix, (atoms * ATOM, dim) float32."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(atoms))
+def _times_signs(key, first, part, dim):
+    """Multiplies part (B, atoms * ATOM) by rows first * ATOM ... of the sign matrix: (B, dim).
+
+    Bit i of a word is the sign of coordinate i of its atom. A product for each bit takes the words
+    as they are; the signs of all, 32 times their size, are never laid out.
+    """
+    parts = part.reshape(part.shape[0], -1, ATOM)
+    keys = _atom_keys(key, first, parts.shape[1])
     words = jax.vmap(lambda k: jax.random.bits(k, (dim,), jnp.uint32))(keys)
-    return _unpack(words[:, None, :], jnp.arange(ATOM, dtype=jnp.uint32)[None, :, None]).reshape(
-        -1, dim
-    )
+
+    def add(total, bit):
+        place, column = bit
+        return total + column @ _unpack(words, place), None
+
+    bits = jnp.arange(ATOM, dtype=jnp.uint32), jnp.moveaxis(parts, 2, 0)
+    return jax.lax.scan(add, jnp.zeros((part.shape[0], dim), jnp.float32), bits)[0]
+
+
+def _atom_keys(key, first, atoms):
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(atoms))
 
 
 def _unpack(words, places):
@@ -84,9 +98,10 @@ def _unpack(words, places):
     return jax.lax.bitcast_convert_type(sign | one, jnp.float32)
 
 
-def _normals(key, first, atoms, dim):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(atoms))
-    return jax.vmap(lambda k: jax.random.normal(k, (ATOM, dim)))(keys).reshape(-1, dim)
+def _times_normals(key, first, part, dim):
+    """As `_times_signs`, with normal numbers."""
+    keys = _atom_keys(key, first, part.shape[1] // ATOM)
+    return part @ jax.vmap(lambda k: jax.random.normal(k, (ATOM, dim)))(keys).reshape(-1, dim)
 
 
 def _sparse(key, flat, dim):

@@ -103,7 +103,8 @@ def make_step(
 
     optimizer = training.adamw()
     step = training.make_train_step(sums, optimizer, placement, place)
-    start = jax.tree.map(lambda x: x.astype(jnp.float32), placement.single(space[0]))
+    # Copies, as the first step uses them up.
+    start = jax.tree.map(lambda x: jnp.array(x, jnp.float32), placement.single(space[0]))
     return step, training.TrainState(start, optimizer.init(start))
 
 
@@ -114,7 +115,8 @@ def plan(
     warm = settings.warmup
     drawn = example.draw(pool, max(1, round(warm.fraction * len(pool))), warm.seed)
     longest = max(len(pool[i].input_ids) for i in drawn)
-    size = max(1, min(warm.batch_size, settings.batch_tokens // longest))
+    most = max(1, settings.batch_tokens // longest) * rows_multiple
+    size = min(warm.batch_size, most)
     planned = steps.plan(
         pool, {"warmup": drawn}, warm.epochs, warm.batch_size, size, warm.seed, rows_multiple
     )
@@ -134,8 +136,7 @@ def _checkpoint(arrays, like):
 
 def _state(point):
     """Returns the state of training at a checkpoint, which the next step may use up."""
-    first, second, count = jax.tree.map(jnp.copy, (point.first, point.second, point.count))
+    point = jax.tree.map(jnp.copy, point)
     fresh = training.adamw().init(point.chosen)
-    return training.TrainState(
-        point.chosen, optax.tree.set(fresh, mu=first, nu=second, count=count)
-    )
+    moments = {"mu": point.first, "nu": point.second, "count": point.count}
+    return training.TrainState(point.chosen, optax.tree.set(fresh, **moments))

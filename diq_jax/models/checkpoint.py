@@ -34,6 +34,7 @@ OPENERS = {".safetensors": safetensors_file.open_safetensors, ".bin": torch_file
 HUB_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 # Downloaded where HUB_FILES brought no weights.
 HUB_TORCH_FILES = ("pytorch_model*.bin",)
+HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EMBEDDING, HEAD, TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EXPECTED = (

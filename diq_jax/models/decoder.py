@@ -11,6 +11,7 @@ add, biases beside kernels, or qkv_proj and gate_up_proj as one matrix.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from jax.typing import DTypeLike
 from diq_jax import trees
 from diq_jax.data import batches
 from diq_jax.models import config, layers, rope
+from diq_jax.run import sharding
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -70,6 +72,21 @@ def shapes(cfg: config.DecoderConfig) -> dict:
         "final_norm": {"scale": (D,)},
     }
     return tree if cfg.tied_head else tree | {"head": {"kernel": (D, cfg.vocab_size)}}
+
+
+def size(cfg: config.DecoderConfig) -> int:
+    """Returns the number of parameters."""
+    return sum(map(math.prod, jax.tree.leaves(shapes(cfg), is_leaf=lambda x: isinstance(x, tuple))))
+
+
+def activation_bytes(cfg: config.DecoderConfig, remat: bool) -> int:
+    """Returns what a backward pass keeps of a token in two-byte floats, all layers together: the
+    residual stream in float32, and without `remat` what the products gave.
+    """
+    D, F = cfg.model_dim, cfg.ffn_dim
+    heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    products = 0 if remat else 2 * (2 * heads + 2 * kv_heads + 2 * F + 2 * D)
+    return cfg.num_layers * (4 * D + products)
 
 
 def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.Tree:
@@ -158,7 +175,7 @@ def through(
 
         def linear(group, name, x):
             beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))
-            return layers.linear(p[group][name], x, *beside)
+            return _placed(cfg, name, layers.linear(p[group][name], x, *beside))
 
         def block_norm(name, x):
             if name in p:
@@ -177,7 +194,7 @@ def through(
         def add(x, h):
             return x + (h if cfg.residual_scale is None else h * cfg.residual_scale)
 
-        h = block_norm("attn_norm", x)
+        h = _inside(block_norm("attn_norm", x))
         q, k, v = (heads(name, y) for name, y in zip("qkv", _qkv(cfg, linear, h), strict=True))
         q, k = (rope.rotate(y, positions, place["frequencies"], place["amplitude"]) for y in (q, k))
         if cfg.query_scale is not None:
@@ -185,16 +202,50 @@ def through(
         h, kept = attend(q, k, v, place["window"], before)
         x = add(x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
 
-        h = block_norm("mlp_norm", x)
+        h = _inside(block_norm("mlp_norm", x))
         gate, up = _gate_up(cfg, linear, h)
         h = linear("mlp", "down_proj", ACTIVATIONS[cfg.activation](gate) * up)
-        return add(x, block_norm("mlp_post_norm", h)), kept
+        return _between(add(x, block_norm("mlp_post_norm", h))), kept
 
-    x = embed(params["embed"], cfg, tokens, probe.get("embed"))
+    x = _between(embed(params["embed"], cfg, tokens, probe.get("embed")))
     adapter_layers = {} if adapter is None else adapter["layers"]
     stacked = (params["layers"], adapter_layers, probe.get("layers", {}), past, apart)
     x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
-    return norm(params["final_norm"], x, probe=probe.get("final_norm")), kept
+    return _inside(norm(params["final_norm"], x, probe=probe.get("final_norm"))), kept
+
+
+def _placed(cfg, name, y):
+    """Splits what a matrix gave over the model axis: columns, or tokens where columns are summed.
+
+    Keys and values of fewer heads than the axis has devices are whole on each.
+    """
+    if name in ("o_proj", "down_proj"):
+        return _between(y)
+    few = cfg.num_kv_heads % sharding.devices_along("model") and name in ("k_proj", "v_proj")
+    return _inside(y) if few else sharding.pinned(y, "data", None, "model")
+
+
+def _between(x):
+    """Splits the residual stream's tokens over the model axis, where norms and sums are the same
+    work on every device (sequence parallelism).
+    """
+    return sharding.pinned(x, "data", "model", None)
+
+
+def _inside(x):
+    """Gathers all tokens of a row for the products with matrices that are split over `model`."""
+    return sharding.pinned(x, "data", None, None)
+
+
+def with_gathered_head(params: trees.Tree, cfg: config.DecoderConfig) -> trees.Tree:
+    """Returns the parameters with a head that is whole along the data axis: it is gathered once for
+    all blocks of tokens.
+    """
+    if cfg.tied_head:
+        table = sharding.pinned(params["embed"]["embedding"], "model", None)
+        return params | {"embed": params["embed"] | {"embedding": table}}
+    kernel = sharding.pinned(params["head"]["kernel"], None, "model")
+    return params | {"head": params["head"] | {"kernel": kernel}}
 
 
 def places(cfg: config.DecoderConfig) -> tuple[trees.Tree, trees.Tree]:

@@ -93,7 +93,8 @@ def plan(
 
     Args:
         edges: lengths to pad to, ascending; the last takes the longest prompt.
-        tokens: of a batch, prompt and answer together: a stream has as many rows as that allows.
+        tokens: of a batch on one of the devices that share it, prompt and answer together: a stream
+            has as many rows as that allows.
         multiple: of the rows (the devices that share a batch).
     """
     order = sorted(
@@ -105,7 +106,7 @@ def plan(
         by_edge[next(edge for edge in edges if len(prompts[i].ids) <= edge)].append(i)
     streams = []
     for edge, indices in by_edge.items():
-        most = max(tokens // (edge + max_new_tokens) // multiple, 1)
+        most = max(tokens // (edge + max_new_tokens), 1)
         rows = min(most, -(-len(indices) // multiple)) * multiple
         streams.append(Stream(tuple(indices), rows, edge))
     return streams

@@ -62,7 +62,7 @@ def load(path: str, dtype: str, placement: devices.Placement, field: str = "mode
 def _read(path: str, dtype: str, placement: devices.Placement, field: str) -> Model:
     source = checkpoint.open_checkpoint(path, field)
     cfg = config.decoder_config(source.config, field)
-    place = placement.place(decoder.PARTITION_RULES)
+    place = placement.place(decoder.PARTITION_RULES, decoder.size(cfg) * jnp.dtype(dtype).itemsize)
     params = hf.load_decoder(source, cfg, jnp.dtype(dtype), field, place)
     return Model(params, cfg, source.config, path)
 

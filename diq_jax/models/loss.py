@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from diq_jax import trees
 from diq_jax.data import batches
 from diq_jax.models import config, decoder
+from diq_jax.run import sharding
 
-HEAD_BLOCK = 512  # answer tokens of one block: logits are (HEAD_BLOCK, V) float32
+# Answer tokens of one block, of each data shard: logits are (HEAD_BLOCK, V) float32 there.
+HEAD_BLOCK = 512
 
 
 def token_losses(
@@ -61,6 +63,7 @@ def answer_losses(
     probe: trees.Tree | None = None,
 ) -> jax.Array:
     """Computes `token_losses` from hidden states (B, T, D) after the final norm."""
+    params = decoder.with_gathered_head(params, cfg)
 
     @jax.checkpoint
     def block(hidden_and_labels):
@@ -78,7 +81,9 @@ def answer_losses(
 def head_blocks(x: batches.Array) -> jax.Array:
     """Splits (B, A, ...) into what the head takes at a time, padded: (blocks, B, size, ...)."""
     B, A = x.shape[:2]
-    size = min(A, max(1, HEAD_BLOCK // B))
+    # One row is a row of each shard, in a function that is mapped over rows.
+    rows = max(1, B // sharding.devices_along("data"))
+    size = min(A, max(1, HEAD_BLOCK // rows))
     blocks = -(-A // size)
     x = jnp.pad(x, ((0, 0), (0, blocks * size - A)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)

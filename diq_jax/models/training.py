@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from diq_jax import trees
-from diq_jax.run import devices
+from diq_jax.run import devices, sharding
 
 B1, B2, EPS = 0.9, 0.999, 1e-8  # Adam's
 DECAYS = {
@@ -84,24 +84,24 @@ def make_train_step(
     """Returns a function (params, frozen, state, microbatches, rate, key) -> (state, metrics).
 
     Metrics are those of the whole step, before its update and before clipping: "gradient_norm" and
-    every sum divided by the examples. Nothing waits for the device. `state` is used up: the memory
-    of its moments is taken for the new ones. The function is compiled once for all trainings.
+    every sum divided by the examples. Nothing waits for the device. `state` is used up: its memory
+    is taken for the next one. The function is compiled once for all trainings.
 
     Args:
         sums: (params, factors, frozen, key, microbatch) -> {"gradient": like factors, "examples",
             further sums such as "loss"}, each a sum over the microbatch's examples.
         place: (params, factors, frozen) -> the factors on the devices; `place_factors` if None.
     """
-    gradients = placement.compile(sums, rows=False)
+
+    def placed_sums(params, factors, *rest):
+        found = sums(params, factors, *rest)
+        return found | {"gradient": sharding.alike(found["gradient"], factors)}
+
+    gradients = placement.compile(placed_sums, rows=False)
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right))
     place = place or functools.partial(place_factors, placement=placement)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def update(factors, opt_state, sums, rate):
-        means = jax.tree.map(lambda x: x / sums["examples"], sums)
-        metrics = {k: x for k, x in means.items() if k not in ("gradient", "examples")}
-        metrics["gradient_norm"] = jnp.sqrt(trees.vdot(means["gradient"], means["gradient"]))
-        return apply(optimizer, TrainState(factors, opt_state), means["gradient"], rate), metrics
+    update = make_update(optimizer)
 
     def train_step(params, frozen, state, microbatches: Iterable, rate, key):
         factors = place(params, state.factors, frozen)
@@ -113,6 +113,19 @@ def make_train_step(
         return update(*_beside(total, factors, state, optimizer, placement), np.float32(rate))
 
     return train_step
+
+
+def make_update(optimizer: optax.GradientTransformation) -> Callable:
+    """Compiles (factors, opt_state, sums of a step, rate) -> (state, metrics)."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(factors, opt_state, sums, rate):
+        means = jax.tree.map(lambda x: x / sums["examples"], sums)
+        metrics = {k: x for k, x in means.items() if k not in ("gradient", "examples")}
+        metrics["gradient_norm"] = jnp.sqrt(trees.vdot(means["gradient"], means["gradient"]))
+        return apply(optimizer, TrainState(factors, opt_state), means["gradient"], rate), metrics
+
+    return update
 
 
 def place_factors(params: Any, factors: Any, frozen: Any, placement: devices.Placement) -> Any:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from diq_jax import config, errors
-from diq_jax.run import processes
+from diq_jax.run import processes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Placement:
     """
 
     mesh: Mesh
+    fsdp: str = "off"  # parallel.fsdp
     strategy: ClassVar[str] = "mesh"
 
     @property
@@ -62,19 +63,33 @@ class Placement:
         """Puts a tree where `placed`, a tree of the same shapes made by this placement, lies."""
         return jax.tree.map(lambda p, x: put(x, p.sharding), placed, tree)
 
-    def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
+    @property
+    def memory(self) -> int:
+        """The bytes that a device has, 0 where they are the host's or not known."""
+        stats = self.mesh.local_devices[0].memory_stats() or {}
+        return stats.get("bytes_limit", 0)
+
+    def place(self, rules: Sequence[tuple[str, PartitionSpec]], size: int = 0) -> Callable:
         """Returns a function (path, array) that puts a parameter where the first rule that matches
-        its path says.
+        its path says. Matrices are split over the data axis as well where `fsdp` asks for it, or
+        with `auto` where a device would fill a quarter of its memory with parameters.
+
+        Args:
+            size: the bytes of all parameters.
 
         Raises:
             UserError: the model axis does not divide the parameter.
             ValueError: no rule matches.
         """
+        large = 4 * size / self.mesh.shape["model"] > self.memory > 0
+        split = self.fsdp == "on" or (self.fsdp == "auto" and large)
 
         def put_by_rule(path, array):
             spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), None)
             if spec is None:
                 raise ValueError(f"No partition rule matches the parameter {path}.")
+            if split and path.endswith(("kernel", "embedding")):
+                spec = self._over_data(spec, array.shape)
             for axis, name in enumerate(spec):
                 if name and array.shape[axis] % self.mesh.shape[name]:
                     raise errors.UserError(
@@ -84,6 +99,14 @@ class Placement:
             return self._put(array, spec)
 
         return put_by_rule
+
+    def _over_data(self, spec, shape):
+        """The spec with "data" at the axis of a matrix that is whole, where it divides."""
+        axes = [*spec, *(None,) * (len(shape) - len(spec))]
+        whole = [k for k in (-2, -1) if axes[k] is None]
+        if whole and shape[whole[0]] % self.rows_multiple == 0:
+            axes[whole[0]] = "data"
+        return PartitionSpec(*axes)
 
     def batch(self, tree: Any) -> Any:
         """Splits a batch of numpy arrays (B, ...) over the data axis."""
@@ -100,13 +123,25 @@ class Placement:
             A function of placed arguments; its outputs are arrays without a device axis, and where
             rows are spread over processes every process gets all of them.
         """
-        by_row = NamedSharding(self.mesh, PartitionSpec("data"))
-        step = jax.jit(fn, out_shardings=by_row if rows else None)
+        step = self.program(fn, rows)
         if not (rows and self.mesh.is_multi_process):
             return step
         # A program of its own: the one above runs without collectives.
         gather = _to(NamedSharding(self.mesh, PartitionSpec()))
         return lambda *args: gather(step(*args))
+
+    def program(self, fn: Callable, rows: bool) -> Any:
+        """Returns fn under jit, traced on the mesh (run/sharding.py); `compile` runs it."""
+        by_row = NamedSharding(self.mesh, PartitionSpec("data"))
+        return jax.jit(self._traced(fn), out_shardings=by_row if rows else None)
+
+    def _traced(self, fn):
+        @functools.wraps(fn)
+        def call(*args):
+            with sharding.on(self.mesh):
+                return fn(*args)
+
+        return call
 
     def state(self, shapes: Any, specs: Any) -> Any:
         """Makes zeros for `compile_state`.
@@ -131,7 +166,7 @@ class Placement:
         """
         out = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         rows = NamedSharding(self.mesh, PartitionSpec("data"))
-        return jax.jit(fn, donate_argnums=2, out_shardings=(out, rows))
+        return jax.jit(self._traced(fn), donate_argnums=2, out_shardings=(out, rows))
 
     def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
         """Returns what a compiled function knows each of a state's `count` rows by, (R,) int32.
@@ -173,7 +208,7 @@ class PmapPlacement(Placement):
     def like(self, placed: Any, tree: Any) -> Any:
         return self.replicate(tree)
 
-    def place(self, rules: Sequence[tuple[str, PartitionSpec]]) -> Callable:
+    def place(self, rules: Sequence[tuple[str, PartitionSpec]], size: int = 0) -> Callable:
         return lambda path, array: self.replicate(array)
 
     def batch(self, tree: Any) -> Any:
@@ -291,13 +326,8 @@ def make_placement(settings: config.Parallel, everywhere: bool = False) -> Place
             f"parallel.data={data} x parallel.model={settings.model} leaves out some of the "
             f"{len(found)} devices: with parallel.distributed all must take part."
         )
-    mesh = jax.make_mesh(
-        (data, settings.model),
-        ("data", "model"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=found[:needed],
-    )
-    return STRATEGIES[settings.strategy](mesh)
+    mesh = sharding.make_mesh(found[:needed], data, settings.model)
+    return STRATEGIES[settings.strategy](mesh, settings.fsdp)
 
 
 @functools.cache

@@ -41,7 +41,8 @@ def test_plan_takes_every_example_once(pool, batch_tokens, rows_multiple, max_sh
     assert len(shapes) <= max_shapes and len({tokens for _, tokens, _ in shapes}) == len(shapes)
     for group in groups:
         assert group.rows % rows_multiple == 0
-        assert group.rows == rows_multiple or group.rows * group.tokens <= batch_tokens
+        rows = group.rows // rows_multiple  # of a shard
+        assert rows == 1 or rows * group.tokens <= batch_tokens
         assert max(len(pool[i].input_ids) for i in group.indices) <= group.tokens
         assert max(pool[i].answer_tokens for i in group.indices) <= group.answers <= group.tokens
     assert all(len(group.indices) == group.rows for group in groups[:-1])

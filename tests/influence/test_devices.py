@@ -77,6 +77,7 @@ for name, settings in ENGINES.items():
     layouts = [({"data": 8}, 1e-5)]
     if name in ("exact", "projected", "factored"):
         layouts += [({"data": 3}, 1e-5), ({"data": 4, "model": 2}, 1e-4),
+                    ({"data": 4, "model": 2, "fsdp": "on"}, 1e-4),
                     ({"strategy": "pmap", "data": 8}, 1e-5)]
     for parallel, tolerance in layouts:
         np.testing.assert_allclose(score(settings, **parallel), one, atol=tolerance * largest,

@@ -174,6 +174,29 @@ def test_attention_in_blocks_equals_attention_at_once(monkeypatch):
     np.testing.assert_allclose(layers.attention(q, k, v, segments, causal=True), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_in_loops_over_blocks_has_the_same_derivatives(monkeypatch, window):
+    """37 tokens are 9 blocks of 4 in three loops, and one that is left over."""
+    key = jax.random.split(jax.random.key(0), 4)
+    q, weight = (jax.random.normal(k, (2, 37, 4, 8)) for k in key[:2])
+    k, v = (jax.random.normal(k, (2, 37, 2, 8)) for k in key[2:])
+    segments = jnp.asarray(np.repeat([[1, 1, 2], [1, 2, 2]], [10, 10, 17], axis=1))
+    positions = jnp.broadcast_to(jnp.arange(37), (2, 37))
+
+    def total(q, k, v):
+        out = layers.attention(q, k, v, segments, True, window, positions)
+        return jnp.sum(out * weight.reshape(out.shape))
+
+    at_once = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+    monkeypatch.setattr(layers, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(layers, "STRIPS", 3)
+    found = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+    tangent = jax.jvp(total, (q, k, v), (q, k, v))[1]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), found, at_once)
+    jvp = sum(jnp.vdot(x, g) for x, g in zip((q, k, v), at_once[1], strict=True))
+    np.testing.assert_allclose(tangent, jvp, atol=1e-4)
+
+
 def test_segments_do_not_see_each_other():
     cfg = tiny.decoder_config()
     params = decoder.init(jax.random.key(0), cfg, jnp.float32)

@@ -1,0 +1,47 @@
+"""The planned programs are those of a run, on shapes: each is traced and lowered for a TPU here."""
+
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from diq_jax import config
+from diq_jax.models import decoder
+from diq_jax.pods import programs
+
+
+def job(rows=2, tokens=32):
+    tree = config.default()
+    tree.model.path, tree.influence.projection.dim = "tiny", 128
+    cfg = config.resolve(tree)
+    return programs.make_job(cfg, tiny.decoder_config(), tiny.placement().mesh, 0, rows, tokens)
+
+
+@pytest.mark.parametrize("name", programs.PROGRAMS)
+def test_a_program_lowers_for_a_tpu(name):
+    made = programs.make(name, job())
+    assert len(made) == (2 if name.endswith("_step") else 1)  # gradients, and the update
+    for program in made:
+        lowered = program.jitted.trace(*program.arguments).lower(lowering_platforms=("tpu",))
+        assert "stablehlo" in lowered.as_text()
+
+
+def test_ideal_flops_by_hand():
+    """Two rows of 32 tokens, 16 of them scored. A layer's matrices hold 16 * 16 * 2 (q, o),
+    16 * 8 * 2 (k, v) and 3 * 16 * 24 numbers, 1,920; two layers 3,840; the head 16 * 50.
+    """
+    made = job()
+    products = 2 * 2 * (32 * 3840 + 16 * 16 * 50)
+    attention = 2 * 2 * 4 * 4 * 32 * 32 * 2  # 2 B H C T T / 2 for scores and for what is read
+    assert programs.ideal_flops("loss", made) == products + attention
+    assert programs.ideal_flops("exact", made) == 3 * (products + attention)
+    assert programs.ideal_flops("factored", made) == 2 * products + 3 * attention
+
+
+def test_matrices_are_split_over_data_where_they_fill_a_quarter_of_a_chip():
+    cfg = tiny.decoder_config()
+    size = 4 * decoder.size(cfg)  # bytes of float32
+    for memory, expected in ((4 * size, None), (4 * size - 1, "data")):
+        placement = programs.Planned(tiny.placement().mesh, "auto", memory)
+        placed = programs.place_shapes(cfg, "float32", placement)
+        assert placed["layers"]["mlp"]["up_proj"]["kernel"].sharding.spec[1] == expected
+        assert placed["layers"]["mlp_norm"]["scale"].sharding.spec == P(None, None)
