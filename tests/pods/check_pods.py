@@ -53,8 +53,8 @@ def test_every_slice_holds_a_mesh():
 @pytest.mark.parametrize(
     ("program", "shape", "topology", "mesh"),
     [
-        ("full_step", "llama31_8b", "v5e:2x4", "1x8"),  # 18 bytes a parameter are 17 GiB a chip
         ("exact", "llama31_70b", "v5e:2x4", "1x8"),  # parameters and a direction: 33 GiB
+        ("full_step", "llama31_8b", "v5e:2x2", "1x4"),  # 18 bytes a parameter: 34 GiB
     ],
 )
 def test_what_cannot_fit_is_refused(program, shape, topology, mesh):
