@@ -153,8 +153,7 @@ def through(
     past: Any = None,
     probe: trees.Tree | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Runs the decoder around any way to attend: `apply`, and generation with a cache
-    (models/cache.py).
+    """Runs the decoder around any way to attend: `apply`, and generation (models/cache.py).
 
     Args:
         attend: (q (B, T, H, C), k and v (B, T, K, C), the layer's window, its part of `past`) ->
@@ -169,8 +168,7 @@ def through(
     alike, apart = places(cfg)
 
     def layer(x, stacked):
-        p, adapted, probes, before, place = stacked
-        place = alike | place
+        p, adapted, probes, before, place = (*stacked[:-1], alike | stacked[-1])
 
         def linear(group, name, x):
             beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))
@@ -186,11 +184,9 @@ def through(
 
         q, k, v = _qkv(cfg, linear, _inside(block_norm("attn_norm", x)))
         q, k = _heads(cfg, q, "q_norm", head_norm), _heads(cfg, k, "k_norm", head_norm)
-        v = _heads(cfg, v)
         q, k = (rope.rotate(y, positions, place["frequencies"], place["amplitude"]) for y in (q, k))
-        if cfg.query_scale is not None:
-            q = q * cfg.query_scale
-        h, kept = attend(q, k, v, place["window"], before)
+        q = q if cfg.query_scale is None else q * cfg.query_scale
+        h, kept = attend(q, k, _heads(cfg, v), place["window"], before)
         x = _add(cfg, x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
 
         gate, up = _gate_up(cfg, linear, _inside(block_norm("mlp_norm", x)))
@@ -198,13 +194,8 @@ def through(
         return _between(_add(cfg, x, block_norm("mlp_post_norm", h))), kept
 
     x = _between(embed(params["embed"], cfg, tokens, probe.get("embed")))
-    stacked = (
-        params["layers"],
-        adapter["layers"] if adapter else {},
-        probe.get("layers", {}),
-        past,
-        apart,
-    )
+    adapted = adapter["layers"] if adapter else {}
+    stacked = (params["layers"], adapted, probe.get("layers", {}), past, apart)
     x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
     return _inside(norm(params["final_norm"], x, probe=probe.get("final_norm"))), kept
 

@@ -146,7 +146,7 @@ def rows(
 class Part:
     """What the compiler says of one function; `cost` is None where it refuses."""
 
-    gib: float
+    gib: float | None
     seconds: float
     cost: hlo.Cost | None
     error: str = ""
@@ -162,9 +162,13 @@ def _compile(program, chip):
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         seconds, said = time.perf_counter() - started, " ".join(str(e).split())
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)[KMGT] hbm", said)
+        forms = (
+            r"Used ([\d.]+)([KMGT]) of ([\d.]+)[KMGT] hbm",
+            r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)[KMGT]\)",
+        )
+        used = next(filter(None, (re.search(form, said) for form in forms)), None)
         if used is None:
-            return Part(math.nan, seconds, None, said[:300])
+            return Part(None, seconds, None, said[:300])
         gib = float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2) + beside
         return Part(gib, seconds, None, f"needs {gib:.1f} GiB of {used[3]} GiB of HBM")
     seconds = time.perf_counter() - started
@@ -193,7 +197,7 @@ def _row(name, parts, ideal, job, place):
     row: dict[str, Any] = {
         "program": name,
         "fits": not error,
-        "gib_per_chip": round(max(part.gib for part in parts), 2),
+        "gib_per_chip": max((round(p.gib, 2) for p in parts if p.gib is not None), default=None),
         "hbm_gib": place.chip.hbm_gib,
         "flops_over_ideal": None,
         "est_ms": None,
@@ -228,7 +232,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         count = sum(times for times, _ in row["collectives"].values())
         size = sum(size for _, size in row["collectives"].values())
         values = (
-            row["program"], "yes" if row["fits"] else "no", f"{row['gib_per_chip']:.1f}",
+            row["program"], "yes" if row["fits"] else "no", row["gib_per_chip"],
             row["hbm_gib"], row["flops_over_ideal"], row["est_ms"], row["link_ms"],
             row["tokens_per_s_per_chip"], f"{count:,} ({size:,.0f} MiB)", row["compile_s"],
         )  # fmt: skip
