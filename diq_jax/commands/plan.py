@@ -49,7 +49,8 @@ def main() -> None:
     cli.require(TOPOLOGY)
     if not (SHAPE.value or CONFIG.value):
         raise errors.UserError("--shape or --config must be given: it says which model it is.")
-    topology.check(TOPOLOGY.value)
+    slice_name = str(TOPOLOGY.value)
+    topology.check(slice_name)
     cfg = cli.read_config(CONFIG) if CONFIG.value else _plain()
     data, model = _mesh(cfg)
     names = [name.strip() for name in PROGRAMS.value.split(",") if name.strip()]
@@ -65,7 +66,7 @@ def main() -> None:
     else:
         shape = plan.model_shape(cfg.model.path)
     names = names or (programs.of_run(cfg) if CONFIG.value else ["exact"])
-    place = plan.open_slice(TOPOLOGY.value, data, model)
+    place = plan.open_slice(slice_name, data, model)
     found = []
     for row in plan.rows(cfg, shape, place, (ROWS.value, TOKENS.value), names):
         if EXAMPLES.value:
@@ -77,7 +78,7 @@ def main() -> None:
 def _plain() -> config.Config:
     """The defaults with parameters in bfloat16, as they are on a TPU."""
     tree = config.default()
-    tree.model.path, tree.model.dtype = "shape", "bfloat16"
+    tree.update({"model": {"path": "shape", "dtype": "bfloat16"}})
     return config.resolve(tree)
 
 

@@ -205,16 +205,15 @@ def _chips(attributes):
 
 
 def _dot(line, left, right):
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
+    [contracted] = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", line.attributes)
     sizes = _shapes(left)[0][1]
-    inner = math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
+    inner = math.prod(sizes[int(axis)] for axis in contracted.split(",") if axis)
     return 2 * math.prod(_shapes(line.type)[0][1]) * inner
 
 
 def _convolution(line, left, right):
     """Counts products with elements of the input alone: what is padded or dilated is free."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
-    inputs, kernel, output = (labels[i] for i in (1, 2, 3))
+    [(inputs, kernel, output)] = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
     left, right, out = (_shapes(x)[0][1] for x in (left, right, line.type))
     window = re.search(r"window=\{([^}]*)\}", line.attributes)
     settings = dict(re.findall(r"(\w+)=([\w\-]+)", window[1] if window else ""))

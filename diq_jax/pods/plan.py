@@ -227,7 +227,7 @@ def _row(name, parts, ideal, job, place):
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Lays rows out for reading."""
     head = ("program", "fits", "GiB", "of", "FLOPs/ideal", "est ms", "link ms", "tok/s/chip")
-    lines = [(*head, "collectives", "compile s")]
+    lines: list[tuple[str, ...]] = [(*head, "collectives", "compile s")]
     for row in found:
         count = sum(times for times, _ in row["collectives"].values())
         size = sum(size for _, size in row["collectives"].values())

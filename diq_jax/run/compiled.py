@@ -20,7 +20,11 @@ def keep() -> pathlib.Path | None:
     Returns:
         The folder; None where JAX's settings decide, or the cache cannot be written.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    folder, enabled = (
+        jax.config.values[f"jax_{name}"]
+        for name in ("compilation_cache_dir", "enable_compilation_cache")
+    )
+    if folder or not enabled:
         return None
     home = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(home):  # such a value does not count (XDG Base Directory Specification)
