@@ -91,7 +91,7 @@ def test_factored_equals_the_two_sided_projection_of_the_oracle(family, paramete
     close(losses, direction.losses(*space, BATCH, model.cfg, "mean"))
 
     # By hand for one matrix: core = Lt G Rt.
-    name = "layers/mlp/up_proj/kernel"
+    name = "layers/mlp/down_proj/kernel"  # which every family has
     G = trees.named_leaves(found["params"])[name]
     place = list(layout.matrices).index(name)
     before = sum(max(n, 1) for n, _, _ in list(layout.matrices.values())[:place])
