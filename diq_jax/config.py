@@ -91,12 +91,13 @@ class Data(fields.Section, section="data", decides=("prepare",)):
         "last",
         "Which answers of a conversation are scored: the last, or all.",
         choices=("last", "all"),
+        decides=("prepare", "selection"),
     )
     template: str = field(
         "plain",
         "The layout of the completion: plain, huatuo, think, or a text with {reasoning} and "
         "{answer}.",
-        decides=ENCODING,
+        decides=(*ENCODING, "selection"),
     )
     date: str = field(
         "2024-07-26",

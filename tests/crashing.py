@@ -33,6 +33,7 @@ TIMES = (
     "tokens_per_second",
     "peak_memory",
 )  # in the names of what differs between runs
+LOGS = ("run.log", "events.jsonl")  # of what happened, and when
 SEAL = "sha256"  # of a study's result, its seconds too (records.py)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -192,7 +193,7 @@ class Job:
 def contents(folder: pathlib.Path) -> dict[str, object]:
     """{file: its bytes, or of JSON the values that do not tell of time}."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in LOGS):
         data = path.read_bytes()
         if path.suffix == ".json":
             data = timeless(json.loads(data))
