@@ -206,7 +206,7 @@ def test_a_target_whose_gradient_is_not_finite_is_named(made, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_store_killed_at_random_moments_is_whole(made, tmp_path):
     """kill -9 twice, then to the end: every file of the store as if nothing had happened."""
-    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(120))
+    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(600))
     changes = PROJECTED | {
         "influence.parameters": "attn",
         "influence.projection.dim": 512,
@@ -229,7 +229,7 @@ def test_a_store_killed_at_random_moments_is_whole(made, tmp_path):
         process = scripts.start("run_diq", *flags, f"--workdir={tmp_path / 'killed'}")
         while process.poll() is None and finished() <= before:
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.2)
+        time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     for name in ("killed", "whole"):
