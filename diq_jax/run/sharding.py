@@ -5,12 +5,14 @@ change nothing.
 """
 
 import contextlib
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, shard_alike
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "model")
@@ -50,10 +52,15 @@ def devices_along(axis: str) -> int:
 
 
 def alike(tree: Any, like: Any) -> Any:
-    """Returns `tree` with each leaf where the leaf of `like` lies, a tree of the same shapes."""
-    if not _is_on():
+    """Returns `tree` with each leaf where the leaf of `like` lies, a tree of the same shapes.
+
+    It tells the compiler where to put an array, and changes no number. jax 0.12 no longer has it:
+    there the compiler chooses.
+    """
+    if not _is_on() or importlib.util.find_spec("jax.experimental.shard_alike") is None:
         return tree
-    return jax.tree.map(lambda x, y: shard_alike.shard_alike(x, y)[0], tree, like)
+    module = importlib.import_module("jax.experimental.shard_alike")
+    return jax.tree.map(lambda x, y: module.shard_alike(x, y)[0], tree, like)
 
 
 def pinned(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -159,6 +159,8 @@ class Tokenizer:
 
 def test_a_model_that_has_its_config_has_its_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(export.tokenizer, "load_tokenizer", lambda *_: Tokenizer())
+    monkeypatch.setattr(export.checkpoint, "resolve", lambda *_: tmp_path)
+    monkeypatch.setattr(export, "_generation_config", lambda *_: {})
     monkeypatch.setattr(
         export.hf, "save_decoder", lambda folder, *_: value(folder / "config.json", 1)
     )
