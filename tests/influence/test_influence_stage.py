@@ -206,7 +206,7 @@ def test_a_target_whose_gradient_is_not_finite_is_named(made, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_store_killed_at_random_moments_is_whole(made, tmp_path):
     """kill -9 twice, then to the end: every file of the store as if nothing had happened."""
-    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(600))
+    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(240))
     changes = PROJECTED | {
         "influence.parameters": "attn",
         "influence.projection.dim": 512,
@@ -215,8 +215,8 @@ def test_a_store_killed_at_random_moments_is_whole(made, tmp_path):
         "data.pool": str(pool),
     }
 
-    flags = [f"--config.{k}={v}" for k, v in fields(made, **changes).items()]
-    flags += [f"--config={ROOT / 'configs/quickstart.py'}", "--stages=prepare,influence"]
+    flags = [f"--config={ROOT / 'configs/quickstart.py'}", "--stages=prepare,influence"]
+    flags += [f"--config.{k}={v}" for k, v in fields(made, **changes).items()]
 
     rng = random.Random(0)
     partial = tmp_path / "killed/influence/partial/rows"
