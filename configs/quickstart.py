@@ -3,9 +3,10 @@
 Run:     make demo, which is
          diq run --config=configs/quickstart.py:demo --workdir=runs/quickstart
 Cost:    200 s of processor time; 5 min 55 s on two CPU cores beside other work, commit 965c656
-Result:  6 of 64 rows, 24 questions, one seed: test loss DIQ - random -0.017 (-0.023 to -0.011), without
-         the end of turn -0.001 (-0.006 to 0.004); accuracy -4.2 (-12.5 to 0.0) points; choice loss of
-         the letters +0.026 (0.004 to 0.049), which is worse. It shows the machinery, not the method.
+Result:  6 of 64 rows, 24 questions, one seed: test loss DIQ - random -0.017 (-0.023 to -0.011),
+         without the end of turn -0.001 (-0.006 to 0.004); accuracy -4.2 (-12.5 to 0.0) points;
+         choice loss of the letters +0.026 (0.004 to 0.049), which is worse. It shows the
+         machinery, not the method.
 
 :demo scores 64 rows for 9 targets along a direction of rank 16, and asks 24 questions. Without it
 all 160 rows, 24 targets and 48 questions are taken and the direction is whole: a base for rows of
