@@ -14,7 +14,7 @@ import matplotlib.figure
 import numpy as np
 
 from comparison import statistics
-from diq_jax.evaluate import intervals
+from diq_jax.evaluate import intervals, significance
 from lab import arms, trainings
 
 PANELS = {
@@ -73,24 +73,14 @@ def _correct(found: Sequence[Mapping[str, Any]]) -> None:
     """Adds p_holm to each difference to random: over the arms of a budget, for each metric."""
     for metric in trainings.METRICS:
         for budget in {row["budget"] for row in found}:
-            cells = [
-                row["metrics"][metric]["versus_random"]
+            cells = {
+                row["arm"]: row["metrics"][metric]["versus_random"]
                 for row in found
                 if row["budget"] == budget and "versus_random" in row["metrics"][metric]
-            ]
-            for cell, p in zip(cells, holm([cell["p"] for cell in cells]), strict=True):
-                cell["p_holm"] = p
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Corrects p-values by Holm's step-down method: (n - k) times the k-th smallest (k from 0),
-    never below one that is smaller, at most 1.
-    """
-    out, largest = [0.0] * len(p), 0.0
-    for place, i in enumerate(np.argsort(p, kind="stable")):
-        largest = max(largest, min(1.0, (len(p) - place) * p[i]))
-        out[i] = largest
-    return out
+            }
+            adjusted = significance.holm({arm: cell["p"] for arm, cell in cells.items()})
+            for arm, cell in cells.items():
+                cell["p_holm"] = adjusted[arm]
 
 
 def as_csv(found: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from diq_jax import config, errors, finetune_config
-from diq_jax.evaluate import intervals, measure, options
+from diq_jax.evaluate import intervals, measure, options, significance
 from diq_jax.finetune import fit, sft
 from diq_jax.run import devices
 from lab import arms, summary, trainings
@@ -80,7 +80,8 @@ def test_a_run_goes_on_to_the_same_numbers(tmp_path):
 
 def test_holm_by_hand():
     # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2 (below the last: 0.06 stays), 0.5 * 1.
-    np.testing.assert_allclose(summary.holm([0.5, 0.01, 0.03, 0.02]), [0.5, 0.04, 0.06, 0.06])
+    found = significance.holm({"a": 0.5, "b": 0.01, "c": 0.03, "d": 0.02})
+    np.testing.assert_allclose(list(found.values()), [0.5, 0.04, 0.06, 0.06])
 
 
 def test_budgets_nest_and_random_is_the_seed_s_own():
