@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 import matplotlib.figure
 import numpy as np
-import scipy.stats
 from absl import flags
 
 from diq_jax import errors
 from diq_jax.commands import cli
 from diq_jax.run import artifacts, records
 from diq_jax.selection import select
+from lab import settling
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run with influence.targets=example.")
 SIZES = flags.DEFINE_list("sizes", ["20", "45", "90", "180", "225", "360"], "Targets of a set.")
@@ -32,61 +32,6 @@ DRAWS = flags.DEFINE_integer("draws", 200, "Sets of each size.", lower_bound=2)
 BUDGET = flags.DEFINE_float("budget", 0.01, "The share of the pool that is chosen.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 FOLDER = "targets_study"
-MEASURES = {"spearman": "Spearman of the rankings", "overlap": "share of the chosen rows in both"}
-
-
-def draw(tasks: Sequence[str], size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws targets without replacement, as evenly over tasks as their numbers allow: (size,)."""
-    left = {task: list(rng.permutation(np.flatnonzero(np.array(tasks) == task)))
-            for task in sorted(set(tasks))}  # fmt: skip
-    found: list[int] = []
-    while len(found) < size:
-        # Of the last turn, which not all tasks fit, the tasks are drawn.
-        for task in rng.permutation(sorted(t for t in left if left[t])):
-            if len(found) < size:
-                found.append(int(left[str(task)].pop()))
-    return np.array(found)
-
-
-def agreement(left: np.ndarray, right: np.ndarray, keep: int) -> tuple[float, float]:
-    """Compares two scores (n,): Spearman, and the share of the `keep` best of one in the other."""
-    best = [set(np.argsort(-x, kind="stable")[:keep].tolist()) for x in (left, right)]
-    return float(scipy.stats.spearmanr(left, right)[0]), len(best[0] & best[1]) / keep
-
-
-def study(
-    by_target: np.ndarray, tasks: Sequence[str], sizes: Sequence[int], draws: int, keep: int,
-    seed: int,
-) -> list[dict]:  # fmt: skip
-    """Compares sets of targets with all of them, and with others.
-
-    Args:
-        by_target: (n, Q), the influence of each row on each target.
-
-    Returns:
-        A row for each size and kind (all, apart): the mean of each of MEASURES over draws, and the
-        ends of the middle 95 %.
-    """
-    rng = np.random.Generator(np.random.PCG64(seed))
-    whole, rows = by_target.mean(axis=1), []
-    for size in sizes:
-        found: dict[str, list] = {"all": [], "apart": []}
-        for _ in range(draws):
-            drawn = draw(tasks, min(2 * size, len(tasks)), rng)
-            own = by_target[:, drawn[:size]].mean(axis=1)
-            found["all"].append(agreement(own, whole, keep))
-            if 2 * size <= len(tasks):
-                other = by_target[:, drawn[size:]].mean(axis=1)
-                found["apart"].append(agreement(own, other, keep))
-        for kind, values in found.items():
-            if values:
-                table = np.array(values)
-                ends = np.percentile(table, [2.5, 97.5], axis=0)
-                rows.append({"size": size, "kind": kind} | {
-                    name: {"mean": float(m), "low": float(lo), "high": float(hi)}
-                    for name, m, lo, hi in zip(MEASURES, table.mean(axis=0), *ends, strict=True)
-                })  # fmt: skip
-    return rows
 
 
 def read(workdir) -> tuple[np.ndarray, list[str]]:
@@ -112,7 +57,7 @@ def read(workdir) -> tuple[np.ndarray, list[str]]:
 def plot(rows: Sequence[dict], title: str) -> matplotlib.figure.Figure:
     """Draws a panel for each measure, a line for each kind."""
     figure = matplotlib.figure.Figure((8, 3.4), layout="constrained")
-    for axis, (name, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
+    for axis, (name, label) in zip(figure.subplots(1, 2), settling.MEASURES.items(), strict=True):
         for kind, color in (("all", "#0072b2"), ("apart", "#d55e00")):
             mine = [row for row in rows if row["kind"] == kind]
             sizes = [row["size"] for row in mine]
@@ -140,7 +85,7 @@ def main() -> None:
         )
     keep = select.budget(BUDGET.value, len(by_target))
     sizes = sorted(int(s) for s in SIZES.value)
-    rows = study(by_target, tasks, sizes, DRAWS.value, keep, SEED.value)
+    rows = settling.study(by_target, tasks, sizes, DRAWS.value, keep, SEED.value)
     title = (
         f"{len(by_target):,} rows, {keep} chosen, {len(tasks)} targets of {len(set(tasks))} tasks"
     )
@@ -152,7 +97,7 @@ def main() -> None:
     print(f"{'targets':>8}  {'against':<8}{'Spearman':<26}{'chosen in both':<26}")
     for row in rows:
         cells = [f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})"
-                 for c in (row[name] for name in MEASURES)]  # fmt: skip
+                 for c in (row[name] for name in settling.MEASURES)]  # fmt: skip
         print(f"{row['size']:>8}  {row['kind']:<8}{cells[0]:<26}{cells[1]:<26}")
 
 
