@@ -16,7 +16,7 @@ import transformers
 
 import datamodel
 from diq_jax import config, errors, trees
-from diq_jax.data import batches, chat, encoded, example, sources
+from diq_jax.data import batches, chat, encoded, example, sources, wording
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, export, hf
 from diq_jax.run import artifacts, reading
@@ -144,7 +144,7 @@ def train(
 
 def written(row: example.Example, cfg: config.Config) -> str:
     """Writes all that a row says, to train the tokenizer on."""
-    return f"{chat.question_text(row)}\n\n{chat.completion_text(row, cfg.data.template)}"
+    return f"{wording.question_text(row)}\n\n{wording.completion_text(row, cfg.data.template)}"
 
 
 def lay_out(rows: Sequence[example.Example], layout: chat.Layout, cfg: config.Config):
