@@ -191,6 +191,12 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
         "the score is that of the mean, the others stand beside it.",
         choices=("mean", "task", "example"),
     )
+    span: int = field(
+        9,
+        "targets=task or example: how many leading directions of the targets' gradients span the "
+        "subspace in which selection.method=gist aligns examples with them.",
+        fields.AT_LEAST_ONE,
+    )
     loss_reduction: str = field(
         "mean",
         "How the losses of an example's answer tokens are combined.",

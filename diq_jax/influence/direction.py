@@ -59,6 +59,23 @@ def stack(
     return Direction(whole, factors, jnp.asarray(weights, jnp.float32) / sum(weights))
 
 
+@jax.jit
+def gram(v: Direction) -> jax.Array:
+    """Returns the inner products of Q directions, (Q, Q) float32."""
+
+    def products(x, y):
+        return jnp.einsum("qi,ri->qr", *(z.astype(jnp.float32).reshape(len(z), -1) for z in (x, y)))
+
+    found = [products(leaf, leaf) for leaf in jax.tree.leaves(v.whole)]
+    for factors in v.factors.values():
+        # <A B, C D> = <A'C, B D'>.
+        a, b = (factors[name].astype(jnp.float32) for name in ("a", "b"))
+        left = jnp.einsum("q...ir,p...is->qp...rs", a, a)
+        right = jnp.einsum("q...ro,p...so->qp...rs", b, b)
+        found.append(jnp.sum(left * right, range(2, left.ndim)))
+    return sum(found, jnp.zeros((len(v.weights),) * 2))
+
+
 def as_probe(factors: dict, scales: dict) -> dict:
     """Returns the thin directions as a tree nested like the parameters (models/layers.py)."""
     nodes = {

@@ -29,6 +29,7 @@ class Joined:
     Attributes:
         influence, loss: (rows,).
         by_target: (rows, Q).
+        gram: (Q, Q), the inner products of the directions, of which by_target has those with rows.
         token_influence: one array (answer tokens,) a row, or None.
         record: how they were made.
         ends: (directions, dim), the directions in the numbers that a gradient store keeps; empty
@@ -39,6 +40,7 @@ class Joined:
     influence: np.ndarray
     loss: np.ndarray
     by_target: np.ndarray
+    gram: np.ndarray
     token_influence: list[np.ndarray] | None
     record: dict[str, Any]
     ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -67,6 +69,7 @@ def exact_engine(
 ) -> Engine:
     """Opens the engine that scores by forward mode along the directions."""
     v, record = direction.make_direction(problem, space, point)
+    gram = direction.gram(v)
 
     def columns(group, out: exact.BatchScores):
         influence = out.influence.reshape(-1, out.influence.shape[-1])[group.slots]
@@ -83,7 +86,7 @@ def exact_engine(
         influence = by_target[:, 0] if by_target.shape[1] == 1 else by_target @ problem.weights
         if tokens is not None:
             tokens = [np.asarray(shares, np.float32) for shares in tokens]
-        return Joined(influence, columns["loss"], by_target, tokens, record)
+        return Joined(influence, columns["loss"], by_target, gram, tokens, record)
 
     step = exact_step(space, v, problem.settings, problem.model.cfg, problem.placement)
     return Engine(step, columns, join)
@@ -112,14 +115,14 @@ def features_engine(
                 part = columns["gradient"][start : start + gradient_store.READ_ROWS]
                 yield start, gradient_store.from_stored(part, dtype)
 
-        scores = gradient_store.products(
-            blocks(), len(problem.pool), _combined(problem, ends, cosine, apart), cosine
-        )
+        combined = _combined(problem, ends, cosine, apart)
+        scores = gradient_store.products(blocks(), len(problem.pool), combined, cosine)
+        gram = combined[:-1] @ combined[:-1].T
         by_target, influence = scores[:, :-1], scores[:, -1]
         if apart:
             influence = by_target.max(axis=1)
         loss = columns["loss"]
-        return Joined(influence, loss, by_target, None, record, ends, features.record)
+        return Joined(influence, loss, by_target, gram, None, record, ends, features.record)
 
     return Engine(features.step, columns, join)
 

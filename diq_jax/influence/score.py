@@ -16,7 +16,7 @@ import numpy as np
 
 from diq_jax import errors, influence_config
 from diq_jax.data import example
-from diq_jax.influence import direction, engines, kinds, problems, warmup
+from diq_jax.influence import direction, engines, kinds, problems, span, warmup
 from diq_jax.models import load
 from diq_jax.run import devices, parts, processes
 
@@ -44,9 +44,12 @@ class Scores:
         tokens: (rows,) int32, answer tokens.
         groups: the names of the Q groups of targets (influence.targets).
         by_target: (rows, Q) float32, the influence on each group.
+        alignment: of several groups (rows,) float32, the mean cosine with them inside the leading
+            directions of their span (influence/span.py), else None.
         token_influence: with per_token one array (answer tokens,) a row, else None.
         target_losses: (targets,) float32 at the base model.
         parameters: how many numbers were differentiated.
+        span: how many directions the alignment has, and their share of the groups' squared norms.
         checkpoints: (scores, share) of each epoch of the warm-up, or of the base model alone.
     """
 
@@ -56,9 +59,11 @@ class Scores:
     tokens: np.ndarray
     groups: list[str]
     by_target: np.ndarray
+    alignment: np.ndarray | None
     token_influence: list[np.ndarray] | None
     target_losses: np.ndarray
     parameters: int
+    span: dict[str, Any]
     checkpoints: list[tuple[engines.Joined, float]]
 
 
@@ -98,6 +103,10 @@ def score(
             found.append((_at_checkpoint(problem, at, point, keep(name)), share))
     shapes = direction.shapes(space, placement)
     influence, by_target, tokens = _summed(found)
+    alignment, spanned = None, {}
+    if len(groups) > 1:
+        gram = sum(share * joined.gram for joined, share in found)
+        alignment, spanned = span.align(by_target, gram, problem.weights, settings.span)
     return Scores(
         [row.example_id for row in pool],
         influence,
@@ -105,9 +114,11 @@ def score(
         np.array([row.answer_tokens for row in pool], np.int32),
         list(groups),
         by_target,
+        alignment,
         tokens,
         target_losses,
         sum(int(np.prod(shape)) for shape in shapes.values()),
+        spanned,
         found,
     )
 

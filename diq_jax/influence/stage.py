@@ -66,8 +66,9 @@ def gradients_at(settings: influence_config.Influence) -> str:
 
 def run(context: stages.Context) -> dict[str, Any]:
     """Writes influence/influence.parquet: example_id, influence, loss, tokens; with `targets` task
-    or example also influence_by_target, with `per_token` token_influence (lists). The engines that
-    keep gradients write influence/store/; influence.tuned writes influence/tuned.parquet.
+    or example also influence_by_target (and alignment, of several groups), with `per_token`
+    token_influence (lists). The engines that keep gradients write influence/store/; influence.tuned
+    writes influence/tuned.parquet.
 
     A killed run continues after the last finished batch and gives identical bytes: which examples
     share a batch depends on the pool alone, and the directions are computed again.
@@ -148,6 +149,8 @@ def _write_table(path: pathlib.Path, scores: score.Scores, settings) -> None:
     lists = pa.list_(pa.float32())
     if settings.targets != "mean":
         columns["influence_by_target"] = pa.array(list(scores.by_target), lists)
+    if scores.alignment is not None:
+        columns["alignment"] = pa.array(scores.alignment)
     if settings.per_token:
         columns["token_influence"] = pa.array(scores.token_influence, lists)
     artifacts.write_table(path, columns)
@@ -155,9 +158,12 @@ def _write_table(path: pathlib.Path, scores: score.Scores, settings) -> None:
 
 def _record(scores: score.Scores, settings) -> dict[str, Any]:
     """Returns how the scores were made, for stage.json."""
+    found: dict[str, Any] = {"span": scores.span} if scores.span else {}
     if settings.warmup.epochs:
-        return {"checkpoints": [joined.record | {"share": w} for joined, w in scores.checkpoints]}
-    return scores.checkpoints[0][0].record
+        return found | {
+            "checkpoints": [joined.record | {"share": w} for joined, w in scores.checkpoints]
+        }
+    return found | scores.checkpoints[0][0].record
 
 
 class EpochFiles:

@@ -57,7 +57,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 OPTIONAL: dict[str, dict[str, str]] = {  # columns that only some settings, or later versions, write
     "prepare/pool.parquet": {"letter": "text", "context": "text"},
-    "influence/influence.parquet": {"influence_by_target": "finites"},
+    "influence/influence.parquet": {"influence_by_target": "finites", "alignment": "finite"},
     "influence/tuned.parquet": {"color": "finite", "temp": "finite", "temp_cluster": "whole"},
 }
 

@@ -24,7 +24,7 @@ PARTS = {
     "influence": ("influence",),
     "model_scores": ("loss", "ifd", "similarity", "reasoning_tokens"),
     "store": ("k_center", "k_center_distance", "facility_location", "facility_location_gain"),
-    "by_target": ("by_target",),
+    "by_target": ("by_target", "alignment"),
     "color": ("color",),
     "temp": ("temp", "temp_cluster"),
     "file": ("listed",),
@@ -58,6 +58,7 @@ METHODS: dict[str, orders.Method] = {
         (PERSPECTIVE, "reasoning_tokens"), orders.difficulty_length, "{seen}, {place}",
         orders.see_joint,
     ),
+    "gist": _highest("alignment", "aligned with the targets by {alignment:.3g}, {place}"),
     "color": _highest("color", "training on the targets lowers its loss by {color:.3g}, {place}"),
     "temp": orders.Method(
         ("temp", "temp_cluster"), orders.temp,
@@ -161,7 +162,7 @@ def ranks(method: str, scores: Scores, settings: OrderSettings) -> jax.Array:
         scores: (n,) each: influence, answer_tokens, id_order (int32, the position of each example
             in the order of ids), and what there is of the difficulty perspectives, of loss, ifd,
             similarity, reasoning_tokens (difficulty/model_scores.parquet), of color, temp and
-            temp_cluster (influence/tuned.parquet), and of the diverse orders
+            temp_cluster (influence/tuned.parquet), of alignment, and of the diverse orders
             (selection/diversity.py); by_target (n, Q), the influence on each of several targets.
 
     Returns:

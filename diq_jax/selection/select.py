@@ -105,7 +105,7 @@ def _columns_of(scores) -> dict[str, Any]:
     if isinstance(scores, Mapping):
         return dict(scores)
     names = ("example_ids", "influence", "tokens")
-    names += ("by_target", "groups") if len(scores.groups) > 1 else ()
+    names += ("by_target", "groups", "alignment") if len(scores.groups) > 1 else ()
     return {name: getattr(scores, name) for name in names}
 
 
@@ -146,7 +146,7 @@ def _check_columns(ids, columns):
     for name, values in columns.items():
         if len(values) != len(ids):
             raise errors.UserError(f"{name} has {len(values)} values for {len(ids)} examples.")
-    for name in ("influence", "by_target", "color", "temp"):
+    for name in ("influence", "by_target", "alignment", "color", "temp"):
         if name not in columns:
             continue
         finite = np.isfinite(np.asarray(columns[name], np.float64)).reshape(len(ids), -1).all(1)

@@ -123,6 +123,7 @@ def _hand_off(context, found, levels, scores):
     columns["loss"] = context.table(INFLUENCE, "loss")["loss"]
     names = (
         "influence",
+        "alignment",
         "tokens",
         "ifd",
         "similarity",
@@ -179,13 +180,16 @@ def _more(context, ids, file, names):
 
 
 def _by_target(context):
-    """Reads the influence on each of several targets, and their names."""
-    name = "influence_by_target"
-    if name not in _names(context.path(INFLUENCE)):
+    """Reads the influence on each of several targets, their names, and the alignment with them."""
+    name, there = "influence_by_target", _names(context.path(INFLUENCE))
+    if name not in there:
         return {}
     lists = context.table(INFLUENCE, name)[name].combine_chunks()
     groups = (records.read(context.path("influence")) or {}).get("target_groups", [])
-    return {name.removeprefix("influence_"): np.stack(lists.to_numpy(False)), "groups": groups}
+    found = {"by_target": np.stack(lists.to_numpy(False)), "groups": groups}
+    if "alignment" in there:
+        found["alignment"] = context.table(INFLUENCE, "alignment")["alignment"].to_numpy()
+    return found
 
 
 def _names(path):

@@ -66,5 +66,5 @@ def test_finished_rows_and_epochs_are_not_computed_again(name, tmp_path):
     assert len(kept) > 1
     kept[1].unlink()
     again = scored(name, keep=keep, epochs=epochs)
-    for field in ("influence", "loss", "by_target", "target_losses"):
+    for field in ("influence", "loss", "by_target", "alignment", "target_losses"):
         np.testing.assert_array_equal(getattr(again, field), getattr(whole, field))

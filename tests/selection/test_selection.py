@@ -26,6 +26,7 @@ def make_scores(difficulty, influence, id_order=None, **more):
         "k_center": difficulty,
         "facility_location": influence,
         "by_target": np.stack([influence, difficulty, -influence], axis=1),
+        "alignment": -influence,
         "color": influence,
         "listed": np.where(difficulty > 3, np.inf, difficulty),
         "temp": influence,

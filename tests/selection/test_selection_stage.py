@@ -63,7 +63,7 @@ def make(workdir, shuffle=None, scored=True, stored=True, perspectives=config.PE
         columns = {"example_id": ids, **columns}
         columns = {k: v[order] for k, v in columns.items()}
         if scored and name == "influence/influence.parquet":
-            columns["influence_by_target"] = lists
+            columns |= {"influence_by_target": lists, "alignment": by_target[order, 2]}
         artifacts.write_table(workdir / name, columns, unknown=("ifd", *config.PERSPECTIVES))
     if stored:
         writer = stores.open_writer(workdir / "influence/store", N, shard_rows=10)
