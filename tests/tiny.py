@@ -24,6 +24,9 @@ APART = {
     "olmo-smollm": dict(
         norms="after", qk_norm=True, joint_qk_norm=True, rotated_layers=(True, False),
     ),
+    "experts": dict(
+        qk_norm=True, num_experts=4, experts_per_token=2, norm_shares=True,
+    ),
     "phi-granite": dict(
         fused=True, rotary_dim=2, embed_scale=3.0, residual_scale=0.5, logit_scale=0.25,
     ),

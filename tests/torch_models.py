@@ -41,6 +41,20 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"head_dim": 24}),
     "qwen3-biases": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
     "qwen3-yarn": ("Qwen3", {"rope_parameters": YARN}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-plain-shares": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+            "attention_bias": True, "tie_word_embeddings": True,
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {

@@ -96,7 +96,7 @@ def from_peft(folder: str, cfg: config.DecoderConfig, chosen: trees.Tree) -> Dir
     for name, a in adapter.items():
         if name.endswith("/a"):
             linear = name.removesuffix("/a")
-            scale = adapter[f"{linear}/scale"][:, None, None]
+            scale = adapter[f"{linear}/scale"][..., None, None]
             b = adapter[f"{linear}/b"]
             factors[f"params/{linear}/kernel"] = {"a": (-scale * a)[None], "b": b[None]}
     nothing = trees.partition(chosen, lambda name: False)[0]

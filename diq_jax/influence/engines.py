@@ -234,7 +234,7 @@ def _factored(space, shapes, settings, cfg, placement, record):
     placed = placement.replicate(maps)
     record["layout"] = {
         "rank": layout.rank,
-        "matrices": sum(max(n, 1) for n, _, _ in layout.matrices.values()),
+        "matrices": layout.count,
         "matrix_dim": layout.matrix_dim,
         "gains_and_biases": len(layout.vectors),
         "sketch_dim": layout.dim - layout.matrix_dim,

@@ -32,13 +32,13 @@ class ProbeLayout:
     """Describes how an example's `dim` numbers are made up.
 
     Attributes:
-        matrices: {parameter path: (number of layers, or 0 where it is not stacked, in, out)}.
+        matrices: {parameter path: (in, out), behind the axes over which matrices are stacked}.
         vectors: the paths of gains and biases.
         rank: P, of each side of a matrix.
         sketch: the projection of all vectors together; None where there are none.
     """
 
-    matrices: dict[str, tuple[int, int, int]]
+    matrices: dict[str, tuple[int, ...]]
     vectors: tuple[str, ...]
     rank: int
     sketch: influence_config.Projection | None
@@ -46,7 +46,12 @@ class ProbeLayout:
 
     @property
     def matrix_dim(self) -> int:
-        return self.rank**2 * sum(max(n, 1) for n, _, _ in self.matrices.values())
+        return self.rank**2 * self.count
+
+    @property
+    def count(self) -> int:
+        """Returns how many matrices there are, of all layers."""
+        return sum(math.prod(shape[:-2]) for shape in self.matrices.values())
 
     @property
     def dim(self) -> int:
@@ -64,17 +69,13 @@ def make_layout(
     Raises:
         UserError: dim has no room, or the rank exceeds a matrix.
     """
-    matrices: dict[str, tuple[int, int, int]] = {}
-    for name, shape in shapes.items():
-        if name.endswith(thin.MATRICES):
-            *_, n, n_in, n_out = 0, *shape
-            matrices[name] = n, n_in, n_out
+    matrices = {name: shape for name, shape in shapes.items() if name.endswith(thin.MATRICES)}
     vectors = tuple(name for name in shapes if name not in matrices)
     size = sum(math.prod(shapes[name]) for name in vectors)
-    count = sum(max(n, 1) for n, _, _ in matrices.values())
+    count = sum(math.prod(shape[:-2]) for shape in matrices.values())
     least = min(size, settings.dim // 16) // 2 * 2
     rank = settings.rank or math.isqrt((settings.dim - least) // max(count, 1))
-    most = min((min(shape[1:]) for shape in matrices.values()), default=rank)
+    most = min((min(shape[-2:]) for shape in matrices.values()), default=rank)
     if matrices and not settings.rank:
         rank = min(rank, most)
     left = settings.dim - rank**2 * count
@@ -100,9 +101,8 @@ def make_maps(layout: ProbeLayout) -> dict[str, dict[str, jax.Array]]:
     matrix is.
     """
     maps = {}
-    for name, (n, n_in, n_out) in layout.matrices.items():
+    for name, (*stack, n_in, n_out) in layout.matrices.items():
         key = jax.random.fold_in(jax.random.key(layout.seed), zlib.crc32(name.encode()))
-        stack = (n,) if n else ()
         sides = {"left": (*stack, n_in), "right": (*stack, n_out)}
         maps[name] = {
             side: jax.random.rademacher(k, shape, jnp.float32)
@@ -131,8 +131,8 @@ def features(
     """
     B = batch.tokens.shape[0]
     cores = {}
-    for name, (n, _, _) in layout.matrices.items():
-        cores[name] = jnp.zeros((*((n,) if n else ()), B, layout.rank, layout.rank), jnp.float32)
+    for name, (*stack, _, _) in layout.matrices.items():
+        cores[name] = jnp.zeros((*stack, B, layout.rank, layout.rank), jnp.float32)
     named = trees.named_leaves(params)
     for name in layout.vectors:
         *stack, size = named[name].shape
@@ -146,8 +146,7 @@ def features(
 
     found, losses = jax.grad(total, has_aux=True)(cores)
     by_row = {
-        name: jnp.moveaxis(g, 1, 0) if _stacked(named[name], name) else g
-        for name, g in found.items()
+        name: jnp.moveaxis(g, -3 if name in layout.matrices else -2, 0) for name, g in found.items()
     }
     return _join(by_row, layout), losses
 
@@ -166,10 +165,10 @@ def project_tree(
     named = trees.named_leaves(v["params"])
     cores = {name: named[name].astype(jnp.float32) for name in layout.vectors}
     for name, m in maps.items():
-        both = jax.vmap(_fold_both, (0, None, None, None))
-        if m["left"].ndim == 2:  # over layers
-            both = jax.vmap(_fold_both, (0, 0, 0, None))
-            both = jax.vmap(both, (0, None, None, None))
+        both = _fold_both
+        for _ in m["left"].shape[:-1]:  # over layers and experts
+            both = jax.vmap(both, (0, 0, 0, None))
+        both = jax.vmap(both, (0, None, None, None))
         cores[name] = both(named[name], m["left"], m["right"], layout.rank)
     return _join(cores, layout)
 
@@ -185,7 +184,3 @@ def _join(cores, layout):
         vectors = {name: cores[name] for name in layout.vectors}
         parts.append(projection.project(vectors, layout.sketch))
     return jnp.concatenate(parts, axis=1)
-
-
-def _stacked(leaf, name):
-    return leaf.ndim == (3 if name.endswith(thin.MATRICES) else 2)

@@ -18,7 +18,8 @@ LARGEST = {
     "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
     "vocab_size": 2**26, "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1,
     "type_vocab_size": 2**16, "local_attention": 2**31 - 1,
-    "original_max_position_embeddings": 2**31 - 1,
+    "original_max_position_embeddings": 2**31 - 1, "moe_intermediate_size": 2**22,
+    "num_experts": 2**14, "num_local_experts": 2**14, "num_experts_per_tok": 2**14,
 }  # fmt: skip
 
 
@@ -27,7 +28,7 @@ class DecoderConfig:
     family: str
     num_layers: int  # N
     model_dim: int  # D
-    ffn_dim: int  # F
+    ffn_dim: int  # F, of each expert where there are some
     num_heads: int  # H
     num_kv_heads: int  # K
     head_dim: int  # C
@@ -51,6 +52,9 @@ class DecoderConfig:
     sliding_rope: rope_lib.Rope | None = None
     rotary_dim: int | None = None  # how many numbers of a head are rotated; None for all
     rotated_layers: tuple[bool, ...] | None = None
+    num_experts: int | None = None  # E
+    experts_per_token: int = 0
+    norm_shares: bool = False  # the shares of a token's experts sum to 1
     # Factors, None for 1; `query_scale` comes beside head_dim**-0.5.
     embed_scale: float | None = None
     query_scale: float | None = None
@@ -109,7 +113,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         family=read.name,
         num_layers=read.size("num_hidden_layers"),
         model_dim=model_dim,
-        ffn_dim=read.size("intermediate_size"),
+        ffn_dim=read.size("moe_intermediate_size" if family.experts else "intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -130,6 +134,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         unit_offset=family.unit_offset,
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         **_layers_apart(read, family, rotary_dim),
+        **(_experts(read) if family.experts else {}),
         **kept,
     )
 
@@ -143,6 +148,18 @@ def _rotary_dim(read: "_Reader", family: families.Family, head_dim: int) -> int:
     if dim < 2 or dim % 2:
         raise where.wrong("partial_rotary_factor", f"an even share of the {head_dim} of a head")
     return dim
+
+
+def _experts(read: "_Reader") -> dict[str, Any]:
+    """Returns the fields of DecoderConfig that say how a token's experts are chosen."""
+    read.expect("decoder_sparse_step", (1,))
+    read.expect("mlp_only_layers", ([], None))
+    key = "num_local_experts" if "num_local_experts" in read.config else "num_experts"
+    count, chosen = read.size(key), read.size("num_experts_per_tok")
+    if chosen > count:
+        raise read.wrong("num_experts_per_tok", f"at most the {count} experts")
+    shares = {"experts_per_token": chosen, "norm_shares": read.flag("norm_topk_prob")}
+    return {"num_experts": count, **shares}
 
 
 def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> dict[str, Any]:

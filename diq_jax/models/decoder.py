@@ -7,7 +7,9 @@ Parameters, with layers stacked on a leading axis N and kernels stored (in, out)
     layers/mlp/{gate,up,down}_proj/kernel head/kernel (D, V), untied
 
 Some have layers/attn/{q,k}_norm/scale, layers/{attn,mlp}_post_norm/scale of what attention and MLP
-add, biases beside kernels, or qkv_proj and gate_up_proj as one matrix.
+add, biases beside kernels, qkv_proj and gate_up_proj as one matrix, or in place of the MLP
+layers/mlp/router/kernel (N, D, E) and layers/mlp/experts/{gate,up,down}_proj/kernel (N, E, in,
+out).
 """
 
 import functools
@@ -22,7 +24,7 @@ from jax.typing import DTypeLike
 
 from diq_jax import trees
 from diq_jax.data import batches
-from diq_jax.models import attention, config, layers, rope
+from diq_jax.models import attention, config, experts, layers, rope
 from diq_jax.run import sharding
 
 ACTIVATIONS = {
@@ -33,10 +35,12 @@ ACTIVATIONS = {
 PARTITION_RULES = (
     (r"embed/embedding", P("model", None)),
     (r"head/kernel", P(None, "model")),
-    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
-    (r"layers/.*/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
-    (r"layers/.*/(o|down)_proj/kernel", P(None, "model", None)),
-    (r"layers/.*/(o|down)_proj/bias", P(None, None)),
+    (r"layers/\w+/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
+    (r"layers/\w+/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
+    (r"layers/\w+/(o|down)_proj/kernel", P(None, "model", None)),
+    (r"layers/\w+/(o|down)_proj/bias", P(None, None)),
+    (r"layers/mlp/experts/.*/kernel", P(None, "model", None, None)),
+    (r"layers/mlp/router/kernel", P(None, None, None)),
     (r"layers/.*norm/scale", P(None, None)),
     (r"final_norm/scale", P(None)),
 )
@@ -61,6 +65,8 @@ def shapes(cfg: config.DecoderConfig) -> dict:
         attn |= {f"{x}_norm": {"scale": (N, size)} for x, size in zip("qk", sizes, strict=True)}
     mlp = {name: linear(D, end, cfg.mlp_bias) for name, end in ends.items()}
     mlp |= {"down_proj": linear(F, D, cfg.mlp_bias)}
+    if cfg.num_experts:
+        mlp = experts.shapes(cfg)
     norms = {"before": ("",), "after": ("_post",), "around": ("", "_post")}[cfg.norms]
     tree = {
         "embed": {"embedding": (cfg.vocab_size, D)},
@@ -85,7 +91,7 @@ def activation_bytes(cfg: config.DecoderConfig, remat: bool) -> int:
     """
     D, F = cfg.model_dim, cfg.ffn_dim
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    products = 0 if remat else 2 * (2 * heads + 2 * kv_heads + 2 * F + 2 * D)
+    products = 0 if remat or cfg.num_experts else 2 * (2 * heads + 2 * kv_heads + 2 * F + 2 * D)
     return cfg.num_layers * (4 * D + products)
 
 
@@ -189,14 +195,16 @@ def through(
         h, kept = attend(q, k, _heads(cfg, v), place["window"], before)
         x = _add(cfg, x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
 
-        gate, up = _gate_up(cfg, linear, _inside(block_norm("mlp_norm", x)))
-        h = linear("mlp", "down_proj", ACTIVATIONS[cfg.activation](gate) * up)
+        own = (tree.get("mlp", {}) for tree in (p, adapted, probes))
+        h = _mlp(cfg, linear, _inside(block_norm("mlp_norm", x)), *own)
         return _between(_add(cfg, x, block_norm("mlp_post_norm", h))), kept
 
     x = _between(embed(params["embed"], cfg, tokens, probe.get("embed")))
     adapted = adapter["layers"] if adapter else {}
     stacked = (params["layers"], adapted, probe.get("layers", {}), past, apart)
-    x, kept = jax.lax.scan(layers.checkpointed(layer, remat), x, stacked)
+    # What all experts' products give is more than any memory: they are always recomputed.
+    layer = layers.checkpointed(layer, remat or bool(cfg.num_experts))
+    x, kept = jax.lax.scan(layer, x, stacked)
     return _inside(norm(params["final_norm"], x, probe=probe.get("final_norm"))), kept
 
 
@@ -279,11 +287,16 @@ def _qkv(cfg, linear, h):
     return jnp.split(linear("attn", "qkv_proj", h), [sizes[0], sum(sizes)], axis=-1)
 
 
-def _gate_up(cfg, linear, h):
-    """Projects h (B, T, D) to the gate and what it gates, each (B, T, F)."""
-    if not cfg.fused:
-        return linear("mlp", "gate_proj", h), linear("mlp", "up_proj", h)
-    return jnp.split(linear("mlp", "gate_up_proj", h), 2, axis=-1)
+def _mlp(cfg, linear, h, *own):
+    """Computes the MLP, or the mixture of experts in its place, of h (B, T, D)."""
+    activation = ACTIVATIONS[cfg.activation]
+    if cfg.num_experts:
+        return _between(experts.mix(cfg, activation, h, *own))
+    if cfg.fused:
+        gate, up = jnp.split(linear("mlp", "gate_up_proj", h), 2, axis=-1)
+    else:
+        gate, up = linear("mlp", "gate_proj", h), linear("mlp", "up_proj", h)
+    return linear("mlp", "down_proj", activation(gate) * up)
 
 
 def embed(

@@ -53,12 +53,8 @@ def _generation_config(base: pathlib.Path, tok: Any) -> dict[str, Any]:
 @jax.jit
 def merge_adapter(params: hf.Params, adapter: dict[str, Any]) -> hf.Params:
     """Returns the parameters with W + A B scale in place of each adapted W, summed in float32."""
-    merged = jax.tree.map(lambda x: x, params)
-    for group, linears in adapter["layers"].items():
-        for name, leaves in linears.items():
-            node = merged["layers"][group][name]
-            change = jnp.einsum("nir,nro->nio", leaves["a"], leaves["b"])
-            change = change * leaves["scale"][:, None, None]
-            kernel = node["kernel"]
-            node["kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-    return merged
+    if "scale" not in adapter:
+        return params | {name: merge_adapter(params[name], adapter[name]) for name in adapter}
+    kernel, scale = params["kernel"], adapter["scale"][..., None, None]
+    change = jnp.einsum("...ir,...ro->...io", adapter["a"], adapter["b"]) * scale
+    return params | {"kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}

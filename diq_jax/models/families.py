@@ -27,6 +27,7 @@ class Family:
     sliding_theta: str | None = None  # the key of the sliding layers' own rope_theta
     partial_rotary: bool = False
     unrotated_every: int | None = None  # without no_rope_layers, which layers are not rotated
+    experts: bool = False  # a mixture of them in each layer, in place of the MLP
     scales: Callable[[Any, int, int], dict[str, float]] | None = None
     unset: tuple[str, ...] = ()  # keys of parts that are not built here
 
@@ -61,6 +62,10 @@ DECODERS = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", {"rope_theta": 1e4}, qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", {"rope_theta": 1e4}, output_bias=True, qk_norm=True),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", {"rope_theta": 1e4, "num_key_value_heads": 4},
+        output_bias=True, qk_norm=True, experts=True,
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         {
@@ -126,8 +131,8 @@ MISSING = {
     "gemma2": "soft caps of scores and logits", "gemma3n": "per-layer embeddings",
     "gemma4_text": "two head sizes in one model",
     "mixtral": "mixture of experts", "qwen2_moe": "mixture of experts",
-    "qwen3_moe": "mixture of experts", "olmoe": "mixture of experts",
-    "phimoe": "mixture of experts", "granitemoe": "mixture of experts",
+    "olmoe": "mixture of experts", "phimoe": "mixture of experts",
+    "granitemoe": "mixture of experts",
     "deepseek_v3": "latent attention and mixture of experts",
     "llama4": "mixture of experts and chunked attention",
     "gpt_oss": "mixture of experts and attention sinks",

@@ -4,7 +4,7 @@ out).
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from diq_jax.run import reading
 
 Params = dict[str, Any]  # nested dicts of arrays
 
-# Path in the tree -> tensor name; {i} is the layer. Kernels are stored (out, in) on their side.
+# Path in the tree -> tensor name; {i} is the layer, {e} the expert. Kernels are stored
+# (out, in) on their side.
 DECODER_NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
     "layers/attn_norm/scale": "model.layers.{i}.input_layernorm.weight",
@@ -36,6 +37,10 @@ DECODER_NAMES = {
 DECODER_NAMES |= {
     f"layers/attn/{norm}/scale": f"model.layers.{{i}}.self_attn.{norm}.weight"
     for norm in ("q_norm", "k_norm")
+}
+DECODER_NAMES |= {"layers/mlp/router/kernel": "model.layers.{i}.mlp.gate.weight"} | {
+    f"layers/mlp/experts/{module}/kernel": f"model.layers.{{i}}.mlp.experts.{{e}}.{module}.weight"
+    for module in ("gate_proj", "up_proj", "down_proj")
 }
 # With norms after attention and MLP, alone (OLMo) or beside those before them (Gemma).
 POST_NORM_NAMES = DECODER_NAMES | {
@@ -173,8 +178,10 @@ def _check(source, shapes, names, prefix, stored_as, ignored, field):
     problems, used, found = [], set(ignored), {}
     for path, shape in wanted.items():
         found[path] = []
-        for name, part in _parts(prefix + names[path], path, shape):
-            name = stored_as.get(name, name)
+        part = shape[len(_stack(path, shape)) :]
+        part = part[::-1] if path.endswith("/kernel") else part
+        for name in tensor_names(names, path, shape).values():
+            name = stored_as.get(prefix + name, prefix + name)
             found[path].append(name)
             used.add(name)
             if name not in available:
@@ -203,8 +210,8 @@ def _load(source, shapes, names, dtype, field, place):
 
     def read(path, shape):
         leaf = np.empty(shape, jnp.dtype(dtype))
-        parts = leaf if path.startswith("layers/") else [leaf]
-        for part, name in zip(parts, names[path], strict=True):
+        stack = _stack(path, shape)
+        for part, name in zip(leaf.reshape(-1, *shape[len(stack) :]), names[path], strict=True):
             array = source.read(name)
             with np.errstate(over="ignore", invalid="ignore"):  # said below
                 part[...] = array.T if path.endswith("/kernel") else array
@@ -224,21 +231,24 @@ def _modern(name):
     return name
 
 
-def _parts(name, path, shape):
-    """Returns (tensor name, its shape as stored) for each layer of a leaf."""
-    stacked = path.startswith("layers/")
-    part = shape[1:] if stacked else shape
-    part = part[::-1] if path.endswith("/kernel") else part
-    count = shape[0] if stacked else 1
-    return [(name.format(i=i, next=i + 1), part) for i in range(count)]
+def tensor_names(names: dict[str, str], path: str, shape: Sequence[int]) -> dict[tuple, str]:
+    """Returns {place: tensor name} of what is stacked in a leaf: () of one that is not stacked,
+    (layer,), or (layer, expert).
+    """
+    found = {}
+    for place in np.ndindex(_stack(path, shape)):
+        i, e = (*place, 0, 0)[:2]
+        found[place] = names[path].format(i=i, e=e, next=i + 1)
+    return found
+
+
+def _stack(path, shape):
+    """Returns the leading axes of a leaf along which tensors are stacked."""
+    return tuple(shape[: path.startswith("layers/") + path.startswith("layers/mlp/experts/")])
 
 
 def _tensors(params, names):
     for path, leaf in trees.named_leaves(params).items():
-        parts = leaf if path.startswith("layers/") else [leaf]
-        for i, part in enumerate(parts):
-            array = np.asarray(part)
-            yield (
-                names[path].format(i=i, next=i + 1),
-                np.ascontiguousarray(array.T if path.endswith("/kernel") else array),
-            )
+        for place, name in tensor_names(names, path, leaf.shape).items():
+            array = np.asarray(leaf[place])
+            yield name, np.ascontiguousarray(array.T if path.endswith("/kernel") else array)

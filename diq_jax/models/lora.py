@@ -17,11 +17,10 @@ import numpy as np
 import safetensors.numpy
 
 from diq_jax import errors, trees
-from diq_jax.models import checkpoint, config, decoder, safetensors_file, stored
+from diq_jax.models import checkpoint, config, decoder, hf, safetensors_file, stored
 from diq_jax.run import artifacts, reading
 
-PEFT_PREFIX = "base_model.model.model.layers."
-PEFT_MODULES = {"attn": "self_attn", "mlp": "mlp"}
+PEFT_PREFIX = "base_model.model."
 # Settings of PEFT that leave the adapter's function as it is. Others that are set change it, or
 # trained more than A and B, such as use_dora, rank_pattern or modules_to_save.
 PEFT_PLAIN = (
@@ -41,8 +40,10 @@ PEFT_LARGEST_RANK, PEFT_LARGEST_ALPHA = 2**16, 1e9
 PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def linear_shapes(cfg: config.DecoderConfig) -> dict[str, tuple[int, int, int]]:
-    """Returns {path of a linear layer: (N, in, out)}, such as layers/attn/q_proj."""
+def linear_shapes(cfg: config.DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Returns {path of a linear layer: (N, in, out)}, such as layers/attn/q_proj; of experts
+    (N, E, in, out).
+    """
     leaves = trees.named_leaves(decoder.shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
     return {
         f"layers/{name.removesuffix('/kernel')}": shape
@@ -72,14 +73,14 @@ def init(
     linears = linear_shapes(cfg)
     chosen = trees.matching(linears, targets, field)
     tree: dict = {}
-    for index, (name, (n, n_in, n_out)) in enumerate(linears.items()):
+    for index, (name, (*stack, n_in, n_out)) in enumerate(linears.items()):
         if name not in chosen:
             continue
         key_a, key_b = jax.random.split(jax.random.fold_in(key, index))
         bound_a, bound_b = math.sqrt(1 / n_in), math.sqrt(1 / rank)
-        a = jax.random.uniform(key_a, (n, n_in, rank), jnp.float32, -bound_a, bound_a)
-        b = jax.random.uniform(key_b, (n, rank, n_out), jnp.float32, -bound_b, bound_b)
-        scale = jnp.full((n,), alpha / rank, jnp.float32)
+        a = jax.random.uniform(key_a, (*stack, n_in, rank), jnp.float32, -bound_a, bound_a)
+        b = jax.random.uniform(key_b, (*stack, rank, n_out), jnp.float32, -bound_b, bound_b)
+        scale = jnp.full(stack, alpha / rank, jnp.float32)
         leaves = {"a": a, "b": jnp.zeros_like(b) if zero_b else b, "scale": scale}
         tree = trees.insert(tree, {name: leaves})
     return tree
@@ -113,9 +114,11 @@ def with_dropout(adapter: dict, keys: jax.Array, rate: jax.Array | float) -> dic
     """
 
     def dropped(path, node):
-        n, linear = node["scale"].shape[0], zlib.crc32(path.encode())
-        split = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, linear), n), 0, 1)
-        rates = jnp.full((n,), rate, jnp.float32)
+        stack, linear = node["scale"].shape, zlib.crc32(path.encode())
+        split = jax.vmap(
+            lambda k: jax.random.split(jax.random.fold_in(k, linear), stack), 0, len(stack)
+        )
+        rates = jnp.full(stack, rate, jnp.float32)
         return node | {"dropout_keys": split(keys), "dropout_rate": rates}  # (N, B) and (N,)
 
     return _map_linears(dropped, adapter)
@@ -136,13 +139,13 @@ def save_peft(
     name, revision = checkpoint.split_revision(base)
     tensors, modules, rank = {}, set(), 0
     for path, leaf in trees.named_leaves(adapter).items():
-        *linear, factor = path.split("/")
+        linear, _, factor = path.rpartition("/")
         if factor == "scale":
             continue
-        modules.add(linear[-1])
         rank = leaf.shape[-1] if factor == "a" else rank
-        for layer, matrix in enumerate(np.asarray(leaf, np.float32)):
-            where = f"{PEFT_PREFIX}{layer}.{PEFT_MODULES[linear[1]]}.{linear[2]}"
+        for place, where in _peft_modules(linear, leaf.shape).items():
+            modules.add(where.rpartition(".")[2])
+            matrix = np.asarray(leaf[place], np.float32)
             tensors[f"{where}.lora_{factor.upper()}.weight"] = np.ascontiguousarray(matrix.T)
     with artifacts.atomic(folder / "adapter_model.safetensors") as temporary:
         safetensors.numpy.save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
@@ -184,12 +187,9 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     tensors = _peft_tensors(folder / "adapter_model.safetensors", field)
     tree: dict = {}
-    for name, (n, n_in, n_out) in linear_shapes(cfg).items():
-        _, group, module = name.split("/")
-        keys = [
-            [f"{PEFT_PREFIX}{i}.{PEFT_MODULES[group]}.{module}.lora_{f}.weight" for i in range(n)]
-            for f in "AB"
-        ]
+    for name, (*stack, n_in, n_out) in linear_shapes(cfg).items():
+        modules = _peft_modules(name, (*stack, n_in, n_out)).values()
+        keys = [[f"{where}.lora_{f}.weight" for where in modules] for f in "AB"]
         if keys[0][0] not in tensors:
             continue
         factors = []
@@ -201,13 +201,20 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
                         f"{field}: {folder} is an adapter of another model: {key} should have "
                         f"shape {shape}, has {got}."
                     )
-            factors.append(np.stack([tensors.pop(key).astype(np.float32).T for key in names]))
-        leaves = {"a": factors[0], "b": factors[1], "scale": np.full((n,), scale, np.float32)}
+            found = np.stack([tensors.pop(key).astype(np.float32).T for key in names])
+            factors.append(found.reshape(*stack, *shape[::-1]))
+        leaves = {"a": factors[0], "b": factors[1], "scale": np.full(stack, scale, np.float32)}
         tree = trees.insert(tree, {name: jax.tree.map(jnp.asarray, leaves)})
     if tensors or not tree:
         extra = ", ".join(sorted(tensors)[:3]) or "no LoRA matrices"
         raise errors.UserError(f"{field}: {folder} does not fit this model: {extra}.")
     return tree
+
+
+def _peft_modules(linear, shape):
+    """Returns {place in the stack of a linear's leaves of `shape`: its module's name in PEFT}."""
+    names = hf.tensor_names(hf.DECODER_NAMES, f"{linear}/kernel", shape)
+    return {place: PEFT_PREFIX + name.removesuffix(".weight") for place, name in names.items()}
 
 
 def _peft_tensors(file: pathlib.Path, field: str) -> dict[str, np.ndarray]:

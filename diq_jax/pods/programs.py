@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -248,13 +249,16 @@ def make(name: str, job: Job) -> list[Program]:
 def ideal_flops(name: str, job: Job) -> float:
     """Returns the fewest FLOPs that the mathematics of a program needs for a batch, on all chips.
 
-    The head meets answer tokens alone, attention is causal; a program that needs no gradient of a
-    matrix goes through it forth and back, or along a thin direction, at twice a forward pass.
+    The head meets answer tokens alone, attention is causal, a token meets its own experts; a
+    program that needs no gradient of a matrix goes through it forth and back, or along a thin
+    direction, at twice a forward pass.
     """
     cfg = job.model.cfg
     B, T, A = job.batch.tokens.shape[0], job.tokens, job.answers
     shapes = trees.named_leaves(decoder.shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
-    matrices = sum(int(np.prod(x)) for name, x in shapes.items() if name.endswith("kernel"))
+    kernels = {name: math.prod(x) for name, x in shapes.items() if name.endswith("kernel")}
+    met = cfg.experts_per_token / cfg.num_experts if cfg.num_experts else 1
+    matrices = sum(size * (met if "experts/" in name else 1) for name, size in kernels.items())
     products = 2 * B * (T * matrices + A * cfg.model_dim * cfg.vocab_size)
     attention = 2 * B * cfg.num_heads * cfg.head_dim * T * T * cfg.num_layers
     times, attended = PASSES.get(name, (2, 3))

@@ -35,11 +35,11 @@ ENGINES = {
         engine="factored", projection=influence_config.Projection(dim=100)),
 }
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-def score(settings, rows=rows, **parallel):
+def score(settings, rows=rows, of=model, **parallel):
     place = tiny.placement(**parallel)
     put = place.place(decoder.PARTITION_RULES)
-    params = trees.map_named(lambda n, x: put(n, np.asarray(x)), model.params)
-    m = load.Model(params, model.cfg, {}, "")
+    params = trees.map_named(lambda n, x: put(n, np.asarray(x)), of.params)
+    m = load.Model(params, of.cfg, {}, "")
     space = direction.make_space(m, settings, place)
     def placed(r):
         for g, b in batches.iterate(batches.plan(r, 64, place.rows_multiple, 1), r):
@@ -85,6 +85,11 @@ for name, settings in ENGINES.items():
     if name == "exact":
         few = score(settings, rows[:3], data=8)
         np.testing.assert_allclose(few, one[:3], atol=1e-5 * largest, err_msg="3 rows")
+mixture = tiny.model(**tiny.APART["experts"])
+for name in ("exact", "factored"):
+    one = score(ENGINES[name], of=mixture, data=1)
+    found = score(ENGINES[name], of=mixture, data=4, model=2)
+    np.testing.assert_allclose(found, one, atol=1e-4 * np.abs(one).max(), err_msg="experts")
 print("equal")
 """
 

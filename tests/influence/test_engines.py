@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +92,10 @@ def test_factored_equals_the_two_sided_projection_of_the_oracle(family, paramete
     close(losses, direction.losses(*space, BATCH, model.cfg, "mean"))
 
     # By hand for one matrix: core = Lt G Rt.
-    name = "layers/mlp/down_proj/kernel"  # which every family has
+    name = "layers/attn/o_proj/kernel"  # which every family has
     G = trees.named_leaves(found["params"])[name]
     place = list(layout.matrices).index(name)
-    before = sum(max(n, 1) for n, _, _ in list(layout.matrices.values())[:place])
+    before = sum(math.prod(s[:-2]) for s in list(layout.matrices.values())[:place])
     P = layout.rank
     core = got[:, before * P * P : (before + 2) * P * P].reshape(8, 2, P, P)
     for layer in range(2):
@@ -140,7 +141,7 @@ def test_a_factored_projection_without_room_is_refused(dim, rank, message):
         factored.make_layout(shapes, influence_config.Projection(dim=dim, rank=rank))
 
 
-@pytest.mark.parametrize("family", ["tied", "untied-biases", "gemma", "phi-granite"])
+@pytest.mark.parametrize("family", ["tied", "untied-biases", "gemma", "phi-granite", "experts"])
 def test_a_thin_direction_scores_as_its_own_product(family):
     """Rank 3: <g, A B> for matrices, gains and biases whole; full rank: the direction itself."""
     model = tiny.model(**FAMILIES[family])

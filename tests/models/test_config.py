@@ -26,6 +26,11 @@ SIZES = [
     "max_position_embeddings",
 ]  # fmt: skip
 
+EXPERTS = tiny.HF_CONFIG | {
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
+
 
 def _refused(read, settings, message):
     with pytest.raises(errors.UserError, match=rf"^{FIELD}: .*{message}") as caught:
@@ -84,14 +89,14 @@ def test_values_of_decoders_are_checked(change, message):
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma3", "gpt9", "qwen3_moe", "llama4", "Llama", "", None, 3, ["llama"]]
+    "family", ["gemma3", "gpt9", "mixtral", "llama4", "Llama", "", None, 3, ["llama"]]
 )
 def test_families_that_are_not_supported_are_refused_without_a_guess(family):
     with pytest.raises(errors.UserError) as caught:
         config.decoder_config(tiny.HF_CONFIG | {"model_type": family}, FIELD)
     has = families.MISSING.get(family) if isinstance(family, str) else None
     part = f" (it has {has}, which is not built here)" if has else ""
-    assert (has is not None) == (family in ("qwen3_moe", "llama4"))
+    assert (has is not None) == (family in ("mixtral", "llama4"))
     assert str(caught.value) == (
         f"model.path: model family {family!r} is not supported here{part}: a decoder is needed, one"
         f" of {', '.join(families.DECODERS)}."
@@ -120,7 +125,7 @@ def test_quantised_checkpoints_are_refused_by_name(method):
 
 def test_what_a_config_leaves_out_is_what_transformers_documents():
     def without(family, *keys):
-        settings = {k: v for k, v in tiny.HF_CONFIG.items() if k not in keys}
+        settings = {k: v for k, v in EXPERTS.items() if k not in keys}
         settings["model_type"] = family
         made = transformers.AutoConfig.for_model(**settings | {"pad_token_id": None})
         return config.decoder_config(settings, FIELD), made
@@ -146,3 +151,27 @@ def test_what_a_config_leaves_out_is_what_transformers_documents():
 def test_an_encoder_that_masks_the_future_is_refused():
     _refused(config.encoder_config, BERT | {"is_decoder": True}, "is_decoder=True")
     assert np.isclose(config.encoder_config(BERT, FIELD).norm_eps, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5; it must be at most the 4 experts"),
+        ({"num_experts": 0}, "num_experts=0; it must be between 1"),
+        ({"num_experts": None}, "no 'num_experts'"),
+        ({"moe_intermediate_size": None}, "no 'moe_intermediate_size'"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2; supported: 1"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]; supported: \[\]"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
+    ],
+)
+def test_values_of_experts_are_checked(change, message):
+    cfg = config.decoder_config(EXPERTS, FIELD)
+    assert (cfg.num_experts, cfg.experts_per_token, cfg.norm_shares, cfg.ffn_dim) == (
+        4,
+        2,
+        True,
+        24,
+    )
+    with pytest.raises(errors.UserError, match=message):
+        config.decoder_config(EXPERTS | change, FIELD)

@@ -230,7 +230,7 @@ def test_causality_by_gradients():
 def test_every_parameter_has_one_partition_rule_and_every_rule_a_parameter():
     names = set()
     biases = {"tied_head": False, "qkv_bias": True, "output_bias": True, "qk_norm": True}
-    for extra in ({}, biases, {"fused": True, "norms": "around"}):
+    for extra in ({}, biases, {"fused": True, "norms": "around"}, tiny.APART["experts"]):
         shapes = trees.named_leaves(
             decoder.shapes(tiny.decoder_config(**extra)), lambda x: type(x) is tuple
         )

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from diq_jax import errors, trees
-from diq_jax.models import config, decoder, hf, layers, lora
+from diq_jax.models import config, decoder, export, hf, layers, lora
 
 # PEFT asks transformers for a property that transformers 5 renames.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -225,3 +225,24 @@ def test_dropout_differs_between_layers_linears_and_rows(adapter):
         for leaves in (dropped["layers"]["attn"]["q_proj"], dropped["layers"]["mlp"]["down_proj"])
     ]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * CFG.num_layers * 5
+
+
+@pytest.mark.parametrize("targets", ["experts", "router", "(q|down)_proj"])
+def test_an_adapter_of_experts_is_merged_saved_and_read(targets, tmp_path):
+    cfg = tiny.decoder_config(**tiny.APART["experts"])
+    params = decoder.init(jax.random.key(0), cfg, jnp.float32)
+    params = trees.map_named(lambda name, x: 10 * x if "kernel" in name else x, params)
+    own = lora.init(jax.random.key(1), cfg, targets, 3, 6.0, zero_b=False, field="test")
+
+    @jax.jit
+    def hidden(params, adapter):
+        positions = np.broadcast_to(np.arange(6), TOKENS.shape)
+        return decoder.apply(params, cfg, TOKENS % 50, positions, np.ones_like(TOKENS), adapter)
+
+    adapted = hidden(params, own)
+    assert np.abs(adapted - hidden(params, None)).max() > 0.1
+    np.testing.assert_allclose(hidden(export.merge_adapter(params, own), None), adapted, atol=2e-5)
+    lora.save_peft(tmp_path, own, alpha=6.0, dropout=0.0, base="tiny")
+    jax.tree.map(np.testing.assert_array_equal, lora.load_peft(tmp_path, cfg, "test"), own)
+    dropped = lora.with_dropout(own, jax.random.split(jax.random.key(0), 2), 0.5)
+    assert np.abs(hidden(params, dropped) - adapted).max() > 0.01
