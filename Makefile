@@ -1,16 +1,18 @@
 # Each target installs what it needs into .venv; peers into .venv-peers.
 PYTHON ?= python3
+NEWEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3.13) python3.13)
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: help setup peers demo test test-all lint format docs pods clean
+.PHONY: help setup peers demo test test-all test-newest test-smoke lint format docs pods clean
 
 help:
 	@echo "make setup     install into .venv"
 	@echo "make demo      setup, then configs/quickstart.py:demo into $(WORKDIR)"
 	@echo "make test      setup, then the fast tests"
 	@echo "make test-all  setup, then all tests"
+	@echo "make test-newest  the fast tests with Python 3.13 and the newest packages; test-smoke a few"
 	@echo "make lint      ruff and pyright; make format mends what it can"
 	@echo "make docs      setup, then the documentation's pages into build/site"
 	@echo "make pods      compile the programs for TPU slices without a TPU, in .venv-pods (8 minutes)"
@@ -54,13 +56,37 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 demo: setup
 	$(BIN)/python experiments/run_diq.py --config=configs/quickstart.py:demo --workdir=$(WORKDIR)
 
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 
 test: setup
 	$(PYTEST) -m "not slow"
 
 test-all: setup
 	$(PYTEST)
+
+# No constraints and no torch: what the tests compare with it is skipped. CI has no time for all of
+# them again, and takes those of SMOKE, which go from a pool to scores, training, questions and a
+# report with tiny models.
+SMOKE := tests/test_api.py tests/test_pipeline.py tests/influence/test_score.py \
+	tests/selection/test_selection.py tests/finetune/test_sft.py tests/evaluate/test_options.py \
+	tests/models/test_decoder.py tests/report/test_report.py
+
+ifeq ($(shell $(NEWEST) --version 2>/dev/null),)
+test-newest test-smoke:
+	@echo "There is no Python 3.13 here: the tests with the newest packages are skipped."
+else
+test-newest: .venv-newest/.installed
+	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not slow"
+
+test-smoke: .venv-newest/.installed
+	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not slow" $(SMOKE)
+endif
+
+.venv-newest/.installed: pyproject.toml setup.py
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -80,4 +106,4 @@ $(VENV)/.docs-installed: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-pods build dist *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-pods .venv-newest build dist *.egg-info

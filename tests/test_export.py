@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-import torch
 import transformers
+from reference import torch
 
 from diq_jax import errors, trees
 from diq_jax.models import checkpoint, decoder, load, lora, tokenizer

@@ -1,8 +1,8 @@
 """Tiny random models of transformers, of every decoder family."""
 
 import numpy as np
-import torch
 import transformers
+from reference import torch
 
 from diq_jax.models import checkpoint, config, hf
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 import tiny
 import tokenizers
-import torch
 import transformers
+from reference import torch
 from tokenizers import models, pre_tokenizers, processors
 
 from diq_jax import config, errors, stats

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 import transformers
+from reference import torch
 
 from diq_jax import config, errors
 from diq_jax.data import batches, example

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import tiny
-import torch
 import transformers
+from reference import torch
 
 from diq_jax import config, pipeline
 from diq_jax.evaluate import options

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import tiny
-import torch
 import transformers
+from reference import peft, torch
 
 from diq_jax import config, finetune_config, trees
 from diq_jax.data import example, preferences

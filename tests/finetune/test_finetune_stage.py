@@ -224,7 +224,7 @@ def test_all_parameters_with_the_best_kept_beside_the_last(full):
 
 def target_loss(workdir, folder):
     """The targets' mean loss by transformers, of a model as the stage writes it."""
-    import torch  # seconds, which the forks of this file need not spend
+    from reference import torch  # seconds, which the forks of this file need not spend
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = encoded.from_table(reading.read_table(workdir / "prepare/targets.parquet"))

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
 import tiny
-import torch
 import transformers
+from reference import peft, torch
 
 from diq_jax import config, errors, finetune_config, trees
 from diq_jax.data import batches, example

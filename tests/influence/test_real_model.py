@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-import torch
 import transformers
+from reference import torch
 
 from diq_jax import config, influence_config, prepare, stats
 from diq_jax.data import batches, encoded

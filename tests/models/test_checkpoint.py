@@ -101,8 +101,8 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 
 def test_transformers_loads_what_was_saved(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
     import transformers
+    from reference import torch
 
     config = transformers.LlamaConfig(
         hidden_size=WIDTH,
@@ -372,7 +372,8 @@ def test_hub_id_downloads_one_revision(tmp_path, monkeypatch):
 
 
 def test_hub_id_without_safetensors_downloads_the_torch_file(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from reference import torch
+
     (tmp_path / "config.json").write_text("{}")
 
     def download(repository, revision, allow_patterns):
@@ -516,7 +517,8 @@ def test_gguf_has_the_weights_and_config_of_the_model(tmp_path, architecture):
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "granite", "smollm3"])
 def test_a_gguf_file_of_a_family_is_the_model(tmp_path, name):
     """As llama.cpp converts it: its tensor names, Gemma's gains + 1, rows of Llamas in pairs."""
-    torch_models = pytest.importorskip("torch_models", reason="torch is not installed")
+    import torch_models
+
     model = torch_models.torch_model(name, tmp_path / "hf")
     settings = model.config
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)
@@ -622,8 +624,8 @@ def test_gguf_blocks_that_are_not_finite_are_refused_by_name(tmp_path):
 
 
 def test_gguf_rope_scaling(tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
     import transformers
+    from reference import torch
     from transformers import modeling_rope_utils
 
     llama3 = {
@@ -787,8 +789,8 @@ def test_gguf_header_equals_the_gguf_packages(tmp_path):
 @pytest.mark.slow
 def test_real_gguf_equals_torch():
     """Every tensor of SmolLM2-135M (Q4_1, Q8_0, F32) as transformers reads and permutes it."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
     import transformers
+    from reference import torch
 
     try:
         path = checkpoint.resolve(SMOLLM2, FIELD)

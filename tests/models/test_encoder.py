@@ -4,8 +4,8 @@ import importlib.util
 
 import numpy as np
 import pytest
-import torch
 import transformers
+from reference import torch
 
 from diq_jax.models import checkpoint, config, encoder, hf
 

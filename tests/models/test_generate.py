@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import torch
 import transformers
+from reference import torch
 from torch_models import load, torch_model
 
 from diq_jax import trees

@@ -5,12 +5,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import safetensors.numpy
 import tiny
-import torch
 import transformers
+from reference import peft, torch
 
 from diq_jax import errors, trees
 from diq_jax.models import config, decoder, export, hf, layers, lora

@@ -13,7 +13,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+from reference import torch
 
 from diq_jax import errors
 from diq_jax.models import checkpoint, torch_file
