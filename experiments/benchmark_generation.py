@@ -55,17 +55,18 @@ class Transformers:
 
     def generate(self, count: int) -> tuple[float, list[list[int]]]:
         """Seconds and tokens (B, count)."""
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        ask, answers = self._process.stdin, self._process.stdout
+        assert ask and answers  # pipes
+        ask.write(f"{count}\n")
+        ask.flush()
+        line = answers.readline()
         if not line:
             raise errors.UserError("transformers failed; it needs torch: pip install -e '.[dev]'.")
         reply = json.loads(line)
         return reply["seconds"], reply["tokens"]
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # closes its stdin, and waits
 
 
 def ours(generator, params, prompts, stream) -> tuple[float, float, np.ndarray]:

@@ -62,8 +62,7 @@ def make_rows(vocab: int) -> list[example.Encoded]:
         return [
             example.Encoded(
                 row.example_id,
-                np.array(row.input_ids[: TOKENS.value], np.int32),
-                np.array(row.labels[: TOKENS.value], np.int32),
+                *(np.array(ids, np.int32)[: TOKENS.value] for ids in (row.input_ids, row.labels)),
             )
             for row in found
         ]

@@ -103,11 +103,13 @@ def torch_steps(model: load.Model, rows) -> Iterator[Callable[[str], dict]]:
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as process:
+            ask, answers = process.stdin, process.stdout
+            assert ask and answers  # pipes
 
             def take(kind: str) -> dict:
-                process.stdin.write(f"{kind}\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
+                ask.write(f"{kind}\n")
+                ask.flush()
+                line = answers.readline()
                 if not line:
                     raise errors.UserError(f"{script} ended; it needs pip install -e '.[dev]'.")
                 return json.loads(line)
@@ -116,7 +118,7 @@ def torch_steps(model: load.Model, rows) -> Iterator[Callable[[str], dict]]:
                 yield take
             finally:
                 with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
+                    ask.close()
 
 
 def measure(kind: str, ours: Callable[[], float], theirs: Callable[[str], dict]) -> dict:

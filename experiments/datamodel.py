@@ -34,8 +34,8 @@ def order_of(members, epochs: int, batch_size: int, seed: int) -> np.ndarray:
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     rows, per_epoch = np.flatnonzero(members), int(np.sum(members)) // batch_size
-    epochs = [rng.permutation(rows)[: per_epoch * batch_size] for _ in range(epochs)]
-    return np.concatenate(epochs).reshape(-1, batch_size).astype(np.int32)
+    each = [rng.permutation(rows)[: per_epoch * batch_size] for _ in range(epochs)]
+    return np.concatenate(each).reshape(-1, batch_size).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

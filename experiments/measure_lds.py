@@ -135,7 +135,7 @@ def train_subsets(setting: lds_scores.Setting, subsets, workdir: pathlib.Path) -
     """
     key = zlib.crc32(repr(settings_of()).encode())
     for leaf in jax.tree.leaves(setting.params):
-        key = zlib.crc32(np.asarray(leaf), key)
+        key = zlib.crc32(np.asarray(leaf).tobytes(), key)
     folder, count = workdir / f"trainings-{key:08x}", len(subsets)
     seeds = [parts.Parts(folder / f"seed-{seed}") for seed in range(SEEDS.value)]
     left = [(seed, s) for seed, done in enumerate(seeds) for s in done.remaining(count)]

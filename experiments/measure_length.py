@@ -76,8 +76,11 @@ def read(workdir: pathlib.Path, verified: bool) -> tuple[Pool, float]:
         if other != ids:
             raise errors.UserError(f"{workdir}: influence, store and difficulty differ in rows.")
     norms = np.concatenate([np.linalg.norm(rows, axis=1) for _, rows in store.blocks()])
+    influence, loss, tokens = (table[name].to_numpy() for name in ("influence", "loss", "tokens"))
     return Pool(
-        *(table[name].to_numpy() for name in ("influence", "loss", "tokens")),
+        influence,
+        loss,
+        tokens,
         levels[settings.perspective].to_numpy(),
         np.array(pool["source"].to_pylist()),
         methods.id_order(ids),

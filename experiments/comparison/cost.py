@@ -41,9 +41,9 @@ PASSES = {  # linear layers, attention, head
     "thin_gradient": (2, 4, 3),
 }
 REMAT = (1, 1, 0)  # what recomputing the layers adds to a gradient
-PRODUCERS = dict.fromkeys(
+PRODUCERS: dict[str, str] = dict.fromkeys(  # the stage of a part
     ("store", "by_target", "color", "temp"), "influence"
-)  # the stage of a part
+)
 GAUSS_NEWTON_PASSES = 5  # of one product with the Gauss-Newton matrix
 
 

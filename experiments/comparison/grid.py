@@ -253,7 +253,7 @@ def cells(
             for unit in request.units:
                 for seed in range(request.seeds):
                     count = keep
-                    if unit == "tokens":
+                    if unit == "tokens" and tokens is not None:
                         order = np.argsort(own[seed])[:most]
                         limit = budget * tokens[~removed].sum()
                         count = max(1, int(np.sum(np.cumsum(tokens[order]) <= limit)))

@@ -51,7 +51,7 @@ def draw(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
         handles, labels, loc="outside upper left", ncols=4, fontsize=9, title=NOTE,
         title_fontsize=9, alignment="left",
     )  # fmt: skip
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     return figure
 
 

@@ -33,7 +33,8 @@ def estimates(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
 
     All values of one shape are resampled alike, so that a difference is paired.
     """
-    by_seed, by_question = draws(*values.shape, samples, seed)
+    seeds, questions = values.shape
+    by_seed, by_question = draws(seeds, questions, samples, seed)
     return np.sum((by_seed @ values) * by_question, axis=1)
 
 

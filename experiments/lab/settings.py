@@ -6,13 +6,15 @@ Cost:    docs/results.md
 Result:  docs/results.md
 """
 
+from typing import Any
+
 from diq_jax import config
 
 SHARED = "../shared/data"
 
 
 def get_config():
-    c = config.default()
+    c: Any = config.default()
     c.model.path = "the lab's own"  # selection_lab.py puts its folder here
     c.model.max_tokens = 256
     c.model.truncation = "prompt"  # else targets with long questions would be dropped

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+
+from diq_jax import stats
 
 MEASURES = {"spearman": "Spearman of the rankings", "overlap": "share of the chosen rows in both"}
 
@@ -24,7 +25,7 @@ def draw(tasks: Sequence[str], size: int, rng: np.random.Generator) -> np.ndarra
 def agreement(left: np.ndarray, right: np.ndarray, keep: int) -> tuple[float, float]:
     """Compares two scores (n,): Spearman, and the share of the `keep` best of one in the other."""
     best = [set(np.argsort(-x, kind="stable")[:keep].tolist()) for x in (left, right)]
-    return float(scipy.stats.spearmanr(left, right)[0]), len(best[0] & best[1]) / keep
+    return stats.spearman(left, right), len(best[0] & best[1]) / keep
 
 
 def study(

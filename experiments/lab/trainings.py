@@ -167,9 +167,9 @@ def train(lab: Lab, arms: Sequence[Sequence[int]], seeds: Sequence[int]) -> tupl
         for name in names
     }  # fmt: skip
     rates = fit.learning_rates(lab.settings, order.shape[1])
-    start = make_start(lab, seeds)
+    start, batch = make_start(lab, seeds), dataclasses.replace(lab.batch, **cut)
     return _train(
-        lab.model.params, start.factors, start.frozen, lab.batch.replace(**cut), order, rates,
+        lab.model.params, start.factors, start.frozen, batch, order, rates,
         cfg=lab.model.cfg, settings=lab.settings,
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def evaluate(lab: Lab, weights: Any, count: int) -> dict[str, np.ndarray]:
     rows = np.array(found["target"]["loss"], np.float64).T
     metrics = []
     for seed in range(count):
-        columns = {
+        columns: dict[str, Any] = {
             name: [np.reshape(values, (count, -1))[seed] for values in column]
             for name, column in found["question"].items()
         }
