@@ -113,6 +113,7 @@ def test_transformers_loads_what_was_saved(tmp_path):
         vocab_size=VOCAB,
         dtype="bfloat16",
     )
+    torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     state = model.state_dict()
     tensors = {k: v.view(torch.int16).numpy().view(ml_dtypes.bfloat16) for k, v in state.items()}
