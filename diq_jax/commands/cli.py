@@ -37,6 +37,7 @@ JOBS = {
     "compare-models": "compare two models that answered the same questions",
     "judge": "judge written answers by language models",
     "harness": "run tasks of the lm-eval harness on a model",
+    "serve": "answer clients of the OpenAI API by a model",
     "export": "merge an adapter into its base model",
 }
 HELP = {"-h", "-help", "--help"}

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import errors, trees
 from diq_jax.data import batches, chat, token_ids
 from diq_jax.evaluate import harness_generation, options
-from diq_jax.models import config, decoder, load, loss
+from diq_jax.models import config, load, loss
 from diq_jax.run import devices, progress
 
 try:
@@ -254,20 +253,8 @@ def token_scores(
     Returns:
         (B, A) float32, 0 at padding, and (B, A) bool.
     """
-    hidden = loss.at_answers(loss.hidden_states(params, cfg, batch, adapter), batch)
-    B, A, _ = hidden.shape
-
-    def block(hidden_and_labels):
-        hidden, labels = hidden_and_labels
-        logits = decoder.logits(params, cfg, hidden)
-        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1) == labels
-
-    blocks = loss.head_blocks(hidden), loss.head_blocks(batch.loss_labels)
-    losses, greedy = (
-        jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :A] for x in jax.lax.map(block, blocks)
-    )
-    return losses * batch.loss_mask, greedy
+    losses, best, _ = loss.top_scores(params, cfg, batch, 1, adapter)
+    return losses, best[..., 0] == batch.loss_labels
 
 
 def share_contexts(pairs: Sequence[Pair]) -> tuple[list[options.Question], list[list[int]]]:

@@ -30,11 +30,12 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Holds a generated text, without what ended it."""
+    """Holds a generated text, without what ended it, and all tokens of it."""
 
     text: str
     tokens: int  # generated, the end included
     finish: str  # end: a token that ends a turn; stop: a stop string; length: max_new_tokens
+    ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _finished(tokens: list[int], generator: Generator, prompt: Prompt) -> Answer
     text = generator.text(tokens[:-1] if ended else tokens)
     found = [text.find(stop) for stop in generator.stop if stop in text]
     if found:
-        return Answer(text[: min(found)], len(tokens), STOP)
+        return Answer(text[: min(found)], len(tokens), STOP, tuple(tokens))
     if ended or full:
-        return Answer(text, len(tokens), END if ended else LENGTH)
+        return Answer(text, len(tokens), END if ended else LENGTH, tuple(tokens))
     return None

@@ -79,6 +79,34 @@ def answer_losses(
     return jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :A] * batch.loss_mask
 
 
+def top_scores(
+    params: trees.Tree,
+    cfg: config.DecoderConfig,
+    batch: batches.Batch,
+    top: int,
+    adapter: trees.Tree | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes for each scored token its negative log-likelihood, and the likeliest tokens there.
+
+    Returns:
+        (B, A) float32 in nats, 0 at padding; (B, A, top) int32, the likeliest first, of equals that
+        with the lower id; (B, A, top) float32, their log-likelihoods.
+    """
+    hidden = at_answers(hidden_states(params, cfg, batch, adapter), batch)
+    B, A, _ = hidden.shape
+
+    def block(hidden_and_labels):
+        hidden, labels = hidden_and_labels
+        scores = jax.nn.log_softmax(decoder.logits(params, cfg, hidden), axis=-1)
+        chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+        values, ids = jax.lax.top_k(scores, top)
+        return -chosen, ids, values
+
+    found = jax.lax.map(block, (head_blocks(hidden), head_blocks(batch.loss_labels)))
+    losses, ids, values = (jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :A] for x in found)
+    return losses * batch.loss_mask, ids, values
+
+
 def head_blocks(x: Array) -> jax.Array:
     """Splits (B, A, ...) into what the head takes at a time, padded: (blocks, B, size, ...)."""
     B, A = x.shape[:2]
