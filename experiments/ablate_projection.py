@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from diq_jax import errors, influence_config, pipeline, prepare, stats, trees
 from diq_jax.commands import cli
 from diq_jax.data import encoded
-from diq_jax.influence import direction, engines, per_example, problems, projection
+from diq_jax.influence import direction, features, per_example, problems, projection
 from diq_jax.models import load
 from diq_jax.run import artifacts, devices, parts, stages
 
@@ -121,9 +121,9 @@ def gradient_step(space, v, variants: list[Variant], problem: problems.Problem):
 def factored_step(space, v, variants: list[Variant], problem: problems.Problem):
     [variant] = variants
     settings = dataclasses.replace(problem.settings, engine="factored", projection=variant.settings)
-    features = engines.open_features(space, settings, problem.model.cfg, problem.placement, None)
-    end = features.project(jax.tree.map(lambda x: x[None], v))[0]
-    return lambda batch: (features.step(batch)[0] @ end)[:, None]
+    made = features.open_features(space, settings, problem.model.cfg, problem.placement, None)
+    end = made.project(jax.tree.map(lambda x: x[None], v))[0]
+    return lambda batch: (made.step(batch)[0] @ end)[:, None]
 
 
 def seconds_per_example(v, variant: Variant, rows: int = 16) -> float:

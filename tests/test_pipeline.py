@@ -430,7 +430,7 @@ def test_labels_must_have_the_perspectives_that_are_asked_for(made, tmp_path):
 
 
 def test_a_pool_too_large_for_all_pairs_is_refused_once_it_is_prepared(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("diq_jax.selection.diversity.MOST_ROWS", 23)
+    monkeypatch.setattr("diq_jax.selection.methods.MOST_ROWS", 23)
     changes = {"influence__engine": "factored", "selection__method": "k_center"}
     with pytest.raises(errors.UserError, match="at most 23 examples; this one has 24"):
         run(made, tmp_path, "", **changes)

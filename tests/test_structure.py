@@ -1,4 +1,7 @@
-"""The house: imports go down only, and the rooms never import each other."""
+"""The house: imports go down only, and the rooms never import each other.
+
+`python tests/test_structure.py` lists the modules between a pool's JSONL and its ranks.
+"""
 
 import ast
 import pathlib
@@ -108,3 +111,54 @@ def test_modules_and_functions_are_short():
         assert len(text.splitlines()) <= 350, path
         for node in functions(ast.parse(text)):
             assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+# load_examples, load_model, score and select, and all that they import when they are imported.
+SCORING = ("data.sources", "models.load", "influence.score", "selection.select")
+# How many modules and lines that may be. Formats, engines and kinds of direction beside the plain
+# ones are imported where a run asks for them; lower these where you can.
+MOST_MODULES, MOST_LINES = 48, 9200
+
+
+def needed(module: str) -> set[str]:
+    """The modules of the package that one imports at once, not inside a function."""
+    found, left = set(), list(ast.parse(path_of(module).read_text()).body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diq_jax":
+            for alias in node.names:
+                names = (f"{node.module}.{alias.name}", node.module)
+                inner = (name.partition(".")[2] for name in names)
+                found |= set([name for name in inner if path_of(name).is_file()][:1])
+        elif isinstance(node, ast.Try) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test)
+        ):
+            left += node.body
+    return found
+
+
+def path_of(module: str) -> pathlib.Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def scoring_path() -> dict[str, int]:
+    """{module: lines} of SCORING and all that it needs."""
+    lines: dict[str, int] = {}
+    left = list(SCORING)
+    while left:
+        module = left.pop()
+        if module not in lines:
+            lines[module] = len(path_of(module).read_text().splitlines())
+            left += needed(module)
+    return lines
+
+
+def test_the_way_from_rows_to_ranks_is_short():
+    lines = scoring_path()
+    assert len(lines) <= MOST_MODULES and sum(lines.values()) <= MOST_LINES, lines
+
+
+if __name__ == "__main__":
+    for module, count in sorted(scoring_path().items()):
+        print(f"{count:5} {module}")
+    print(f"{sum(scoring_path().values()):5} lines in {len(scoring_path())} modules")

@@ -57,7 +57,7 @@ def main() -> None:
     import pyarrow as pa
 
     from diq_jax.data import chat, encoded, sources
-    from diq_jax.influence import direction, engines, problems, store
+    from diq_jax.influence import direction, features, problems, store
     from diq_jax.influence import stage as influence
     from diq_jax.models import load, tokenizer
     from diq_jax.run import artifacts, compiled, devices, records, stages
@@ -76,15 +76,13 @@ def main() -> None:
     groups = problems.group_targets("task", rows, [tasks[row.example_id] for row in rows])
 
     space = direction.make_space(model, cfg.influence, placement)
-    features = engines.open_features(space, cfg.influence, model.cfg, placement, None)
+    made = features.open_features(space, cfg.influence, model.cfg, placement, None)
     if verified:
         for name in (POOL, f"{STORE}/manifest.json"):
             records.verify(workdir / name)
-    opened = store.open_store(
-        workdir / STORE, influence.made_from(context) | features.record, verified
-    )
+    opened = store.open_store(workdir / STORE, influence.made_from(context) | made.record, verified)
     problem = problems.Problem(model, [], rows, groups, cfg.influence, placement)
-    targets, _ = features.of_directions(problem, space, None)
+    targets, _ = made.of_directions(problem, space, None)
     started = time.perf_counter()
     mean = (problem.weights @ targets)[None]
     scores = opened.scores(np.concatenate([targets, mean]), cfg.influence.normalize)

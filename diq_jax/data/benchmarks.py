@@ -26,9 +26,8 @@ from typing import Any
 from absl import logging
 
 from diq_jax import errors
-from diq_jax.data import example
+from diq_jax.data import example, files
 
-PREFIX = "benchmark:"
 MMLU_SUBJECTS = (
     "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
     "professional_medicine",
@@ -170,9 +169,11 @@ def expand(spec: str, field: str) -> list[tuple[str, str]]:
     Raises:
         UserError: no such name, with the nearest; or a list of names with a file.
     """
-    name, _, file = spec.removeprefix(PREFIX).partition(":")
+    name, _, file = spec.removeprefix(files.BENCHMARK).partition(":")
     groups = dict.fromkeys(b.group for b in BENCHMARKS.values())
-    errors.check_choice(f"{field}: the name after {PREFIX}", name, (*BENCHMARKS, *groups, "all"))
+    errors.check_choice(
+        f"{field}: the name after {files.BENCHMARK}", name, (*BENCHMARKS, *groups, "all")
+    )
     if name in BENCHMARKS:
         return [(name, file)]
     if file:

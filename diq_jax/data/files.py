@@ -25,7 +25,7 @@ from diq_jax import errors
 from diq_jax.run import reading
 
 PlacedRows = Iterator[tuple[dict[str, Any], str]]  # a row and where it stands
-HUB = "hub:"
+HUB, BENCHMARK = "hub:", "benchmark:"
 SAVED = ("state.json", "dataset_dict.json")  # what a folder of save_to_disk holds one of
 MOST_JSON_BYTES = 2**32  # of a .json, which is read as a whole
 DAMAGED = (EOFError, OSError, ValueError, zlib.error, csv.Error, pa.ArrowException)

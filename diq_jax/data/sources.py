@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from diq_jax import errors
-from diq_jax.data import benchmarks, files, layouts
 from diq_jax.data import example as example_lib
+from diq_jax.data import files, layouts
 from diq_jax.run import artifacts, progress, reading
 
 HEAD_ROWS = 1000  # of a source, whose columns tell its layout
@@ -59,7 +59,7 @@ def fingerprint(spec: str, field: str, sample: str = "") -> str:
     digest = hashlib.sha256()
     for source in _resolve(spec, field, sample):
         if source.benchmark:
-            digest.update(f"{benchmarks.PREFIX}{source.role}:{source.benchmark}:".encode())
+            digest.update(f"{files.BENCHMARK}{source.role}:{source.benchmark}:".encode())
         if source.place.startswith(files.HUB):
             digest.update(source.place.encode())
             continue
@@ -300,7 +300,7 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
         if part == "sample" and sample:
             shipped = importlib.resources.files("diq_jax.data") / "sample" / f"{sample}.jsonl"
             sources.append(Source(str(shipped)))
-        elif part.startswith(benchmarks.PREFIX):
+        elif part.startswith(files.BENCHMARK):
             sources += _benchmark(part, field, sample)
         elif part.startswith(files.HUB) or os.path.isfile(path) or files.is_saved(path):
             sources.append(Source(path))
@@ -322,6 +322,8 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
 
 
 def _benchmark(spec: str, field: str, sample: str) -> list[Source]:
+    from diq_jax.data import benchmarks
+
     role = "targets" if sample == "targets" else "tests"
     found = []
     for name, file in benchmarks.expand(spec, field):
@@ -335,6 +337,8 @@ def _rows(source: Source, field: str) -> files.PlacedRows:
     try:
         rows = files.read(source.place)
         if source.benchmark:
+            from diq_jax.data import benchmarks
+
             is_target, is_hub = source.role == "targets", source.place.startswith(files.HUB)
             rows = benchmarks.convert_all(source.benchmark, rows, is_target, is_hub)
         yield from rows

@@ -17,7 +17,7 @@ import numpy as np
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches
 from diq_jax.influence import kinds, problems, thin
-from diq_jax.models import config, load, lora, loss
+from diq_jax.models import config, load, loss
 from diq_jax.run import devices, progress, sharding
 
 Space = tuple[trees.Tree, trees.Tree]
@@ -91,6 +91,8 @@ def from_peft(folder: str, cfg: config.DecoderConfig, chosen: trees.Tree) -> Dir
     adapter's training is minus its update: a positive influence means that the example's loss falls
     along the update.
     """
+    from diq_jax.models import lora
+
     adapter = trees.named_leaves(lora.load_peft(folder, cfg, "influence.direction"))
     factors = {}
     for name, a in adapter.items():
@@ -118,6 +120,8 @@ def make_space(
     adapter = None
     names = {f"params/{name}" for name in trees.named_leaves(model.params)}
     if settings.parameters == "lora":
+        from diq_jax.models import lora
+
         adapter = placement.replicate(_adapter(model, settings.lora))
         leaves = trees.named_leaves({"adapter": adapter})
         names = {name for name in leaves if lora.is_factor(name)}
@@ -153,6 +157,8 @@ def _adapter(model, settings):
     """Returns the adapter whose factors are differentiated: a fresh one around the model as it is,
     or one of the user's, which is then part of the model.
     """
+    from diq_jax.models import lora
+
     if settings.path:
         return lora.load_peft(settings.path, model.cfg, "influence.lora.path")
     fresh = lora.init(

@@ -194,9 +194,9 @@ def _open_exact(problem, space, point):
 
 
 def _open_by_features(problem, space, point):
-    from diq_jax.influence import engines
+    from diq_jax.influence import features
 
-    return engines.features_engine(problem, space, point)
+    return features.open_engine(problem, space, point)
 
 
 def _exact_conflicts(settings):

@@ -9,16 +9,19 @@ influence/stage.py adds the disk.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
 
 from diq_jax import errors, influence_config
 from diq_jax.data import example
-from diq_jax.influence import direction, engines, kinds, problems, span, warmup
+from diq_jax.influence import direction, engines, kinds, problems, span
 from diq_jax.models import load
 from diq_jax.run import devices, parts, processes
+
+if TYPE_CHECKING:
+    from diq_jax.influence import warmup
 
 
 class Kept(Protocol):
@@ -75,7 +78,7 @@ def score(
     placement: devices.Placement,
     tasks: Sequence[str] = (),
     keep: Callable[[str], Kept] = lambda name: parts.Memory(),
-    epochs: warmup.Epochs | None = None,
+    epochs: "warmup.Epochs | None" = None,
 ) -> Scores:
     """Scores each example of a pool by what a step on it does to the targets' loss.
 
@@ -96,16 +99,15 @@ def score(
     with devices.matmul_precision(problem.dtype):
         space = direction.make_space(model, settings, placement)
         target_losses = _target_losses(problem, space)
-        found = []
-        for name, at, point, share in _checkpoints(
-            problem, space, {} if epochs is None else epochs
-        ):
-            found.append((_at_checkpoint(problem, at, point, keep(name)), share))
+        found = [
+            (_at_checkpoint(problem, at, point, keep(name)), share)
+            for name, at, point, share in _checkpoints(problem, space, epochs)
+        ]
     shapes = direction.shapes(space, placement)
     influence, by_target, tokens = _summed(found)
     alignment, spanned = None, {}
     if len(groups) > 1:
-        gram = sum(share * joined.gram for joined, share in found)
+        gram = np.sum([share * joined.gram for joined, share in found], axis=0)
         alignment, spanned = span.align(by_target, gram, problem.weights, settings.span)
     return Scores(
         [row.example_id for row in pool],
@@ -128,7 +130,10 @@ def _checkpoints(problem, space, epochs):
     if problem.settings.warmup.epochs == 0:
         yield "", space, None, 1.0
         return
-    for k, (point, share) in enumerate(warmup.run(problem, space, epochs)):
+    from diq_jax.influence import warmup
+
+    points = warmup.run(problem, space, {} if epochs is None else epochs)
+    for k, (point, share) in enumerate(points):
         chosen = jax.tree.map(lambda p, x: x.astype(p.dtype), space[0], point.chosen)
         at = problem.placement.like(space[0], chosen), space[1]
         yield f"-epoch-{k + 1}", at, point, share

@@ -93,16 +93,8 @@ def run(context: stages.Context) -> dict[str, Any]:
         return writers[name]
 
     model = load.load(cfg.model.path, cfg.model.dtype, context.placement)
-    scores = score.score(
-        model,
-        pool,
-        targets,
-        settings,
-        context.placement,
-        tasks,
-        keep,
-        EpochFiles(context.path("influence/warmup")),
-    )
+    epochs = EpochFiles(context.path("influence/warmup"))
+    scores = score.score(model, pool, targets, settings, context.placement, tasks, keep, epochs)
     made = made_from(context) if writers else {}
     for (name, writer), (joined, _) in zip(writers.items(), scores.checkpoints, strict=False):
         of_rows = made | joined.made_by | ({"checkpoint": name[1:]} if name else {})

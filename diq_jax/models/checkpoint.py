@@ -19,7 +19,7 @@ import safetensors.numpy
 from absl import logging
 
 from diq_jax import errors
-from diq_jax.models import gguf_file, multimodal, safetensors_file, stored, torch_file
+from diq_jax.models import multimodal, stored
 from diq_jax.run import artifacts, reading
 
 CONFIG = "config.json"
@@ -29,12 +29,10 @@ TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 # The first of these that a folder has is read, as transformers does.
 KINDS_OF_WEIGHTS = (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX)
-OPENERS = {".safetensors": safetensors_file.open_safetensors, ".bin": torch_file.open_torch}
 # "model*" leaves out second copies such as Mistral's consolidated.safetensors.
 HUB_FILES = ("*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 # Downloaded where HUB_FILES brought no weights.
 HUB_TORCH_FILES = ("pytorch_model*.bin",)
-HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EMBEDDING, HEAD, TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EXPECTED = (
@@ -130,6 +128,8 @@ def open_checkpoint(path: str | os.PathLike, field: str) -> Checkpoint:
     """Opens what `resolve` finds. Raises UserError where a file is damaged or an index is wrong."""
     path = resolve(path, field)
     if path.is_file():
+        from diq_jax.models import gguf_file
+
         config, tensors = gguf_file.open_gguf(path)
         return Checkpoint(path, config, tensors, (path,))
     config = reading.read_record(path / CONFIG, {})
@@ -138,10 +138,19 @@ def open_checkpoint(path: str | os.PathLike, field: str) -> Checkpoint:
         shards, tensors = _open_shards(weights)
         files = (path / CONFIG, weights, *shards)
     else:
-        tensors = OPENERS[weights.suffix](weights)
+        tensors = open_weights(weights)
         files = (path / CONFIG, weights)
     config, tensors = multimodal.language_part(config, tensors, path)
     return Checkpoint(path, _with_its_head(path, config, tensors), tensors, files)
+
+
+def open_weights(file: pathlib.Path) -> dict[str, stored.Tensor]:
+    """Opens a .safetensors file, or a .bin of torch.save, without reading its weights."""
+    if file.suffix == ".bin":
+        from diq_jax.models import torch_file
+
+        return torch_file.open_torch(file)
+    return stored.open_safetensors(file)
 
 
 def _with_its_head(path, config, tensors):
@@ -299,7 +308,7 @@ def _open_shards(index: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, sto
         )
     tensors = {}
     for shard, expected in names.items():
-        held = OPENERS[pathlib.PurePath(shard).suffix](index.parent / shard)
+        held = open_weights(index.parent / shard)
         absent = sorted(set(expected) - set(held))
         if absent:
             raise errors.UserError(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from diq_jax import errors, trees
-from diq_jax.models import checkpoint, config, decoder, encoder, stored
+from diq_jax.models import checkpoint, config, decoder, stored
 from diq_jax.run import reading
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -112,6 +112,8 @@ def load_encoder(
     source: checkpoint.Checkpoint, cfg: config.EncoderConfig, dtype: DTypeLike, field: str
 ) -> Params:
     """Loads an encoder, whether its tensors carry a prefix such as `bert.` or not."""
+    from diq_jax.models import encoder
+
     names = check_encoder(source, cfg, field)
     return _load(source, encoder.shapes(cfg), names, dtype, field, None)
 
@@ -136,6 +138,8 @@ def check_encoder(
     source: checkpoint.Checkpoint, cfg: config.EncoderConfig, field: str
 ) -> dict[str, list[str]]:
     """Holds the tensors of an encoder against its config. See `check_decoder`."""
+    from diq_jax.models import encoder
+
     prefix = ENCODER_PREFIXES[cfg.family]
     prefix = prefix if any(name.startswith(prefix) for name in source.names) else ""
     old = {_modern(name): name for name in source.names}

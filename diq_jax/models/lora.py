@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from diq_jax import errors, trees
-from diq_jax.models import checkpoint, config, decoder, hf, safetensors_file, stored
+from diq_jax.models import checkpoint, config, decoder, hf, stored
 from diq_jax.run import artifacts, reading
 
 PEFT_PREFIX = "base_model.model."
@@ -220,7 +220,7 @@ def _peft_modules(linear, shape):
 def _peft_tensors(file: pathlib.Path, field: str) -> dict[str, np.ndarray]:
     """Reads all tensors of an adapter's file in float32, each of them finite."""
     tensors = {}
-    for name, tensor in safetensors_file.open_safetensors(file).items():
+    for name, tensor in stored.open_safetensors(file).items():
         shown = reading.shorten(name)
         if tensor.dtype not in stored.PLAIN:
             raise errors.UserError(

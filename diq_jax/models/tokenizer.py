@@ -18,7 +18,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from diq_jax import errors
-from diq_jax.models import checkpoint, gguf_file
+from diq_jax.models import checkpoint
 from diq_jax.run import artifacts, reading
 
 FILE = "tokenizer.json"
@@ -88,6 +88,8 @@ def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrain
     path = checkpoint.resolve(path, field)
     if path.is_file():
         with _loading(path, field):
+            from diq_jax.models import gguf_file
+
             return _from_gguf(path, gguf_file.read_metadata(path), field)
     if not any((path / name).exists() for name in FILES):
         # transformers would hand out a tokenizer with an empty vocabulary.

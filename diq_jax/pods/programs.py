@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diq_jax import config, trees
 from diq_jax.data import batches, steps
 from diq_jax.finetune import sft
-from diq_jax.influence import direction, engines
+from diq_jax.influence import direction, engines, features
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, load, training
 from diq_jax.run import devices
@@ -158,7 +158,7 @@ def _exact(job, parameters="all", rank=0):
 def _features(job, engine, parameters="all", **projection):
     sketch = dataclasses.replace(job.cfg.influence.projection, **projection)
     settings, space = _space(job, engine=engine, parameters=parameters, projection=sketch)
-    made = engines.open_features(space, settings, job.model.cfg, job.placement, None)
+    made = features.open_features(space, settings, job.model.cfg, job.placement, None)
     made.step(job.placement.batch(job.batch))
 
 

@@ -4,6 +4,7 @@ mistake is a UserError that says where.
 Files of the user, of a hub, of a server and of our own earlier stages all pass through here.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -147,6 +148,21 @@ def check_record(
     return value
 
 
+@contextlib.contextmanager
+def _parquet(path: str | os.PathLike) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file; what is wrong with it, as it is read, is a UserError."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except FileNotFoundError:
+        raise errors.UserError(f"{path} is missing: run the stage that makes it first.") from None
+    except errors.UserError:
+        raise
+    except PARQUET_ERRORS as e:
+        said = " ".join(str(e).split())[:200]
+        raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
+
+
 def read_table(
     path: str | os.PathLike,
     columns: Mapping[str, str] | None = None,
@@ -165,20 +181,12 @@ def read_table(
             value that its kind does not allow; the file, the column and the first such row are
             named.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            rows = file.metadata.num_rows
-            if most_rows is not None and rows > most_rows:
-                raise errors.UserError(f"{path} has {rows:,} rows; expected at most {most_rows:,}.")
-            table = file.read(list(columns) if only and columns else None)
+    with _parquet(path) as file:
+        rows = file.metadata.num_rows
+        if most_rows is not None and rows > most_rows:
+            raise errors.UserError(f"{path} has {rows:,} rows; expected at most {most_rows:,}.")
+        table = file.read(list(columns) if only and columns else None)
         table.validate(full=True)
-    except FileNotFoundError:
-        raise errors.UserError(f"{path} is missing: run the stage that makes it first.") from None
-    except errors.UserError:
-        raise
-    except PARQUET_ERRORS as e:
-        said = " ".join(str(e).split())[:200]
-        raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
     for name, kind in (columns or {}).items():
         if name not in table.column_names:
             near = errors.nearest(name, table.column_names)
@@ -196,20 +204,16 @@ def table_batches(path: str | os.PathLike, columns: Mapping[str, str]) -> Iterat
     Raises:
         UserError: as `read_table`, for a value once its part is read.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            lacks = [name for name in columns if name not in file.schema_arrow.names]
-            if lacks:
-                raise errors.UserError(f"{path} has no column {lacks[0]!r}.")
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
-                table = pa.Table.from_batches([batch])
-                table.validate(full=True)
-                for name, kind in columns.items():
-                    columns_lib.check(table[name], kind, f"{path}: column {name!r}")
-                yield table
-    except PARQUET_ERRORS as e:
-        said = " ".join(str(e).split())[:200]
-        raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
+    with _parquet(path) as file:
+        lacks = [name for name in columns if name not in file.schema_arrow.names]
+        if lacks:
+            raise errors.UserError(f"{path} has no column {lacks[0]!r}.")
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            table = pa.Table.from_batches([batch])
+            table.validate(full=True)
+            for name, kind in columns.items():
+                columns_lib.check(table[name], kind, f"{path}: column {name!r}")
+            yield table
 
 
 def parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -218,17 +222,11 @@ def parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: the file is missing or damaged, a text is not UTF-8, or two columns share a name.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            check_distinct(file.schema_arrow.names, f"{path}")
-            for batch in file.iter_batches():
-                batch.validate(full=True)
-                yield from batch.to_pylist()
-    except errors.UserError:
-        raise
-    except PARQUET_ERRORS as e:
-        said = " ".join(str(e).split())[:200]
-        raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
+    with _parquet(path) as file:
+        check_distinct(file.schema_arrow.names, f"{path}")
+        for batch in file.iter_batches():
+            batch.validate(full=True)
+            yield from batch.to_pylist()
 
 
 def check_distinct(names: Iterable[str], where: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diq_jax import errors
-from diq_jax.run import artifacts, reading, stages
+from diq_jax.run import reading
 
 FILE = "file:"
 DECISIONS = {"keep": 0, "never": 2}  # 1: not decided
@@ -32,15 +32,11 @@ class Decision:
         return f"; {what}, decided by hand" + (f": {self.reason}" if self.reason else "")
 
 
-def fingerprints(context: stages.Context) -> Mapping[str, str]:
-    """Hashes the files that a config names. Raises UserError where one is missing."""
-    settings = context.config.selection
-    named = {"selection.edits": settings.edits}
-    if settings.method.startswith(FILE):
-        named["selection.method"] = settings.method.removeprefix(FILE)
-    return {
-        field: artifacts.sha256(_existing(path, field)) for field, path in named.items() if path
-    }
+def existing(path: str, field: str) -> pathlib.Path:
+    """Returns the path of a file that a field names. Raises UserError where it is missing."""
+    if not pathlib.Path(path).is_file():
+        raise errors.UserError(f"{field}: there is no file {path}.")
+    return pathlib.Path(path)
 
 
 def listed(path: str, ids: Sequence[str], field: str = "selection.method") -> np.ndarray:
@@ -95,16 +91,10 @@ def apply(
     return out
 
 
-def _existing(path, field) -> pathlib.Path:
-    if not pathlib.Path(path).is_file():
-        raise errors.UserError(f"{field}: there is no file {path}.")
-    return pathlib.Path(path)
-
-
 def _rows(path, ids, field) -> list[tuple[int, dict[str, Any]]]:
     """Reads (place in the pool, row) of each line."""
     places, seen, found = {example: i for i, example in enumerate(ids)}, set(), []
-    for line, row in enumerate(reading.read_jsonl(_existing(path, field)), 1):
+    for line, row in enumerate(reading.read_jsonl(existing(path, field)), 1):
         where = f"{field}: {path}:{line}"
         example = row.get("example_id") if isinstance(row, dict) else None
         if not isinstance(example, str):

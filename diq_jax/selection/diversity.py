@@ -1,10 +1,10 @@
 """Diverse orders from gradients alone: farthest first, and greedy facility location.
 
 Both read the cosines of all pairs of gradients, (n, n) float32: n^2 P multiplications and 4 n^2
-bytes, 1.6 GB at MOST_ROWS. There, with P = 1024 and rows around 50 centres, two busy CPU cores took
-36 s for the cosines, 2 s for farthest first and 31 s for facility location. Neither order depends
-on targets or difficulty. A tie goes to the smaller example id: the order of the file changes
-nothing.
+bytes, 1.6 GB at methods.MOST_ROWS. There, with P = 1024 and rows around 50 centres, two busy CPU
+cores took 36 s for the cosines, 2 s for farthest first and 31 s for facility location. Neither
+order depends on targets or difficulty. A tie goes to the smaller example id: the order of the file
+changes nothing.
 """
 
 import heapq
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_ROWS = 20_000
 BLOCK_ROWS = 1024  # rows of one product on the device
 
 

@@ -29,8 +29,11 @@ PARTS = {
     "temp": ("temp", "temp_cluster"),
     "file": ("listed",),
 }
+MOST_ROWS = 20_000  # of a pool whose gradients are compared in all pairs
 # How a run gets them, where it may lack them.
 HOW = {
+    "store": "influence/store, the gradients of the base model (influence.engine=projected or "
+    f"factored, no warm-up), and a pool of at most {MOST_ROWS:,} examples",
     "model_scores": "difficulty/model_scores.parquet: set difficulty.model_scores=True and redo "
     "the stage difficulty",
     "by_target": "an influence for each of several targets: set influence.targets=task or example "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.selection import quadrants, turns
+from diq_jax.selection import quadrants
 
 Scores = Mapping[str, Any]  # {name: (n,) array, of by_target (n, Q)}: see methods.ranks
 PERSPECTIVE = "the perspective"  # stands for the one that difficulty.perspective names
@@ -111,7 +111,7 @@ def _turns(scores, settings, inside: bool):
     """Returns the places and the takers of turns, in all of the pool or quadrant by quadrant."""
     blocks = _filled(quadrants.of(scores, settings)[0], settings) if inside else None
     by_target, id_order = np.asarray(scores["by_target"]), np.asarray(scores["id_order"])
-    return turns.take_turns(by_target, id_order, None if blocks is None else np.asarray(blocks))
+    return take_turns(by_target, id_order, None if blocks is None else np.asarray(blocks))
 
 
 def round_robin(inside: bool) -> Method:
@@ -139,7 +139,7 @@ def round_robin(inside: bool) -> Method:
 
 def _band(scores: Scores, settings: OrderSettings) -> tuple:
     """Returns the percentiles of the difficulty, and quadrants with `in the band` as difficult."""
-    places = turns.percentiles(np.asarray(scores[settings.perspective]))
+    places = percentiles(np.asarray(scores[settings.perspective]))
     low, high = settings.edges
     outside = jnp.asarray(np.abs(places - (low + high) / 2) > (high - low) / 2)
     influence = scores["influence"]
@@ -175,7 +175,7 @@ def difficulty_length(scores: Scores, settings: OrderSettings) -> tuple:
 
 def _joint(scores: Scores, settings: OrderSettings) -> tuple:
     both = (np.asarray(scores[name]) for name in (settings.perspective, "reasoning_tokens"))
-    return np.mean([turns.percentiles(values) for values in both], axis=0)
+    return np.mean([percentiles(values) for values in both], axis=0)
 
 
 def see_joint(scores: Scores, settings: OrderSettings) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def see_joint(scores: Scores, settings: OrderSettings) -> dict[str, Any]:
 def temp(scores: Scores, settings: OrderSettings) -> tuple:
     """Sorts so that clusters take turns, each with its highest loss."""
     columns = (np.asarray(scores[name]) for name in ("temp", "temp_cluster", "id_order"))
-    return jnp.asarray(turns.cluster_turns(*columns)), -scores["temp"]
+    return jnp.asarray(cluster_turns(*columns)), -scores["temp"]
 
 
 def see_quadrant(scores: Scores, settings: OrderSettings) -> dict[str, Any]:
@@ -270,3 +270,58 @@ def see_listed(scores: Scores, settings: OrderSettings) -> Scores:
         f"line {x:,.0f} of the file" if x < math.inf else "not listed" for x in scores["listed"]
     )
     return {"seen": list(listed)}
+
+
+def take_turns(
+    by_target: np.ndarray, id_order: np.ndarray, blocks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Orders rows by turns: each target takes its best remaining row, one after another, until all
+    rows are taken (greedy round-robin, arXiv 2602.14696).
+
+    Needs memory for one order of the pool for each target, and at most n Q steps.
+
+    Args:
+        by_target: (n, Q), the influence of each row on each target, larger is better.
+        id_order: (n,), which breaks ties.
+        blocks: (n,) of numbers: all rows of a lower one come before those of a higher one, and in
+            each the first target begins. None is one block.
+
+    Returns:
+        (places (n,) int32 from 0, the target (n,) int32 that took each row).
+    """
+    count, targets = by_target.shape
+    places, takers = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    blocks = np.zeros(count, np.int32) if blocks is None else blocks
+    taken, place = np.zeros(count, bool), 0
+    for block in np.unique(blocks):
+        rows = np.flatnonzero(blocks == block)
+        orders = [
+            iter(rows[np.lexsort((id_order[rows], -by_target[rows, q]))].tolist())
+            for q in range(targets)
+        ]
+        for turn in range(len(rows)):
+            target = turn % targets
+            row = next(i for i in orders[target] if not taken[i])
+            taken[row] = True
+            places[row], takers[row] = place, target
+            place += 1
+    return places, takers
+
+
+def cluster_turns(score: np.ndarray, clusters: np.ndarray, id_order: np.ndarray) -> np.ndarray:
+    """Counts for each row (n,) how many of its cluster have a higher score: sorted by this and then
+    by score, clusters take turns.
+    """
+    order = np.lexsort((id_order, -score, clusters))
+    first = np.concatenate([[True], np.diff(clusters[order]) != 0])
+    starts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+    out = np.empty(len(order), np.int32)
+    out[order] = np.arange(len(order)) - starts
+    return out
+
+
+def percentiles(values: np.ndarray) -> np.ndarray:
+    """Turns values into places in (0, 100), equal ones into the middle of their places."""
+    ordered = np.sort(values)
+    ends = [np.searchsorted(ordered, values, side) for side in ("left", "right")]
+    return 50.0 * (ends[0] + ends[1]) / len(values)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import config, errors, fields, selection_config
-from diq_jax.selection import by_hand, diversity, methods, quadrants
+from diq_jax.selection import by_hand, methods, quadrants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +209,6 @@ def _check_scores(method, scores, settings):
             f"pool lacks; it has {known or 'none'}."
         )
     part = next(part for part, names in methods.PARTS.items() if lacking in names)
-    if part == "store":
-        raise errors.UserError(
-            f"selection.method={method} needs influence/store, the gradients of the base model "
-            "(influence.engine=projected or factored, no warm-up), and a pool of at most "
-            f"{diversity.MOST_ROWS:,} examples."
-        )
     raise errors.UserError(f"selection.method={method} needs {methods.HOW[part]}.")
 
 

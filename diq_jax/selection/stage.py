@@ -143,24 +143,34 @@ def _hand_off(context, found, levels, scores):
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
     """Hashes what selection reads from outside the run."""
-    return {**hygiene_stage.fingerprints(context), **by_hand.fingerprints(context)}
+    found = {field: artifacts.sha256(path) for field, path in _by_hand(context).items()}
+    return {**hygiene_stage.fingerprints(context), **found}
 
 
 def check(context: stages.Context) -> None:
     """Raises UserError where a file is missing, or the prepared pool is too large for a method that
     is asked for.
     """
-    by_hand.fingerprints(context)
+    _by_hand(context)
     path = context.path(POOL)
     asked = [found for found in methods.asked(context.config) if "store" in methods.parts(found[1])]
     if not asked or not path.is_file():
         return
     (field, method), rows = asked[0], pq.ParquetFile(path).metadata.num_rows
-    if rows > diversity.MOST_ROWS:
+    if rows > methods.MOST_ROWS:
         raise errors.UserError(
-            f"{field}={method} compares all pairs of a pool of at most {diversity.MOST_ROWS:,} "
+            f"{field}={method} compares all pairs of a pool of at most {methods.MOST_ROWS:,} "
             f"examples; this one has {rows:,}."
         )
+
+
+def _by_hand(context):
+    """Finds the files by which people decide, {field: path}."""
+    settings = context.config.selection
+    named = {"selection.edits": settings.edits}
+    if settings.method.startswith(by_hand.FILE):
+        named["selection.method"] = settings.method.removeprefix(by_hand.FILE)
+    return {field: by_hand.existing(path, field) for field, path in named.items() if path}
 
 
 def _check_rows(ids, *tables):
@@ -199,7 +209,7 @@ def _names(path):
 def _diversity(context, ids):
     """Orders by gradients alone, where there is a store of few enough rows."""
     folder = context.path(STORE)
-    if not (folder / "manifest.json").exists() or len(ids) > diversity.MOST_ROWS:
+    if not (folder / "manifest.json").exists() or len(ids) > methods.MOST_ROWS:
         return {}
     store = gradient_store.open_store(folder, verified=context.verify)
     if store.example_ids != ids:

@@ -10,14 +10,14 @@ import tiny
 
 from diq_jax import influence_config
 from diq_jax.data import batches, packing
-from diq_jax.influence import direction, engines
+from diq_jax.influence import direction, engines, features
 
 # One device against eight, three (an uneven last batch) and 4 x 2, for every engine.
 DEVICES = """
 import jax, numpy as np, tiny
 from diq_jax import influence_config, trees
 from diq_jax.data import batches, packing
-from diq_jax.influence import direction, engines
+from diq_jax.influence import direction, engines, features
 from diq_jax.models import decoder, load
 assert len(jax.devices()) == 8
 model, targets, rows = tiny.model(tied_head=False), tiny.rows(5, 20, 7), tiny.rows(11, 24, 1)
@@ -50,7 +50,7 @@ def score(settings, rows=rows, of=model, **parallel):
             space, direction.stack([v], [1.0], settings.direction_rank), settings, m.cfg, place)
         take = lambda out: out.influence
     else:
-        engine = engines.open_features(space, settings, m.cfg, place, None)
+        engine = features.open_features(space, settings, m.cfg, place, None)
         end = np.asarray(engine.project(jax.tree.map(lambda x: x[None], v)))
         step, take = engine.step, lambda out: out[0] @ end.T
     if settings.packing:
@@ -139,7 +139,7 @@ def test_every_engine_lowers_for_tpu_and_cuda(name):
         v = direction.stack([space[0]], [1.0], settings.direction_rank)
         step = engines.exact_step(space, v, settings, model.cfg, placement)
     else:
-        step = engines.open_features(space, settings, model.cfg, placement, None).step
+        step = features.open_features(space, settings, model.cfg, placement, None).step
     for platform in ("tpu", "cuda"):
         text = jax.jit(step).trace(batch).lower(lowering_platforms=(platform,)).as_text()
         assert "stablehlo.dot_general" in text and len(text) > 1000

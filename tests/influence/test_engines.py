@@ -13,7 +13,7 @@ import tiny
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, packing
-from diq_jax.influence import direction, engines, exact, factored, per_example, thin
+from diq_jax.influence import direction, exact, factored, features, per_example, thin
 from diq_jax.models import lora
 
 BIASES = {"tied_head": False, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -240,7 +240,7 @@ def test_lora_and_regex_engines_agree_with_exact():
         parameters="lora",
     )
     space = direction.make_space(model, settings, tiny.placement())
-    engine = engines.open_features(space, settings, model.cfg, tiny.placement(), None)
+    engine = features.open_features(space, settings, model.cfg, tiny.placement(), None)
     v = oracle.random_like(space[0], 5)
     rows, _ = engine.step(BATCH)
     end = engine.project(jax.tree.map(lambda x: x[None], v))[0]

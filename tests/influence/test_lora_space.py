@@ -12,7 +12,7 @@ import tiny
 
 from diq_jax import influence_config, trees
 from diq_jax.data import batches
-from diq_jax.influence import direction, engines, exact, problems, warmup
+from diq_jax.influence import direction, engines, exact, features, problems, warmup
 from diq_jax.models import lora, loss
 
 ROWS = tiny.rows(6, 24, seed=1)
@@ -86,7 +86,7 @@ def test_the_loss_is_the_base_models_to_the_last_digit(engine, dtype):
             step = engines.exact_step(space, v, settings, model.cfg, placement)
             found[parameters] = step(placement.batch(BATCH)).loss
         elif engine == "projected":
-            rows = engines.open_features(space, settings, model.cfg, placement, None)
+            rows = features.open_features(space, settings, model.cfg, placement, None)
             found[parameters] = rows.step(placement.batch(BATCH))[1]
         else:
             losses = functools.partial(direction.losses, cfg=model.cfg, reduction="mean")

@@ -10,7 +10,7 @@ import tiny
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches, steps
-from diq_jax.influence import direction, engines, kinds, problems, stage, warmup
+from diq_jax.influence import direction, features, kinds, problems, stage, warmup
 from diq_jax.models import training
 
 POOL = tiny.rows(12, 24, seed=2)
@@ -136,7 +136,7 @@ def test_less_equals_float64(warm):
     space = (point.chosen, space[1])
     batch = batches.make_batch(POOL[:5], 5, 24, 24)
     found = oracle.gradients(*space, batch, model.cfg)
-    engine = engines.open_features(space, settings(), model.cfg, tiny.placement(), point)
+    engine = features.open_features(space, settings(), model.cfg, tiny.placement(), point)
     rows, _ = engine.step(batch)
 
     P = []  # the projection as a matrix, leaf by leaf, from the identity

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diq_jax import config, errors
-from diq_jax.selection import methods, quadrants, select, turns
+from diq_jax.selection import methods, orders, quadrants, select
 
 
 def make_scores(difficulty, influence, id_order=None, **more):
@@ -111,7 +111,7 @@ def test_targets_take_turns_by_hand():
     # Target 1 takes row 0 (5), target 2 its best that is left, row 1 (8, after 9 is gone); again
     # target 1: rows 0 and 1 are gone, row 2 (3); target 2: row 4 (1) before row 3 (0).
     by_target = np.array([[5, 9], [4, 8], [3, 2], [0, 0], [-1, 1]], np.float32)
-    places, takers = turns.take_turns(by_target, np.arange(5))
+    places, takers = orders.take_turns(by_target, np.arange(5))
     np.testing.assert_array_equal(places, [0, 1, 2, 4, 3])
     np.testing.assert_array_equal(takers, [0, 1, 0, 0, 1])
     scores = make_scores([5, 1, 4, 2, 3], [3, 2, 0, -1, 1], by_target=by_target)
@@ -138,7 +138,7 @@ def test_difficulty_and_length_by_hand():
     # Percentiles of difficulty 5 4 4 1: 87.5, 50, 50, 12.5; of length 10 30 20 20: 12.5, 87.5, 50,
     # 50. Means: 50, 68.75, 50, 31.25; rows 0 and 2 tie and go by id.
     scores = make_scores([5, 4, 4, 1], [0] * 4, reasoning_tokens=[10, 30, 20, 20])
-    np.testing.assert_array_equal(turns.percentiles(np.array([5, 4, 4, 1])), [87.5, 50, 50, 12.5])
+    np.testing.assert_array_equal(orders.percentiles(np.array([5, 4, 4, 1])), [87.5, 50, 50, 12.5])
     np.testing.assert_array_equal(ranks("difficulty_length", scores), [2, 1, 3, 4])
 
 

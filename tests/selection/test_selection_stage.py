@@ -11,7 +11,7 @@ import tiny
 
 from diq_jax import config, errors, selection_config
 from diq_jax.run import artifacts, reading, stages
-from diq_jax.selection import diversity, handoff, methods, orders, select, stage
+from diq_jax.selection import handoff, methods, orders, select, stage
 
 N, KEEP = 24, 6
 FILES = {"selection/selection.parquet", "selection/baselines.parquet", "selection/thresholds.json"}
@@ -256,7 +256,7 @@ def test_the_residual_ranks_and_the_influence_stays_raw(made):
     [
         ("scored", "ifd", r"selection\.method=ifd needs difficulty/model_scores\.parquet: set "),
         ("stored", "k_center", r"needs influence/store, the gradients of the base model"),
-        ("many", "facility_location", r"a pool of at most 5 examples"),
+        ("many", "facility_location", r"a pool of at most 20,000 examples"),
         ("scored", "round_robin", r"an influence for each of several targets: set influence\.targ"),
         ("scored", "color", r"needs influence/tuned\.parquet: set influence\.tuned\.color=True"),
         ("scored", "temp", r"needs influence/tuned\.parquet: set influence\.tuned\.temp=True"),
@@ -269,7 +269,7 @@ def test_a_missing_input_is_one_sentence(tmp_path, monkeypatch, lacking, method,
     known = [p for p in config.PERSPECTIVES if p != lacking]
     make(tmp_path, scored=lacking != "scored", stored=lacking != "stored", perspectives=known)
     if lacking == "many":
-        monkeypatch.setattr(diversity, "MOST_ROWS", 5)
+        monkeypatch.setattr(methods, "MOST_ROWS", 5)
     with pytest.raises(errors.UserError, match=message) as caught:
         run(tmp_path, method=method)
     assert "\n" not in str(caught.value)
