@@ -366,7 +366,10 @@ def test_what_has_not_run_is_left_out_and_said(tmp_path, options, missing, said)
     assert "report.html" in stage.summary(context)
 
 
-@pytest.mark.parametrize(("n", "influence"), [(1, 0.1), (2, -3.0), (25, 0.0)])
+@pytest.mark.parametrize(
+    ("n", "influence"),
+    [(1, 0.1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((2, -3.0), (25, 0.0)))],
+)
 def test_constant_influence_one_source_and_no_notes(tmp_path, n, influence):
     text = page_of(fabricate(tmp_path, plain_rows(n), influence=np.full(n, influence)))
     assert "All examples come from one source." in text
