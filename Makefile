@@ -70,7 +70,7 @@ test-all: setup
 # report with tiny models.
 SMOKE := tests/test_api.py tests/test_pipeline.py tests/influence/test_score.py \
 	tests/selection/test_selection.py tests/finetune/test_sft.py tests/evaluate/test_options.py \
-	tests/models/test_decoder.py tests/report/test_report.py
+	tests/report/test_report.py
 
 ifeq ($(shell $(NEWEST) --version 2>/dev/null),)
 test-newest test-smoke:
