@@ -173,7 +173,7 @@ def difficulty_length(scores: Scores, settings: OrderSettings) -> tuple:
     return (-jnp.asarray(_joint(scores, settings)),)
 
 
-def _joint(scores: Scores, settings: OrderSettings) -> tuple:
+def _joint(scores: Scores, settings: OrderSettings) -> np.ndarray:
     both = (np.asarray(scores[name]) for name in (settings.perspective, "reasoning_tokens"))
     return np.mean([percentiles(values) for values in both], axis=0)
 
