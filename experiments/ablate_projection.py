@@ -6,7 +6,7 @@
 The exact engine scores the pool first (stages prepare and influence in --workdir). Then every
 example's gradient is formed once and goes through all projections in turn, so that they meet the
 same numbers; `factored`, for parameters other than lora, takes one more pass for each dimension.
-Written: ablation.json, ablation.png. A killed run continues after its last batch.
+Written: ablation.json, ablation.png, .svg, .csv. A killed run continues after its last batch.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
+import pictures
 from absl import flags
 from ml_collections import config_flags
 
@@ -27,6 +28,7 @@ from diq_jax.commands import cli
 from diq_jax.data import encoded
 from diq_jax.influence import direction, features, per_example, problems, projection
 from diq_jax.models import load
+from diq_jax.report import figures
 from diq_jax.run import artifacts, devices, parts, stages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -37,9 +39,8 @@ DIMS = flags.DEFINE_list("dims", ["256", "1024", "4096", "8192"], "Their dimensi
 SEEDS = flags.DEFINE_integer("seeds", 3, "Draws of each projection.", lower_bound=1)
 
 COLOURS = {
-    "rademacher": "#0072b2", "gaussian": "#009e73", "sparse": "#d55e00", "factored": "#cc79a7",
+    "rademacher": figures.ARMS[0], "gaussian": figures.ARMS[1], "sparse": figures.SELECTED, "factored": figures.ARMS[2],
 }  # fmt: skip
-MUTED = "#7a828c"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +181,9 @@ def overlap(scores, exact, share: float) -> float:
     return len({*np.argsort(-scores)[:count]} & {*np.argsort(-exact)[:count]}) / count
 
 
-def draw(rows: list[dict], file: pathlib.Path, title: str) -> None:
+def draw(rows: list[dict], title: str) -> matplotlib.figure.Figure:
     """Agreement against dimension, the prediction dashed, and against the projection's cost."""
-    figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 3.8))
     left, right = figure.subplots(1, 2, sharey=True)
     *projections, length = rows
     for kind, colour in COLOURS.items():
@@ -198,17 +199,22 @@ def draw(rows: list[dict], file: pathlib.Path, title: str) -> None:
         right.plot(milliseconds, [r["spearman"] for r in timed], "o-", color=colour, label=kind)
         for r, x in zip(timed, milliseconds, strict=True):
             at = {"xytext": (7, -3), "textcoords": "offset points", "ha": "left"}
-            right.annotate(f"{r['dim']:,}", (x, r["spearman"]), **at, color=MUTED, fontsize=8)
+            right.annotate(
+                f"{r['dim']:,}", (x, r["spearman"]), **at, color=figures.MUTED, fontsize=8
+            )
     jl = {r["dim"]: r["predicted_pearson"] for r in projections if "predicted_pearson" in r}
     if jl:
         jl = dict(sorted(jl.items()))
         left.plot(
-            *zip(*jl.items(), strict=True), "--", color=MUTED, label="JL prediction (Pearson)"
+            *zip(*jl.items(), strict=True),
+            "--",
+            color=figures.MUTED,
+            label="JL prediction (Pearson)",
         )
     if length["spearman"] > 0:  # the scale ends at 0
-        left.axhline(length["spearman"], color=MUTED, linestyle=":", linewidth=1)
+        left.axhline(length["spearman"], color=figures.MUTED, linestyle=":", linewidth=1)
         at = {"xy": (1, length["spearman"]), "xycoords": ("axes fraction", "data"), "ha": "right"}
-        left.annotate("shortest answers first", **at, va="bottom", color=MUTED, fontsize=8)
+        left.annotate("shortest answers first", **at, va="bottom", color=figures.MUTED, fontsize=8)
     dims = sorted({r["dim"] for r in projections})
     left.set_xscale("log", base=2)
     left.set_xticks(dims, [f"{d:,}" for d in dims])
@@ -222,12 +228,10 @@ def draw(rows: list[dict], file: pathlib.Path, title: str) -> None:
     left.set_yticks(ticks, [f"{t:g}" for t in ticks])
     for axes in (left, right):
         axes.minorticks_off()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#d9dde1", linewidth=0.7)
-    left.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.1))
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-    with artifacts.atomic(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        axes.grid(axis="x", visible=False)
+    left.legend(loc="lower right", bbox_to_anchor=(1, 0.1))
+    pictures.title(figure, title)
+    return figure
 
 
 def low_end(rows: list[dict]) -> float:
@@ -285,7 +289,7 @@ def main() -> None:
     rows = summarise(scores, exact, tokens.astype(np.float64), v, variants)
     title = f"{len(pool)} examples, parameters={settings.parameters}, {size:,} numbers a gradient"
     artifacts.write_json(workdir / "ablation.json", {"title": title, "rows": rows})
-    draw(rows, workdir / "ablation.png", title)
+    pictures.write(workdir, "ablation", rows, draw, rows, title)
     show(rows, title)
 
 

@@ -10,7 +10,7 @@ same model, rows, targets and halves.
 A tiny model with the config's tokenizer is trained on rows of data.pool that are left aside (the
 base), then from there on many random halves of --rows other rows. LDS is the Spearman correlation,
 over the halves, of a target's measured loss with the sum of the scores of the rows in the half (its
-sign turned), averaged over targets. Written: lds.json, lds.png. A killed run continues after its
+sign turned), averaged over targets. Written: lds.json, lds.png, .svg, .csv. A killed run continues after its
 last training. The config's influence.gauss_newton says how that direction is solved.
 
 Intervals are over targets and halves. `reliability` is the LDS of one training seed's losses with
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
+import pictures
 from absl import flags
 from ml_collections import config_flags
 
@@ -38,6 +39,7 @@ from diq_jax.commands import cli
 from diq_jax.data import batches, chat, encoded, example, sources
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, rope, tokenizer
+from diq_jax.report import figures
 from diq_jax.run import artifacts, devices, parts, progress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -155,25 +157,22 @@ def settings_of() -> dict:
     return {name: flags.FLAGS[name].value for name in names} | {"learning_rate": RATE.value}
 
 
-def draw(rows: list[dict], reliability: float, file: pathlib.Path, title: str) -> None:
+def draw(rows: list[dict], reliability: float, title: str) -> matplotlib.figure.Figure:
     """A bar for each way of scoring, with its interval."""
-    figure = matplotlib.figure.Figure(figsize=(8, 0.42 * len(rows) + 1.4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 0.42 * len(rows) + 1.4))
     axes = figure.subplots()
     places = np.arange(len(rows))[::-1]
     values = np.array([[r["lds"], r["low"], r["high"]] for r in rows])
     spread = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-    axes.barh(places, values[:, 0], 0.62, color="#0072b2", xerr=spread, ecolor="#7a828c")
+    axes.barh(places, values[:, 0], 0.62, color=figures.ARMS[0], xerr=spread, ecolor=figures.MUTED)
     axes.set_yticks(places, [r["name"] for r in rows])
-    axes.axvline(0, color="#7a828c", linewidth=1)
+    axes.axvline(0, color=figures.MUTED, linewidth=1)
     if reliability > 0:
-        axes.axvline(np.sqrt(reliability), color="#d55e00", linestyle=":", linewidth=1)
+        axes.axvline(np.sqrt(reliability), color=figures.SELECTED, linestyle=":", linewidth=1)
     axes.set_xlabel("LDS (dotted: the most that the trainings' own noise allows)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#d9dde1", linewidth=0.7)
-    axes.set_axisbelow(True)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-    with artifacts.atomic(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    axes.grid(axis="y", visible=False)
+    pictures.title(figure, title)
+    return figure
 
 
 def main() -> None:
@@ -217,7 +216,7 @@ def main() -> None:
             "rows": rows,
         },
     )
-    draw(rows, reliability, workdir / "lds.png", title)
+    pictures.write(workdir, "lds", rows, draw, rows, reliability, title)
     print(f"{title}; reliability {reliability:.3f}")
     print(f"{'score':<26}{'LDS':>8}   95 % interval{'seconds':>14}")
     for r in rows:

@@ -11,7 +11,7 @@ every variant of the score comes from the same gradients, against the same mean 
     cosine              divided by the gradient's norm; the same for mean and sum
     residual            dot with the mean loss less its regression on log answer tokens
 
-Printed, and written to length/length.json and length.png: Spearman of each with answer tokens, with
+Printed, and written to length/length.json and length.png, .svg, .csv: Spearman of each with answer tokens, with
 the loss and with difficulty, inside the largest sources too; what DIQ selects by it, and how many
 of those rows the plain score selects.
 """
@@ -22,11 +22,13 @@ import pathlib
 
 import matplotlib.figure
 import numpy as np
+import pictures
 from absl import flags
 
 from diq_jax import errors, stats
 from diq_jax.commands import cli
 from diq_jax.data import gradient_store
+from diq_jax.report import figures
 from diq_jax.run import artifacts, records
 from diq_jax.selection import methods, select
 
@@ -136,25 +138,23 @@ def measure(pool: Pool, percentile: float) -> list[dict]:
     return rows
 
 
-def draw(pool: Pool, percentile: float, rows: list[dict], file: pathlib.Path, title: str) -> None:
+def draw(pool: Pool, percentile: float, rows: list[dict], title: str) -> matplotlib.figure.Figure:
     """Each variant's ranks against answer tokens, the selected rows on top."""
-    figure = matplotlib.figure.Figure(figsize=(10, 3.4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 3.4))
     panels = figure.subplots(1, len(rows), sharey=True)
     for axes, row, scores in zip(panels, rows, variants(pool).values(), strict=True):
         ranks = np.argsort(np.argsort(scores, kind="stable")) / len(scores)
         chosen = diq(scores, pool, percentile)
-        for members, colour, size in ((~chosen, "#8a939c", 3), (chosen, "#d55e00", 6)):
+        for members, colour, size in ((~chosen, figures.POOL, 3), (chosen, figures.SELECTED, 6)):
             axes.scatter(
                 pool.tokens[members], ranks[members], s=size, color=colour, alpha=0.6, linewidth=0
             )
         axes.set_xscale("log")
         axes.set_title(f"{row['name']}: Spearman {row['tokens']:+.2f}", fontsize=9, loc="left")
         axes.set_xlabel("answer tokens")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("place by influence (1 = highest)")
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-    with artifacts.atomic(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    pictures.title(figure, title)
+    return figure
 
 
 def show(rows: list[dict]) -> None:
@@ -192,7 +192,7 @@ def main() -> None:
     show(rows)
     title = f"Influence and length, {len(pool.tokens):,} rows; selected by DIQ in colour"
     artifacts.write_json(workdir / "length/length.json", {"title": title, "rows": rows})
-    draw(pool, percentile, rows, workdir / "length/length.png", title)
+    pictures.write(workdir / "length", "length", rows, draw, pool, percentile, rows, title)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ of targets are drawn without replacement, as evenly over tasks as can be. A set 
 targets, and, up to half of them, with a second set that shares none: how far the Spearman
 correlation of the two rankings is from 1, and which share of the chosen rows both choose. (A set
 agrees with all targets also because it is a part of them; two apart say what new targets would.)
-Written: targets.json, targets.png in WORKDIR/targets_study.
+Written: targets.json, targets.png, .svg, .csv in WORKDIR/targets_study.
 """
 
 from collections.abc import Sequence
 
 import matplotlib.figure
 import numpy as np
+import pictures
 from absl import flags
 
 from diq_jax import errors
 from diq_jax.commands import cli
+from diq_jax.report import figures
 from diq_jax.run import artifacts, records
 from diq_jax.selection import select
 from lab import settling
@@ -56,9 +58,9 @@ def read(workdir) -> tuple[np.ndarray, list[str]]:
 
 def plot(rows: Sequence[dict], title: str) -> matplotlib.figure.Figure:
     """Draws a panel for each measure, a line for each kind."""
-    figure = matplotlib.figure.Figure((8, 3.4), layout="constrained")
+    figure = matplotlib.figure.Figure((8, 3.4))
     for axis, (name, label) in zip(figure.subplots(1, 2), settling.MEASURES.items(), strict=True):
-        for kind, color in (("all", "#0072b2"), ("apart", "#d55e00")):
+        for kind, color in (("all", figures.ARMS[0]), ("apart", figures.SELECTED)):
             mine = [row for row in rows if row["kind"] == kind]
             sizes = [row["size"] for row in mine]
             mean, low, high = ([row[name][k] for row in mine] for k in ("mean", "low", "high"))
@@ -67,10 +69,8 @@ def plot(rows: Sequence[dict], title: str) -> matplotlib.figure.Figure:
             axis.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set_xlabel("targets")
         axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#d9dde1", linewidth=0.6)
-    axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    axis.legend(fontsize=8)
+    pictures.title(figure, title)
     return figure
 
 
@@ -91,8 +91,7 @@ def main() -> None:
     )
     folder = workdir / FOLDER
     artifacts.write_json(folder / "targets.json", {"title": title, "rows": rows})
-    with artifacts.atomic(folder / "targets.png") as temporary:
-        plot(rows, title).savefig(temporary, format="png", dpi=150)
+    pictures.write(folder, "targets", rows, plot, rows, title)
     print(title)
     print(f"{'targets':>8}  {'against':<8}{'Spearman':<26}{'chosen in both':<26}")
     for row in rows:

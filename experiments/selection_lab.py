@@ -18,7 +18,7 @@ tests minus the log of the right option's share among the options (choice loss),
 right answer's loss with and without the end of turn; the loss on held-out rows of the pool, and on
 the targets.
 
-Written: lab.json, lab.csv, lab.md, lab.png, after each budget. The same command continues a killed
+Written: lab.json, lab.md and lab.png, .svg, .csv, after each budget. The same command continues a killed
 run, and adds arms that did not exist before. --config is lab/settings.py unless given.
 """
 
@@ -27,6 +27,7 @@ import pathlib
 
 import jax
 import numpy as np
+import pictures
 from absl import flags
 from ml_collections import config_flags
 
@@ -169,7 +170,7 @@ def work(
 
 
 def write(cfg: config.Config, workdir: pathlib.Path, lab: trainings.Lab, rows: list[dict]) -> None:
-    """Writes lab.json, lab.csv, lab.md and lab.png."""
+    """Writes lab.json, lab.md and the figure."""
     title = (
         f"{len(lab.pool):,} candidates (split {SPLIT.value}), {LAYERS.value} layers of "
         f"{WIDTH.value}, {len(lab.questions)} questions of {len(set(lab.tasks))} tasks, "
@@ -180,10 +181,8 @@ def write(cfg: config.Config, workdir: pathlib.Path, lab: trainings.Lab, rows: l
         workdir / "lab.json",
         {"title": title, "settings": settings, "rows": rows, "versions": stages.versions()},
     )
-    artifacts.write_text(workdir / "lab.csv", summary.as_csv(rows))
     artifacts.write_text(workdir / "lab.md", summary.as_markdown(rows, title))
-    with artifacts.atomic(workdir / "lab.png") as temporary:
-        summary.draw(rows, title).savefig(temporary, format="png", dpi=150)
+    pictures.write(workdir, "lab", summary.lines(rows), summary.draw, rows, title)
 
 
 def main() -> None:

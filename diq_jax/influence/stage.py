@@ -65,10 +65,8 @@ def gradients_at(settings: influence_config.Influence) -> str:
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes influence/influence.parquet: example_id, influence, loss, tokens; with `targets` task
-    or example also influence_by_target (and alignment, of several groups), with `per_token`
-    token_influence (lists). The engines that keep gradients write influence/store/; influence.tuned
-    writes influence/tuned.parquet.
+    """Writes influence/influence.parquet (_write_table), tuned.parquet with influence.tuned, and
+    store/ by the engines that keep gradients.
 
     A killed run continues after the last finished batch and gives identical bytes: which examples
     share a batch depends on the pool alone, and the directions are computed again.
@@ -132,6 +130,9 @@ def _write_tuned(context, model, pool, targets) -> None:
 
 
 def _write_table(path: pathlib.Path, scores: score.Scores, settings) -> None:
+    """Writes example_id, influence, loss, tokens; with `targets` task or example also
+    influence_by_target (and alignment, of several groups), with `per_token` token_influence.
+    """
     columns = {
         "example_id": pa.array(scores.example_ids),
         "influence": pa.array(scores.influence),

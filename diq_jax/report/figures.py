@@ -63,6 +63,12 @@ class Picture:
     png: bytes
     svg: str
 
+    @property
+    def standalone(self) -> str:
+        """Returns the SVG as a file of its own, in the colours of the PNG, on white."""
+        text = self.svg.replace("var(--ink)", INK).replace("var(--line)", LINE)
+        return text.replace("<svg ", '<svg style="background: white" ', 1)
+
 
 def render(draw: Callable, *args: Any) -> Picture:
     """Draws `draw(*args)`; the same arguments give the same bytes."""

@@ -16,7 +16,7 @@ TEXTS = ("example_id", "source", "question", "reasoning", "answer")
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes report/report.html and report/*.png; for a large pool also report/rows/*.gz.
+    """Writes report/report.html and report/*.png, *.svg; for a large pool also report/rows/*.gz.
 
     Needs prepare, influence and selection. What the other stages would have shown is left out, and
     the page says so. The same artifacts give the same bytes.
@@ -24,8 +24,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     found = load(context)
     drawn = page.pictures(found)
     for name, picture in drawn.items():
-        with artifacts.atomic(context.path(f"report/{name}.png")) as temporary:
-            temporary.write_bytes(picture.png)
+        for suffix, blob in (("png", picture.png), ("svg", picture.standalone.encode())):
+            with artifacts.atomic(context.path(f"report/{name}.{suffix}")) as temporary:
+                temporary.write_bytes(blob)
     explored = page.explore(found)
     for name, blob in explored.files.items():
         with artifacts.atomic(context.path(f"report/rows/{name}.gz")) as temporary:

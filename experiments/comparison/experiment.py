@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pictures
 
 from comparison import cost, grid, picture, runner, statistics, table
 from diq_jax import config, pipeline
-from diq_jax.report import figures
 from diq_jax.run import artifacts, records, stages
 from diq_jax.selection import methods, select
 
@@ -21,7 +21,7 @@ def run(
     cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
 ) -> dict[str, Any]:
     """Runs the stages up to selection and every cell, skipping what is done; writes
-    compare/results.json, table.md and figure.png and prints the tables.
+    compare/results.json, table.md and figure.png, .svg, .csv and prints the tables.
 
     Raises:
         UserError: bad input, or another run holds the workdir.
@@ -39,10 +39,9 @@ def run(
         results["settings"]["removed"] = int(removed.sum())
         artifacts.write_json(context.path("compare/results.json"), results)
         artifacts.write_text(context.path("compare/table.md"), table.markdown(results))
-        with artifacts.atomic(context.path("compare/figure.png")) as temporary:
-            temporary.write_bytes(figures.render(picture.draw, results).png)
+        pictures.write(context.path("compare"), "figure", results["rows"], picture.draw, results)
     print(table.plain(results))
-    print(f"Wrote {workdir / 'compare'}: results.json, table.md, figure.png.")
+    print(f"Wrote {workdir / 'compare'}: results.json, table.md, figure.png, .svg, .csv.")
     return results
 
 

@@ -5,16 +5,16 @@ both (comparison/statistics.py). p-values are of the same resamplings, corrected
 arms of a budget.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.figure
 import numpy as np
+import pictures
 
 from comparison import statistics
 from diq_jax.evaluate import intervals, significance
+from diq_jax.report import figures
 from lab import arms, trainings
 
 PANELS = {
@@ -23,7 +23,7 @@ PANELS = {
     "held_out_loss": "loss on held-out reasoning (nats/token)",
 }
 MORE = {"choice_loss": "choice loss, whole options (nats)", "test_loss": "test loss (nats/token)"}
-COLORS = ("#d55e00", "#0072b2", "#009e73", "#7a828c")
+COLORS = (figures.SELECTED, figures.ARMS[0], figures.ARMS[1], figures.MUTED)
 Values = Mapping[str, np.ndarray]
 
 
@@ -83,22 +83,18 @@ def _correct(found: Sequence[Mapping[str, Any]]) -> None:
                 cell["p_holm"] = adjusted[arm]
 
 
-def as_csv(found: Sequence[Mapping[str, Any]]) -> str:
-    """Writes one line for each arm, budget and metric."""
-    text = io.StringIO()
-    names = ["arm", "budget", "rows", "answer_tokens", "seeds", "metric", "mean", "sd_of_seeds"]
-    names += [f"{a}_{b}" for a in ("random", "base") for b in ("mean", "low", "high", "p")]
-    writer = csv.DictWriter(text, [*names, "random_p_holm"], lineterminator="\n")
-    writer.writeheader()
+def lines(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lists the values of each arm, budget and metric, for CSV."""
+    made = []
     for row in found:
+        about = {k: row.get(k) for k in ("arm", "budget", "rows", "answer_tokens", "seeds")}
         for metric, cell in row["metrics"].items():
-            line = {name: row.get(name, "") for name in names[:5]} | {"metric": metric}
-            line |= {name: cell[name] for name in ("mean", "sd_of_seeds")}
+            line = about | {"metric": metric} | {k: cell[k] for k in ("mean", "sd_of_seeds")}
             for other in ("random", "base"):
-                for name, value in cell.get(f"versus_{other}", {}).items():
-                    line[f"{other}_{name}"] = value
-            writer.writerow({k: v for k, v in line.items() if k != "base_p_holm"})
-    return text.getvalue()
+                versus = cell.get(f"versus_{other}", {})
+                line |= {f"{other}_{name}": value for name, value in versus.items()}
+            made.append(line)
+    return made
 
 
 def as_markdown(found: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -132,7 +128,7 @@ def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Fi
     compared = [r for r in found if "versus_random" in r["metrics"]["choice_loss_letters"]]
     budgets = sorted({row["budget"] for row in compared})
     names = _by_mean(compared)
-    figure = matplotlib.figure.Figure((11, 0.3 * len(names) + 1.6), layout="constrained")
+    figure = matplotlib.figure.Figure((11, 0.3 * len(names) + 1.6))
     axes = figure.subplots(1, len(PANELS), sharey=True, squeeze=False)[0]
     for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
         for k, budget in enumerate(budgets):
@@ -144,14 +140,13 @@ def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Fi
                 mean, places, xerr=[mean - low, high - mean], fmt="o", ms=3, lw=1,
                 color=COLORS[k % len(COLORS)], label=f"{100 * budget:g} %",
             )  # fmt: skip
-        axis.axvline(0, color="#7a828c", linewidth=1)
+        axis.axvline(0, color=figures.MUTED, linewidth=1)
         axis.set_xlabel(f"{label}\nminus random; left is better", fontsize=8)
-        axis.grid(axis="x", color="#d9dde1", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    axes[0].legend(fontsize=8)
+    pictures.title(figure, title)
     return figure
 
 

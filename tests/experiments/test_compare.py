@@ -89,7 +89,7 @@ def test_a_killed_run_continues_to_the_same_results(made, workdir, tmp_path, mon
         for folder in (workdir, killed)
     )
     assert one == other
-    for name in ("table.md", "figure.png"):
+    for name in ("table.md", "figure.png", "figure.svg", "figure.csv"):
         assert (killed / "compare" / name).stat().st_size > 1000
     assert "| diq | 25 % | 6 |" in (killed / "compare/table.md").read_text()
     assert "Win / tie / loss" in capsys.readouterr().out

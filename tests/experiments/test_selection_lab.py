@@ -105,7 +105,7 @@ def test_difference_to_random_is_paired():
     # Each value is 1 below its pair, whatever is drawn.
     assert versus["mean"] == pytest.approx(-1) and versus["high"] == pytest.approx(-1)
     assert versus["p"] == versus["p_holm"] == 2 / 200
-    assert summary.as_csv(rows).count("\n") == 1 + 3 * len(trainings.METRICS)
+    assert len(summary.lines(rows)) == 3 * len(trainings.METRICS)
     assert "diq" in summary.as_markdown(rows, "title")
 
 
