@@ -83,7 +83,10 @@ WRITES = {
         *(f"adapter/{name}" for name in ADAPTER), "state/*", "tensorboard/*",
     ),
     "evaluate": ("results.json", "predictions.jsonl", "partial/*"),
-    "report": ("report.html", "rows/*.gz", *(f"{name}.{suffix}" for name in report.PICTURES for suffix in ("png", "svg"))),
+    "report": (
+        "report.html", "rows/*.gz",
+        *(f"{name}.{suffix}" for name in report.PICTURES for suffix in ("png", "svg")),
+    ),
 }  # fmt: skip
 
 STAGES = {

@@ -28,7 +28,7 @@ from diq_jax.commands import cli
 from diq_jax.data import encoded
 from diq_jax.influence import direction, features, per_example, problems, projection
 from diq_jax.models import load
-from diq_jax.report import figures
+from diq_jax.report import style
 from diq_jax.run import artifacts, devices, parts, stages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -39,7 +39,8 @@ DIMS = flags.DEFINE_list("dims", ["256", "1024", "4096", "8192"], "Their dimensi
 SEEDS = flags.DEFINE_integer("seeds", 3, "Draws of each projection.", lower_bound=1)
 
 COLOURS = {
-    "rademacher": figures.ARMS[0], "gaussian": figures.ARMS[1], "sparse": figures.SELECTED, "factored": figures.ARMS[2],
+    "rademacher": style.ARMS[0], "gaussian": style.ARMS[1], "sparse": style.SELECTED,
+    "factored": style.ARMS[2],
 }  # fmt: skip
 
 
@@ -199,22 +200,20 @@ def draw(rows: list[dict], title: str) -> matplotlib.figure.Figure:
         right.plot(milliseconds, [r["spearman"] for r in timed], "o-", color=colour, label=kind)
         for r, x in zip(timed, milliseconds, strict=True):
             at = {"xytext": (7, -3), "textcoords": "offset points", "ha": "left"}
-            right.annotate(
-                f"{r['dim']:,}", (x, r["spearman"]), **at, color=figures.MUTED, fontsize=8
-            )
+            right.annotate(f"{r['dim']:,}", (x, r["spearman"]), **at, color=style.MUTED, fontsize=8)
     jl = {r["dim"]: r["predicted_pearson"] for r in projections if "predicted_pearson" in r}
     if jl:
         jl = dict(sorted(jl.items()))
         left.plot(
             *zip(*jl.items(), strict=True),
             "--",
-            color=figures.MUTED,
+            color=style.MUTED,
             label="JL prediction (Pearson)",
         )
     if length["spearman"] > 0:  # the scale ends at 0
-        left.axhline(length["spearman"], color=figures.MUTED, linestyle=":", linewidth=1)
+        left.axhline(length["spearman"], color=style.MUTED, linestyle=":", linewidth=1)
         at = {"xy": (1, length["spearman"]), "xycoords": ("axes fraction", "data"), "ha": "right"}
-        left.annotate("shortest answers first", **at, va="bottom", color=figures.MUTED, fontsize=8)
+        left.annotate("shortest answers first", **at, va="bottom", color=style.MUTED, fontsize=8)
     dims = sorted({r["dim"] for r in projections})
     left.set_xscale("log", base=2)
     left.set_xticks(dims, [f"{d:,}" for d in dims])

@@ -10,8 +10,8 @@ same model, rows, targets and halves.
 A tiny model with the config's tokenizer is trained on rows of data.pool that are left aside (the
 base), then from there on many random halves of --rows other rows. LDS is the Spearman correlation,
 over the halves, of a target's measured loss with the sum of the scores of the rows in the half (its
-sign turned), averaged over targets. Written: lds.json, lds.png, .svg, .csv. A killed run continues after its
-last training. The config's influence.gauss_newton says how that direction is solved.
+sign turned), averaged over targets. Written: lds.json, lds.png, .svg, .csv. A killed run continues
+after its last training. The config's influence.gauss_newton says how that direction is solved.
 
 Intervals are over targets and halves. `reliability` is the LDS of one training seed's losses with
 another's, carried over to their mean: no score can be expected above its root.
@@ -39,7 +39,7 @@ from diq_jax.commands import cli
 from diq_jax.data import batches, chat, encoded, example, sources
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, rope, tokenizer
-from diq_jax.report import figures
+from diq_jax.report import style
 from diq_jax.run import artifacts, devices, parts, progress
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -164,11 +164,11 @@ def draw(rows: list[dict], reliability: float, title: str) -> matplotlib.figure.
     places = np.arange(len(rows))[::-1]
     values = np.array([[r["lds"], r["low"], r["high"]] for r in rows])
     spread = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-    axes.barh(places, values[:, 0], 0.62, color=figures.ARMS[0], xerr=spread, ecolor=figures.MUTED)
+    axes.barh(places, values[:, 0], 0.62, color=style.ARMS[0], xerr=spread, ecolor=style.MUTED)
     axes.set_yticks(places, [r["name"] for r in rows])
-    axes.axvline(0, color=figures.MUTED, linewidth=1)
+    axes.axvline(0, color=style.MUTED, linewidth=1)
     if reliability > 0:
-        axes.axvline(np.sqrt(reliability), color=figures.SELECTED, linestyle=":", linewidth=1)
+        axes.axvline(np.sqrt(reliability), color=style.SELECTED, linestyle=":", linewidth=1)
     axes.set_xlabel("LDS (dotted: the most that the trainings' own noise allows)")
     axes.grid(axis="y", visible=False)
     pictures.title(figure, title)

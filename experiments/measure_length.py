@@ -11,9 +11,9 @@ every variant of the score comes from the same gradients, against the same mean 
     cosine              divided by the gradient's norm; the same for mean and sum
     residual            dot with the mean loss less its regression on log answer tokens
 
-Printed, and written to length/length.json and length.png, .svg, .csv: Spearman of each with answer tokens, with
-the loss and with difficulty, inside the largest sources too; what DIQ selects by it, and how many
-of those rows the plain score selects.
+Printed, and written to length/length.json, .png, .svg, .csv: Spearman of each with answer tokens,
+with the loss and with difficulty, inside the largest sources too; what DIQ selects by it, and how
+many of those rows the plain score selects.
 """
 
 import collections
@@ -28,7 +28,7 @@ from absl import flags
 from diq_jax import errors, stats
 from diq_jax.commands import cli
 from diq_jax.data import gradient_store
-from diq_jax.report import figures
+from diq_jax.report import style
 from diq_jax.run import artifacts, records
 from diq_jax.selection import methods, select
 
@@ -145,7 +145,7 @@ def draw(pool: Pool, percentile: float, rows: list[dict], title: str) -> matplot
     for axes, row, scores in zip(panels, rows, variants(pool).values(), strict=True):
         ranks = np.argsort(np.argsort(scores, kind="stable")) / len(scores)
         chosen = diq(scores, pool, percentile)
-        for members, colour, size in ((~chosen, figures.POOL, 3), (chosen, figures.SELECTED, 6)):
+        for members, colour, size in ((~chosen, style.POOL, 3), (chosen, style.SELECTED, 6)):
             axes.scatter(
                 pool.tokens[members], ranks[members], s=size, color=colour, alpha=0.6, linewidth=0
             )

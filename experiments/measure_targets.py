@@ -23,7 +23,7 @@ from absl import flags
 
 from diq_jax import errors
 from diq_jax.commands import cli
-from diq_jax.report import figures
+from diq_jax.report import style
 from diq_jax.run import artifacts, records
 from diq_jax.selection import select
 from lab import settling
@@ -60,7 +60,7 @@ def plot(rows: Sequence[dict], title: str) -> matplotlib.figure.Figure:
     """Draws a panel for each measure, a line for each kind."""
     figure = matplotlib.figure.Figure((8, 3.4))
     for axis, (name, label) in zip(figure.subplots(1, 2), settling.MEASURES.items(), strict=True):
-        for kind, color in (("all", figures.ARMS[0]), ("apart", figures.SELECTED)):
+        for kind, color in (("all", style.ARMS[0]), ("apart", style.SELECTED)):
             mine = [row for row in rows if row["kind"] == kind]
             sizes = [row["size"] for row in mine]
             mean, low, high = ([row[name][k] for row in mine] for k in ("mean", "low", "high"))

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.figure
 import pandas
 
-from diq_jax.report import figures
+from diq_jax.report import style
 from diq_jax.run import artifacts
 
 
@@ -23,7 +23,7 @@ def write(
     Args:
         rows: of any depth; a value in a mapping becomes a column "outer.inner".
     """
-    picture = figures.render(draw, *args)
+    picture = style.render(draw, *args)
     for suffix, made in (
         ("png", picture.png),
         ("svg", picture.standalone.encode()),

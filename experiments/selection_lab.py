@@ -18,7 +18,7 @@ tests minus the log of the right option's share among the options (choice loss),
 right answer's loss with and without the end of turn; the loss on held-out rows of the pool, and on
 the targets.
 
-Written: lab.json, lab.md and lab.png, .svg, .csv, after each budget. The same command continues a killed
+Written: lab.json, .md, .png, .svg, .csv, after each budget. The same command continues a killed
 run, and adds arms that did not exist before. --config is lab/settings.py unless given.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from diq_jax.report import figures
+from diq_jax.report import style
 
 
 def panels(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -31,9 +31,9 @@ def draw(perspectives: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Fig
 
 
 def _reliability(ax, calibration):
-    ax.plot([0, 1], [0, 1], **figures.THRESHOLD)
+    ax.plot([0, 1], [0, 1], **style.THRESHOLD)
     after = f"temperature {calibration['temperature']:.2f}"
-    styles = (("before", figures.POOL, "as it is"), ("after", figures.ARMS[0], after))
+    styles = (("before", style.POOL, "as it is"), ("after", style.ARMS[0], after))
     for key, colour, label in styles:
         bins, error = calibration[key]["reliability"], calibration[key]["ece"]
         x, y = ([b[axis] for b in bins] for axis in ("confidence", "right"))

@@ -1,17 +1,7 @@
-"""The report's pictures, each a function of arrays, drawn once and kept as PNG and as inline SVG.
+"""The report's pictures, each a function of arrays."""
 
-The palette is Okabe and Ito's, which colour-blind readers can tell apart; the colours that must
-change with the page's scheme (text, grid) become CSS variables in the SVG.
-"""
-
-import contextlib
-import dataclasses
-import io
-import re
 import textwrap
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.figure
@@ -19,82 +9,16 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib import layout_engine
 
-INK, LINE, MUTED = "#1f2429", "#d9dde1", "#7a828c"
-SELECTED, POOL = "#d55e00", "#8a939c"
-ARMS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+from diq_jax.report.style import ARMS, POOL, SELECTED, THRESHOLD
+
 QUADRANTS = {
     1: "hard, high influence",
     2: "easy, high influence",
     3: "hard, low influence",
     4: "easy, low influence",
 }
-THRESHOLD = {"color": MUTED, "linewidth": 1, "linestyle": (0, (5, 3)), "zorder": 1}
 DIFFICULTY, INFLUENCE = "difficulty (level)", "influence (nats per unit learning rate)"
 CORNERS = {1: (1, 1), 2: (0, 1), 3: (1, 0), 4: (0, 0)}
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "font.size": 9,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text, in the page's own font
-    "text.color": INK,
-    "text.parse_math": False,  # a source named "$x$" is a name
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """Holds a figure as a PNG file, and as SVG text to stand inside an HTML page."""
-
-    png: bytes
-    svg: str
-
-    @property
-    def standalone(self) -> str:
-        """Returns the SVG as a file of its own, in the colours of the PNG, on white."""
-        text = self.svg.replace("var(--ink)", INK).replace("var(--line)", LINE)
-        return text.replace("<svg ", '<svg style="background: white" ', 1)
-
-
-def render(draw: Callable, *args: Any) -> Picture:
-    """Draws `draw(*args)`; the same arguments give the same bytes."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}), _missing_glyphs_pass():
-        figure = draw(*args)
-        png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(png, format="png", dpi=150)
-        figure.set_layout_engine("none")  # the layout is found; again would take as long again
-        figure.savefig(svg, format="svg", dpi=150, transparent=True, metadata={"Date": None})
-    text = svg.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Group ids repeat from figure to figure, and an id must be unique in a page.
-    text = re.sub(r' id="[\w.]+_\d{1,5}"', "", text)
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    return Picture(png.getvalue(), text.replace(INK, "var(--ink)").replace(LINE, "var(--line)"))
-
-
-@contextlib.contextmanager
-def _missing_glyphs_pass():
-    """Ignores a name in a script that the PNG's font lacks: it shows as boxes there and well in the
-    page.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
 
 
 def fences(values: np.ndarray) -> tuple[float, float]:
@@ -261,7 +185,7 @@ def comparison(
             ax.plot(value["mean"], y, "o", color=colours[arm], markersize=6)
         if zero:
             ax.axvline(0, **THRESHOLD)
-        ax.set_title(title)
+        ax.set_title(textwrap.fill(title, 80 // len(panels)))
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, prune="both"))
         ax.margins(x=0.08)
         ax.grid(axis="y", visible=False)

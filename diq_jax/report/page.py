@@ -11,7 +11,7 @@ import markupsafe
 import numpy as np
 
 from diq_jax import config
-from diq_jax.report import classifier, detail, explorer, figures, outcomes, tables
+from diq_jax.report import classifier, detail, explorer, figures, outcomes, style, tables
 
 MOST_POINTS = 4000  # of the pictures
 PREFERENCES = {"loss": "loss (nats)", "margin": "margin (nats)", "accuracy": "pairs in order"}
@@ -82,43 +82,41 @@ class ReportData:
         }
 
 
-def pictures(run: ReportData) -> dict[str, figures.Picture]:
+def pictures(run: ReportData) -> dict[str, style.Picture]:
     """Draws {name: picture}, without those that this run has no data for."""
     e, points = run.examples, run.drawn
     x, y, chosen = e["difficulty"][points], run.influence[points], e["selected"][points]
     rho = tables.correlation(e["influence"], e["tokens"])
-    out = {"tokens": figures.render(figures.tokens, e["tokens"][points], y, chosen, rho)}
+    out = {"tokens": style.render(figures.tokens, e["tokens"][points], y, chosen, rho)}
     panels = [(figures.INFLUENCE, run.influence, run.thresholds["influence"])]
     if run.has_difficulty:
         scatter = (x, y, chosen, run.quadrant_counts, run.thresholds)
-        out["quadrants"] = figures.render(figures.quadrants, *scatter)
+        out["quadrants"] = style.render(figures.quadrants, *scatter)
         panels.insert(0, (figures.DIFFICULTY, e["difficulty"], run.thresholds["difficulty"]))
-    out["distributions"] = figures.render(figures.distributions, panels, e["selected"])
+    out["distributions"] = style.render(figures.distributions, panels, e["selected"])
     shares = tables.group_shares(e["source"], e["selected"])
     if len(shares) > 1:
         names, pool, picked = zip(*shares, strict=True)
         percent = (100 * np.array(n) / max(1, sum(n)) for n in (pool, picked))
-        out["sources"] = figures.render(figures.sources, names, *percent)
+        out["sources"] = style.render(figures.sources, names, *percent)
     if run.results:
-        out["comparison"] = figures.render(figures.comparison, outcomes.panels(run.results))
+        out["comparison"] = style.render(figures.comparison, outcomes.panels(run.results))
     if run.losses:
         curves = (_curves(run.losses, name) for name in ("loss", "target_loss"))
-        out["loss"] = figures.render(figures.loss, *curves)
+        out["loss"] = style.render(figures.loss, *curves)
     if run.preferences:
         steps = [entry["step"] for entry in run.preferences]
         curves = {
             label: [entry[name] for entry in run.preferences] for name, label in PREFERENCES.items()
         }
-        out["preferences"] = figures.render(figures.preferences, steps, curves)
+        out["preferences"] = style.render(figures.preferences, steps, curves)
     perspectives = classifier.panels(run.classifier)
     if perspectives:
-        out["classifier"] = figures.render(classifier.draw, perspectives)
+        out["classifier"] = style.render(classifier.draw, perspectives)
     return dict(sorted(out.items()))
 
 
-def render(
-    run: ReportData, drawn: Mapping[str, figures.Picture], explored: explorer.Explorer
-) -> str:
+def render(run: ReportData, drawn: Mapping[str, style.Picture], explored: explorer.Explorer) -> str:
     """Writes the page. Everything from the data is escaped: HTML by jinja, JSON by the explorer."""
     e = run.examples
     cfg, selected = run.config, e["selected"]

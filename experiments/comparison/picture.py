@@ -12,7 +12,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
-from diq_jax.report import figures
+from diq_jax.report import figures, style
 
 PANELS = {  # metric: (title, factor)
     "test_loss_without_end": ("test loss without end of turn (nats/token)", 1),
@@ -67,23 +67,23 @@ def _panel(ax, rows, methods, metric, factor):
         budgets = np.array([r["budget"] for r in mine])
         return budgets, factor * means, factor * seeds, factor * (means[:, None] + ends)
 
-    ax.axhline(points(BASE)[1][0], **figures.THRESHOLD, label="base model")
+    ax.axhline(points(BASE)[1][0], **style.THRESHOLD, label="base model")
     x, y, seeds, _ = points(RANDOM)
     if len(x) == 1:  # a band needs some width
-        ax.fill_between(x * [1 / 1.15, 1.15], *seeds[0], color=figures.POOL, alpha=0.3, linewidth=0)
+        ax.fill_between(x * [1 / 1.15, 1.15], *seeds[0], color=style.POOL, alpha=0.3, linewidth=0)
     elif len(x):
-        ax.fill_between(x, *seeds.T, color=figures.POOL, alpha=0.3, linewidth=0)
+        ax.fill_between(x, *seeds.T, color=style.POOL, alpha=0.3, linewidth=0)
     if len(x):
-        ax.plot(x, y, "-o", color=figures.MUTED, label="random, and its seeds", markersize=4)
+        ax.plot(x, y, "-o", color=style.MUTED, label="random, and its seeds", markersize=4)
     colours = figures.arm_colours(methods)
     for k, method in enumerate(methods):
         x, y, _, interval = points(method)
         x = x * 1.05 ** ((k // 2 + 1) * (1 if k % 2 else -1))  # side by side, random in the middle
-        colour = figures.SELECTED if method == "diq" else colours[method]
+        colour = style.SELECTED if method == "diq" else colours[method]
         ax.vlines(x, *interval.T, color=colour, linewidth=1.2)
         marker = MARKERS[k % len(MARKERS)]
         ax.plot(x, y, f"-{marker}", color=colour, label=method, markersize=5, linewidth=1.2)
     x, y, seeds, _ = points(FULL)
     if len(x):
-        ax.vlines(x, *seeds.T, color=figures.INK, linewidth=1.2)
-        ax.plot(x, y, "*", color=figures.INK, label="full pool, and its seeds", markersize=9)
+        ax.vlines(x, *seeds.T, color=style.INK, linewidth=1.2)
+        ax.plot(x, y, "*", color=style.INK, label="full pool, and its seeds", markersize=9)

@@ -14,7 +14,7 @@ import pictures
 
 from comparison import statistics
 from diq_jax.evaluate import intervals, significance
-from diq_jax.report import figures
+from diq_jax.report import style
 from lab import arms, trainings
 
 PANELS = {
@@ -23,7 +23,7 @@ PANELS = {
     "held_out_loss": "loss on held-out reasoning (nats/token)",
 }
 MORE = {"choice_loss": "choice loss, whole options (nats)", "test_loss": "test loss (nats/token)"}
-COLORS = (figures.SELECTED, figures.ARMS[0], figures.ARMS[1], figures.MUTED)
+COLORS = (style.SELECTED, style.ARMS[0], style.ARMS[1], style.MUTED)
 Values = Mapping[str, np.ndarray]
 
 
@@ -140,7 +140,7 @@ def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Fi
                 mean, places, xerr=[mean - low, high - mean], fmt="o", ms=3, lw=1,
                 color=COLORS[k % len(COLORS)], label=f"{100 * budget:g} %",
             )  # fmt: skip
-        axis.axvline(0, color=figures.MUTED, linewidth=1)
+        axis.axvline(0, color=style.MUTED, linewidth=1)
         axis.set_xlabel(f"{label}\nminus random; left is better", fontsize=8)
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
