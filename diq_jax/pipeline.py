@@ -17,7 +17,16 @@ from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
 from diq_jax.report import stage as report
-from diq_jax.run import artifacts, compiled, devices, processes, progress, records, stages
+from diq_jax.run import (
+    artifacts,
+    compiled,
+    devices,
+    processes,
+    progress,
+    records,
+    stages,
+    tracking,
+)
 from diq_jax.selection import methods
 from diq_jax.selection import stage as selection
 
@@ -184,19 +193,25 @@ def run(
     names: Sequence[str],
     overwrite: bool,
     verify: bool = True,
+    track: Sequence[str] = (),
 ) -> None:
     """Runs the named stages in `workdir`, one run at a time. With parallel.distributed every
     process calls this after processes.join(); the workdir is on a file system that all see.
 
     Args:
         verify: whether artifacts are held against the records of the stages that made them.
+        track: of tracking.PACKAGES, those that are told all numbers.
 
     Raises:
         UserError: bad input, or another run holds the workdir.
     """
     methods.check(cfg)
     names = wanted(cfg, names)
-    with at_work(cfg, workdir, verify) as context, progress.logged(workdir):
+    with (
+        at_work(cfg, workdir, verify) as context,
+        progress.logged(workdir),
+        tracking.opened(track, workdir, dataclasses.asdict(cfg)),
+    ):
         progress.note(f"stages {', '.join(names)}")
         spread = context
         if cfg.parallel.distributed:
@@ -218,6 +233,9 @@ def run(
             told = ("rows", "seconds", "tokens", "tokens_per_second", "peak_memory_mib")
             known = {key: record[key] for key in told if key in record}
             progress.event("stage", name=name, ran=ran, **known)
+            numbers = {key: value for key, value in known.items() if key != "peak_memory_mib"}
+            numbers |= known.get("peak_memory_mib", {})
+            progress.measured(f"stage {name}", 0, [numbers] if ran else [])
             if ran and name == "prepare":
                 check(context, names)
     if "report" in names and processes.is_first():

@@ -33,6 +33,9 @@ VERIFY = cli.define_verify()
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check all inputs, print them and what each stage would do, and stop."
 )
+TRACK = flags.DEFINE_list(
+    "track", [], "Where curves, rates and each stage's numbers go too: tensorboard, wandb, trackio."
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where they are done.")
 
 
@@ -58,4 +61,4 @@ def main() -> None:
         return
     if cfg.parallel.distributed:
         processes.join()
-    pipeline.run(cfg, workdir, names, OVERWRITE.value, cli.verify(VERIFY))
+    pipeline.run(cfg, workdir, names, OVERWRITE.value, cli.verify(VERIFY), TRACK.value)

@@ -97,6 +97,7 @@ def train(
                 saves.save(state, records)
                 if upkeep.log:
                     upkeep.log(logged, records[logged:])
+                progress.measured(name, logged, records[logged:])
                 logged = len(records)
     return state, records, bar.tokens
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import tqdm
@@ -23,6 +23,8 @@ from diq_jax.run import processes
 EVERY_SECONDS = 30.0  # between two lines of one piece of work
 LOG, EVENTS = "run.log", "events.jsonl"
 _open_logs: list[tuple[IO[str], IO[str]]] = []
+Tracker = Callable[[str, int, Mapping[str, float]], None]  # what is measured, its step, its numbers
+_trackers: list[Tracker] = []
 
 
 class Progress:
@@ -70,6 +72,8 @@ class Progress:
         text += "" if left is None else f", left {datetime.timedelta(seconds=round(left))}"
         text += "".join(f", {name} {value}" for name, value in shown.items())
         say(text, on_terminal=False)
+        speed = {"examples_per_second": rate, "tokens_per_second": self.tokens / seconds}
+        measured(self._name, done, [speed])
         event(
             "progress", name=self._name, done=done, total=self._total,
             examples_per_second=round(rate, 3), tokens_per_second=round(self.tokens / seconds, 1),
@@ -128,6 +132,23 @@ def event(kind: str, **values: Any) -> None:
     """Adds a line to events.jsonl."""
     for _, events in _open_logs:
         print(json.dumps({"time": _now(), "event": kind, **values}), file=events, flush=True)
+
+
+def measured(name: str, first: int, records: Sequence[Mapping[str, float]]) -> None:
+    """Hands the numbers of consecutive steps, from `first` on, to all trackers."""
+    for tracker in _trackers:
+        for step, record in enumerate(records, start=first):
+            tracker(name, step, record)
+
+
+@contextlib.contextmanager
+def tracked(tracker: Tracker) -> Iterator[None]:
+    """Has `tracker` told what is measured."""
+    _trackers.append(tracker)
+    try:
+        yield
+    finally:
+        _trackers.remove(tracker)
 
 
 @contextlib.contextmanager
