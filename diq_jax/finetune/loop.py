@@ -95,15 +95,19 @@ def train(
                 _check_target_loss(records[-1]["target_loss"], name, number)
             if saves:
                 saves.save(state, records)
-                if upkeep.log:
-                    upkeep.log(logged, records[logged:])
-                progress.measured(name, logged, records[logged:])
+                _tell(upkeep, name, logged, records[logged:])
                 logged = len(records)
     return state, records, bar.tokens
 
 
 def _if_due(what: T | None, number: int, every: int, last: bool) -> T | None:
     return what if what and (last or (number + 1) % every == 0) else None
+
+
+def _tell(upkeep, name, first, records) -> None:
+    progress.measured(name, first, records)
+    if upkeep.log:
+        upkeep.log(first, records)
 
 
 def _finite(metrics, name, number, chosen) -> Record:
