@@ -453,7 +453,17 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(made, tmp_path):
     said = preflight.dry_run(cfg, tmp_path / "run", names)
     assert re.search(r"data\.pool +24 rows", said) and re.search(r"prepare +to do$", said, re.M)
     assert not (tmp_path / "run").exists()
+    assert "influence hours" not in said
+    for engine in ("factored", "exact"):
+        timed = config.resolve(make_config(made, influence__engine=engine))
+        told = preflight.dry_run(timed, tmp_path / "run", [*names, "influence"])
+        hours = r"hours +[\d.e-]+: 3 batches of \d+ x \d+ timed, [\d,]+ tokens/s"
+        assert re.search(hours, told), told
+    assert not (tmp_path / "run").exists()
     run(made, tmp_path / "run", "prepare")
+    rows = pq.read_table(tmp_path / "run/prepare/pool.parquet")["input_ids"].to_pylist()
+    tokens = sum(map(len, rows))
+    assert f"about {tokens:,}: {tokens / 24:.1f} of the first 24 rows" in told
     said = preflight.dry_run(cfg, tmp_path / "run", names)
     assert re.search(r"prepare +done$", said, re.M) and re.search(r"difficulty +to do", said)
     other = config.resolve(make_config(made, data__seed=3))

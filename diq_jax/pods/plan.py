@@ -139,7 +139,9 @@ def rows(
         with devices.matmul_precision(cfg.model.dtype):
             made = programs.make(name, job)
             parts = [_compile(program, place.chip) for program in made]
-        yield _row(name, parts, programs.ideal_flops(name, job), job, place)
+        size = job.batch.tokens.shape[0], job.tokens, job.answers
+        flops = programs.ideal_flops(name, job.model.cfg, *size)
+        yield _row(name, parts, flops, job, place)
 
 
 @dataclasses.dataclass(frozen=True)

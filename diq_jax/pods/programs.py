@@ -246,15 +246,16 @@ def make(name: str, job: Job) -> list[Program]:
     return list(job.placement.called)
 
 
-def ideal_flops(name: str, job: Job) -> float:
+def ideal_flops(
+    name: str, cfg: model_config.DecoderConfig, rows: int, tokens: float, answers: float
+) -> float:
     """Returns the fewest FLOPs that the mathematics of a program needs for a batch, on all chips.
 
     The head meets answer tokens alone, attention is causal, a token meets its own experts; a
     program that needs no gradient of a matrix goes through it forth and back, or along a thin
     direction, at twice a forward pass.
     """
-    cfg = job.model.cfg
-    B, T, A = job.batch.tokens.shape[0], job.tokens, job.answers
+    B, T, A = rows, tokens, answers
     shapes = trees.named_leaves(decoder.shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
     kernels = {name: math.prod(x) for name, x in shapes.items() if name.endswith("kernel")}
     met = cfg.experts_per_token / cfg.num_experts if cfg.num_experts else 1

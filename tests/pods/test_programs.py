@@ -29,12 +29,12 @@ def test_ideal_flops_by_hand():
     """Two rows of 32 tokens, 16 of them scored. A layer's matrices hold 16 * 16 * 2 (q, o),
     16 * 8 * 2 (k, v) and 3 * 16 * 24 numbers, 1,920; two layers 3,840; the head 16 * 50.
     """
-    made = job()
+    size = job().model.cfg, 2, 32, 16
     products = 2 * 2 * (32 * 3840 + 16 * 16 * 50)
     attention = 2 * 2 * 4 * 4 * 32 * 32 * 2  # 2 B H C T T / 2 for scores and for what is read
-    assert programs.ideal_flops("loss", made) == products + attention
-    assert programs.ideal_flops("exact", made) == 3 * (products + attention)
-    assert programs.ideal_flops("factored", made) == 2 * products + 3 * attention
+    assert programs.ideal_flops("loss", *size) == products + attention
+    assert programs.ideal_flops("exact", *size) == 3 * (products + attention)
+    assert programs.ideal_flops("factored", *size) == 2 * products + 3 * attention
 
 
 def test_matrices_are_split_over_data_where_they_fill_a_quarter_of_a_chip():
