@@ -110,3 +110,14 @@ def test_weights_that_their_last_cast_ruined_are_not_written(tmp_path):
     with pytest.raises(errors.UserError, match="embed/embedding holds numbers that are NaN or inf"):
         export_lib.save_model(tmp_path / "new", params, {}, "nowhere", "model.path")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_selection_is_written_of_a_finished_run_alone(tmp_path):
+    for flags, message in (
+        ([], "Give either --adapter, a PEFT folder, or --selection, a run."),
+        ([f"--selection={tmp_path}", "--adapter=a"], "Give either --adapter"),
+        ([f"--selection={tmp_path}"], "selection"),
+    ):
+        ended = export(*flags, f"--output={tmp_path / 'out'}")
+        assert ended.returncode == 2 and message in ended.stderr, ended.stderr
+        assert len(ended.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()

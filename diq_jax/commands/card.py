@@ -1,4 +1,6 @@
-"""Model cards: what a model was made from, by which selection, with which numbers and license."""
+"""Cards of models and data sets: what one was made from, by which selection, with which numbers and
+license.
+"""
 
 import pathlib
 from collections.abc import Mapping
@@ -27,15 +29,34 @@ def of_model(base: str, revision: str, adapter: pathlib.Path) -> str:
     workdir = adapter.absolute().parents[1]
     if (workdir / "selection" / records.NAME).is_file():
         lines += ["", "## Selection", "", *_selection(workdir)]
-    results = workdir / "evaluate/results.json"
-    if results.is_file():
-        found = reading.read_record(results, {"models": dict, "tests": int})
-        lines += ["", f"## Results on {found['tests']:,} test questions", "", *_numbers(found)]
+    return "\n".join([*lines, *_results(workdir)]) + "\n"
+
+
+def of_data(workdir: pathlib.Path, file: str) -> str:
+    """Writes the card of the rows that a finished run selected, in Markdown.
+
+    Args:
+        file: that holds them, beside the card.
+
+    Raises:
+        UserError: the selection is not finished.
+    """
+    lines = [
+        "---", "tags: [diq_jax]", "task_categories: [text-generation]", "configs:",
+        "- config_name: default", f"  data_files: {file}", "---", "", f"# {workdir.name}, selected",
+        "", "Rows of a larger pool, best first, as chats that are ready to train on.", "",
+        "License: the rows are those of the pool, whose license and terms of use apply. This file "
+        "grants nothing beyond them. Not for use in the care of patients.",
+        "", "## Selection", "", *_selection(workdir), *_results(workdir),
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def push(folder: pathlib.Path, repository: str) -> str:
-    """Uploads a folder as a private model repository of the hub. Returns where it is.
+def push(folder: pathlib.Path, repository: str, kind: str = "model") -> str:
+    """Uploads a folder as a private repository of the hub. Returns where it is.
+
+    Args:
+        kind: model or dataset.
 
     Raises:
         UserError: the hub refuses, or cannot be reached.
@@ -45,8 +66,8 @@ def push(folder: pathlib.Path, repository: str) -> str:
 
     hub = huggingface_hub.HfApi()
     try:
-        made = hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder)
+        made = hub.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
+        hub.upload_folder(repo_id=repository, folder_path=folder, repo_type=kind)
     except (OSError, ValueError, hub_errors.HfHubHTTPError) as e:
         said = " ".join(str(e).split())[:200]
         raise errors.UserError(f"--push: {repository} cannot be written: {said}.") from None
@@ -64,6 +85,15 @@ def _selection(workdir: pathlib.Path) -> list[str]:
         f"{cfg['data']['template']}",
         f"- diq_jax {record.get('versions', {}).get('diq_jax', '?')}",
     ]
+
+
+def _results(workdir: pathlib.Path) -> list[str]:
+    """Returns the run's numbers as a section; nothing where it has none."""
+    results = workdir / "evaluate/results.json"
+    if not results.is_file():
+        return []
+    found = reading.read_record(results, {"models": dict, "tests": int})
+    return ["", f"## Results on {found['tests']:,} test questions", "", *_numbers(found)]
 
 
 def _numbers(results: Mapping[str, Any]) -> list[str]:

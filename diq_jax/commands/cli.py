@@ -38,7 +38,7 @@ JOBS = {
     "judge": "judge written answers by language models",
     "harness": "run tasks of the lm-eval harness on a model",
     "serve": "answer clients of the OpenAI API by a model",
-    "export": "merge an adapter into its base model",
+    "export": "merge an adapter into its base model, or write a selection as a data set",
 }
 HELP = {"-h", "-help", "--help"}
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

@@ -1,10 +1,13 @@
-"""Merges a LoRA adapter into its base model: a folder that any trainer or server loads.
+"""Merges a LoRA adapter into its base model: a folder that any trainer or server loads; or writes
+what a run selected as a data set.
 
     diq export --adapter=runs/mine/finetune/adapter --output=merged
+    diq export --selection=runs/mine --output=chosen
 
 Written: config.json, generation_config.json, safetensors, the tokenizer with its chat template, and
 README.md, a model card with the license note and, for an adapter inside of a run, the selection and
-the numbers. --push=ORG/NAME uploads the folder to the hub, as a private repository.
+the numbers. With --selection: the selected rows as chats, and README.md, a data-set card. --push
+uploads the folder to the hub, as a private repository ORG/NAME.
 
 The base is the one that the adapter names (--model for another place of the same weights); of a
 .gguf file the weights are dequantised. The adapter's folder itself is what PEFT loads, and needs no
@@ -20,7 +23,8 @@ from diq_jax import config, errors
 from diq_jax.commands import cli
 
 VERIFY = cli.define_verify()
-ADAPTER = flags.DEFINE_string("adapter", None, "A PEFT LoRA folder.", required=True)
+ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT LoRA folder.")
+SELECTION = flags.DEFINE_string("selection", "", "A finished run, whose selected rows are written.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 MODEL = flags.DEFINE_string("model", "", "As model.path; empty = the base that the adapter names.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.")
@@ -47,17 +51,58 @@ def base_of(adapter: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Merges, and writes the folder."""
+    """Writes the folder, and uploads it where --push asks for that."""
+    from diq_jax.commands import card
+
+    if PUSH.value and not re.fullmatch(r"[\w.-]+/[\w.-]+", PUSH.value):
+        raise errors.UserError(f"--push must be a repository ORG/NAME; got {PUSH.value!r}.")
+    if bool(ADAPTER.value) == bool(SELECTION.value):
+        raise errors.UserError("Give either --adapter, a PEFT folder, or --selection, a run.")
+    output = pathlib.Path(OUTPUT.value)
+    if SELECTION.value:
+        write_selection(pathlib.Path(SELECTION.value), output)
+    else:
+        write_model(pathlib.Path(ADAPTER.value), output)
+    if PUSH.value:
+        kind = "dataset" if SELECTION.value else "model"
+        print(f"pushed to {card.push(output, PUSH.value, kind)}")
+
+
+def write_selection(workdir: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes the selected rows of a run as chats, with their card.
+
+    Raises:
+        UserError: the selection is not finished or has no chats, or the folder is not empty.
+    """
+    from diq_jax.commands import card
+    from diq_jax.run import artifacts, records
+
+    workdir = workdir.absolute()
+    rows = workdir / "selection/selected.messages.jsonl"
+    text = card.of_data(workdir, rows.name)
+    if not rows.is_file():
+        raise errors.UserError(f"--selection: {workdir} selected no rows with texts ({rows.name}).")
+    if cli.verify(VERIFY):
+        records.verify(rows)
+    if output.exists() and any(output.iterdir()):
+        raise errors.UserError(f"--output: {output} is not empty; name another folder.")
+    artifacts.write_text(output / rows.name, rows.read_text(encoding="utf-8"))
+    artifacts.write_text(output / card.CARD, text)
+    print(f"wrote {output}: {rows.name} and {card.CARD}")
+
+
+def write_model(adapter: pathlib.Path, output: pathlib.Path) -> None:
+    """Merges, and writes the model's folder with its card.
+
+    Raises:
+        UserError: the adapter does not fit its base, or the folder holds a model.
+    """
     import jax
 
     from diq_jax.commands import card
     from diq_jax.models import checkpoint, export, load, lora
     from diq_jax.run import artifacts, devices, records
 
-    if PUSH.value and not re.fullmatch(r"[\w.-]+/[\w.-]+", PUSH.value):
-        raise errors.UserError(f"--push must be a repository ORG/NAME; got {PUSH.value!r}.")
-
-    adapter, output = pathlib.Path(ADAPTER.value), pathlib.Path(OUTPUT.value)
     if cli.verify(VERIFY):
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if (adapter / name).is_file():
@@ -76,5 +121,3 @@ def main() -> None:
     artifacts.write_text(output / card.CARD, text)
     size = sum(x.nbytes for x in jax.tree.leaves(merged)) / 2**20
     print(f"wrote {output}: {path} with {adapter} merged, {size:,.0f} MiB of {DTYPE.value}")
-    if PUSH.value:
-        print(f"pushed to {card.push(output, PUSH.value)}")

@@ -34,22 +34,29 @@ def test_a_card_has_the_selection_and_the_numbers(tmp_path):
     text = card.of_model("org/base", "", adapter)
     assert "method diq, retention_ratio 0.1: 4 of 40 rows" in text
     assert "| selected | 1.25 (1 to 1.5) |" in text and "9 test questions" in text
+    data = card.of_data(tmp_path, "rows.jsonl")
+    assert "- config_name: default\n  data_files: rows.jsonl\n---" in data
+    assert "method diq, retention_ratio 0.1: 4 of 40 rows" in data and "template think" in data
+    assert "| selected | 1.25 (1 to 1.5) |" in data
+    assert "license and terms of use apply" in data
 
 
 def test_a_push_is_private_and_a_refusal_one_sentence(tmp_path, monkeypatch):
     asked = []
 
     class Hub:
-        def create_repo(self, name, private, exist_ok):
-            asked.append((name, private))
+        def create_repo(self, name, private, exist_ok, repo_type):
+            asked.append((name, private, repo_type))
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id, folder_path):
-            asked.append((repo_id, folder_path))
+        def upload_folder(self, repo_id, folder_path, repo_type):
+            asked.append((repo_id, folder_path, repo_type))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert card.push(tmp_path, "me/model") == "https://hub/me/model"
-    assert asked == [("me/model", True), ("me/model", tmp_path)]
+    assert asked == [("me/model", True, "model"), ("me/model", tmp_path, "model")]
+    card.push(tmp_path, "me/rows", "dataset")
+    assert asked[2:] == [("me/rows", True, "dataset"), ("me/rows", tmp_path, "dataset")]
 
     def refuse(*args, **kwargs):
         raise ConnectionError("offline")
