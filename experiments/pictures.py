@@ -27,7 +27,7 @@ def write(
     for suffix, made in (
         ("png", picture.png),
         ("svg", picture.standalone.encode()),
-        ("csv", pandas.json_normalize(list(rows)).to_csv(index=False).encode()),
+        ("csv", pandas.json_normalize([dict(row) for row in rows]).to_csv(index=False).encode()),
     ):
         with artifacts.atomic(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(made)
