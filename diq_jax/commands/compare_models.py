@@ -5,7 +5,8 @@
 Each of the two is a run's folder, its evaluate folder or a predictions.jsonl, and after a colon
 the model, where there are several. For each task (and each subject, where rows have one) and
 overall: both accuracies, the paired difference with its 95 % bootstrap interval, McNemar's exact
-test, adjusted over tasks by Holm's method; then the calibration of both. A generated answer that
+test, adjusted over tasks by Holm's method; then choice loss and Brier score, where the rows have
+them, and the calibration of both. A generated answer that
 cannot be read is wrong; where there are any, they are counted.
 """
 
@@ -16,7 +17,7 @@ from absl import flags
 
 from diq_jax.commands import cli
 from diq_jax.evaluate import compare, predictions
-from diq_jax.report import tables
+from diq_jax.report import outcomes, tables
 from diq_jax.run import artifacts
 
 VERIFY = cli.define_verify()
@@ -59,6 +60,7 @@ def measure(rows: list[predictions.ById], ids: list[str]) -> dict[str, Any]:
         "overall": compare.paired(hits, unread, *chosen),
         "tasks": compare.by_group(hits, unread, tasks, *chosen),
         "subjects": by_subject,
+        "proper": compare.proper(rows, ids, *chosen),
         "calibration": [compare.calibrated(of, ids) for of in rows],
     }
 
@@ -86,6 +88,24 @@ def table(title: str, groups: dict[str, dict], names: list[str]) -> tables.Table
     return tables.Table(headers, rows)
 
 
+def proper_table(found: dict[str, dict], names: list[str]) -> tables.Table:
+    headers = ["less is better", *names, "difference"]
+    return tables.Table(
+        headers,
+        [
+            [tables.Cell(outcomes.METRICS[metric][0])]
+            + [number(mean) for mean in value["means"]]
+            + [number(value["difference"], sign=True)]
+            for metric, value in found.items()
+        ],
+    )
+
+
+def number(value: dict[str, float], sign: bool = False) -> tables.Cell:
+    mean, low, high = (tables.number(value[e], 3, sign) for e in ("mean", "low", "high"))
+    return tables.Cell(mean, f"{low} to {high}")
+
+
 def calibration_table(name: str, found: dict[str, Any]) -> tables.Table:
     headers = [f"{name} is sure (%)", "questions", "mean (%)", "right (%)"]
     rows = []
@@ -101,6 +121,8 @@ def print_all(found: dict[str, Any], names: list[str]) -> None:
     if found["subjects"]:
         print("\n" + table("subject", found["subjects"], names).plain())
     print("\n" + compare.sentence(found["overall"], names))
+    if found["proper"]:
+        print("\n" + proper_table(found["proper"], names).plain())
     for name, value in zip(names, found["calibration"], strict=True):
         if value is None:
             print(f"\n{name}: it did not choose by likelihood, so its calibration is not known")

@@ -12,6 +12,7 @@ from diq_jax import errors
 from diq_jax.evaluate import calibration, intervals, predictions, significance
 
 LEVEL = 0.05  # a p-value below it is called a difference
+PROPER = ("choice_loss", "choice_loss_letters", "brier")  # of likelihoods; less is better
 CHOICES = {"accuracy": "prediction", "accuracy_norm": "prediction_norm"}  # metric: column
 
 
@@ -74,6 +75,24 @@ def paired(hits: np.ndarray, unread: np.ndarray, samples: int, seed: int) -> dic
         "p": significance.sign_test(first, second),
         "unparsable": np.sum(unread, axis=0).tolist(),
     }
+
+
+def proper(
+    models: Sequence[predictions.ById], ids: Sequence[str], samples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Compares two models by each of PROPER that all rows have: `means` of both and `difference`,
+    first - second, with 95 % intervals. These move long before an accuracy does.
+    """
+    found = {}
+    for metric in PROPER:
+        values = [[rows[name].get(metric) for rows in models] for name in ids]
+        if all(isinstance(value, int | float) for row in values for value in row):
+            drawn = intervals.estimates(np.array(values, np.float64), samples, seed)
+            found[metric] = {
+                "means": [intervals.summary(drawn[:, i]) for i in (0, 1)],
+                "difference": intervals.summary(drawn[:, 0] - drawn[:, 1]),
+            }
+    return found
 
 
 def by_group(

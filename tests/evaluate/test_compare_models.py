@@ -80,9 +80,21 @@ def test_a_difference_and_its_sentence():
     assert groups["w"]["p_holm"] == pytest.approx(4 * value["p"])
 
 
+def test_proper_scores_by_hand():
+    first, second = ({f"q{i}": {"choice_loss": x, "brier": 0.5} for i, x in enumerate(values)}
+                     for values in ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]))  # fmt: skip
+    del second["q2"]["brier"]
+    found = compare.proper([first, second], ["q0", "q1", "q2"], 200, 0)
+    assert list(found) == ["choice_loss"]  # a metric that a row lacks is left out
+    assert [mean["mean"] for mean in found["choice_loss"]["means"]] == [2, 3]
+    # Each question differs by 1, whatever is drawn.
+    assert found["choice_loss"]["difference"] == pytest.approx({"mean": -1, "low": -1, "high": -1})
+
+
 def test_two_models_of_a_run(tmp_path):
     good, poor = [True] * 40, [False] * 20 + [True] * 20
     both = rows("selected", good) + rows("random", poor[:38])
+    both = [row | {"choice_loss": 0.25 if row["model"] == "selected" else 1.0} for row in both]
     artifacts.write_jsonl(tmp_path / "run/evaluate/predictions.jsonl", both)
     tests = [f"q{i}" for i in range(40)]
     artifacts.write_table(
@@ -103,6 +115,9 @@ def test_two_models_of_a_run(tmp_path):
     # Both are sure by 3/4. selected is always right; random on 18 of 38.
     errors = [value["ece"] for value in found["calibration"]]
     assert errors == pytest.approx([0.25, abs(18 / 38 - 0.75)])
+    assert found["proper"]["choice_loss"]["difference"]["mean"] == pytest.approx(-0.75)
+    line = next(row for row in ended.stdout.splitlines() if row.startswith("Choice loss"))
+    assert "-0.750" in line.replace("−", "-")
     line = next(line for line in ended.stdout.splitlines() if line.startswith("all"))
     assert line.split()[-1] == "selected"
     same = run(tmp_path, "run:selected", "run:random", "--metric=accuracy_norm")
