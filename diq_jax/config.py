@@ -33,8 +33,9 @@ ENCODING = ("prepare", "dpo")  # stages that encode rows
 class BaseModel(fields.Section, section="model"):
     path: str = field(
         "",
-        "The base model: a hub id, a local folder, a .gguf file, or package:NAME/FILE. Its "
-        "files are fingerprinted.",
+        "The base model: a hub id, a folder or a .gguf file, of this machine or a URL (gs://, "
+        "s3://), or package:NAME/FILE. Its files are fingerprinted.",
+        urls=True,
         decides=("report",),
     )
     dtype: str = field(
@@ -65,8 +66,9 @@ class BaseModel(fields.Section, section="model"):
 class Data(fields.Section, section="data", decides=("prepare",)):
     pool: str = field(
         SAMPLE,
-        "The rows to choose from: a path, a glob, several of them separated by commas, "
-        "hub:NAME[:CONFIG[:SPLIT]], or sample.",
+        "The rows to choose from: a path, a glob, a URL (gs://, s3://, https://), several of "
+        "them separated by commas, hub:NAME[:CONFIG[:SPLIT]], or sample.",
+        urls=True,
     )
     pool_limit: int = field(0, "Reads only so many rows from the start; 0 = all.", fields.COUNT)
     targets: str = field(
@@ -74,11 +76,12 @@ class Data(fields.Section, section="data", decides=("prepare",)):
         "The rows of the tasks that matter, whose mean gradient is the direction: as data.pool,"
         " or benchmark:NAME, benchmark:standard, challenging or all; empty = the sample's, with"
         " its pool.",
+        urls=True,
     )
     targets_per_task: int = field(
         20, "How many targets of each task are drawn, with data.seed; 0 = all.", fields.COUNT
     )
-    tests: str = field("", "Held-out rows of the same tasks, named as data.targets.")
+    tests: str = field("", "Held-out rows of the same tasks, named as data.targets.", urls=True)
     tests_per_task: int = field(
         0, "How many tests of each task are drawn, with data.seed; 0 = all.", fields.COUNT
     )
@@ -120,10 +123,12 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
         "Labelled rows to train on (path, glob, hub:NAME, sample), columns[:knowledge=A,...], or a "
         "folder made by train-classifier, whose encoder and max_tokens then count; empty = the "
         "sample's, with its pool.",
+        urls=True,
     )
     encoder: str = field(
         "",
-        "The BERT-type encoder to fine-tune: a hub id, a folder or package:NAME/FOLDER.",
+        "The BERT-type encoder to fine-tune: a hub id, a folder, its URL, or package:NAME/FOLDER.",
+        urls=True,
         decides=("difficulty", "classifier", "selection"),
     )
     words: bool = field(

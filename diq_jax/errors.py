@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+# A URL, perhaps after a prefix as in peft:gs://bucket/adapter.
+URL = re.compile(r"(?:\w+:)?[A-Za-z][A-Za-z0-9+.-]+://\S*")
+
 
 class UserError(ValueError):
     """Reports bad input from outside: what is wrong, where (file and line, or config field), and
@@ -48,6 +51,20 @@ def check_regex(field: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
         raise UserError(f"{field}: {pattern!r} is not a valid regex ({e}).") from None
+
+
+def is_url(text: str) -> bool:
+    """Tells whether a text looks like a place elsewhere: gs://bucket/file, s3://.., https://.."""
+    return URL.fullmatch(text.strip()) is not None
+
+
+def check_local(name: str, value: str) -> None:
+    """Raises UserError where a text, or what stands between its commas, is a URL."""
+    if any(map(is_url, value.split(","))):
+        raise UserError(
+            f"{name} must be on this machine, where a bucket may be mounted (gcsfuse, "
+            f"mountpoint-s3); URLs are not supported there; got {shorten(value)}."
+        )
 
 
 def shorten(value: Any, most: int = 60) -> str:

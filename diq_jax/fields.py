@@ -69,6 +69,7 @@ class Declared(NamedTuple):
     listed: tuple[str, ...] | str  # the choices, or the table whose names they are
     regex: bool
     decides: tuple[str, ...] | None  # the stages; None = those of its section
+    urls: bool  # whether it may name a place that run/remote.py reads
 
     @property
     def choices(self) -> dict[str, str]:
@@ -98,6 +99,7 @@ def field(
     regex: bool = False,
     decides: Iterable[str] | None = None,
     harmless: bool = False,
+    urls: bool = False,
 ) -> Any:
     """Declares a config field.
 
@@ -109,10 +111,11 @@ def field(
         regex: whether it is a regular expression.
         decides: the stages whose results it can change, where these are not those of its section.
         harmless: it changes no result: speed, memory or what is shown.
+        urls: it may be a URL; that of any other field is refused.
     """
     listed = choices if isinstance(choices, str) else tuple(choices)
     decided = () if harmless else None if decides is None else tuple(decides)
-    declared = Declared(says, span, listed, regex, decided)
+    declared = Declared(says, span, listed, regex, decided, urls)
     return dataclasses.field(default=default, metadata={"declared": declared})
 
 
@@ -167,6 +170,8 @@ def _check(name: str, value: Any, declared: Declared) -> None:
     if declared.regex:
         errors.check(name, bool(value), "a regex", value)
         errors.check_regex(name, value)
+    elif isinstance(value, str) and not declared.urls:
+        errors.check_local(name, value)
 
 
 def walk(cls: type) -> Iterator[tuple[str, type, dataclasses.Field]]:

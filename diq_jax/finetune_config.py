@@ -35,8 +35,9 @@ class Dpo(Steps, section="finetune.dpo", decides=("dpo",)):
 
     data: str = field(
         "",
-        "Preference rows (path, glob, several by commas, hub:NAME[:CONFIG[:SPLIT]]); empty = no "
-        "DPO.",
+        "Preference rows (path, glob, URL, several by commas, hub:NAME[:CONFIG[:SPLIT]]); empty = "
+        "no DPO.",
+        urls=True,
         decides=("dpo", "evaluate"),
     )
     limit: int = field(0, "Reads only so many rows from the start; 0 = all.", fields.COUNT)

@@ -40,6 +40,8 @@ JOBS = {
     "serve": "answer clients of the OpenAI API by a model",
     "export": "merge an adapter into its base model, or write a selection as a data set",
 }
+# Flags that are read as data.pool or model.path, or are addresses of a server.
+URL_FLAGS = {"pool", "against", "rows", "targets", "model", "general", "data", "base_url"}
 HELP = {"-h", "-help", "--help"}
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -92,6 +94,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         left = flags.FLAGS(sys.argv)[1:]
         if extra := left[len(arguments) :]:
             raise errors.UserError(f"{extra[0]!r} is not a flag; flags look like --name=value.")
+        _check_local(left)
         if len(left) < len(arguments):
             raise errors.UserError(f"expected {' '.join(arguments)}; got {' '.join(left) or '-'}.")
         main(*left)
@@ -183,6 +186,19 @@ def _check_config_flags(arguments: list[str]) -> None:
         if found and found[1] not in known:
             near = errors.nearest(found[1], known)
             raise errors.UserError(f"config field {found[1]} does not exist.{near}")
+
+
+def _check_local(beside: Sequence[str]) -> None:
+    """Raises UserError where a flag, or what stands beside the flags, is a URL that nothing reads:
+    it would be taken for the name of a folder here.
+    """
+    given = [(repr(text), text) for text in beside]
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if name not in URL_FLAGS and isinstance(value, str | list):
+            given += [(f"--{name}", str(v)) for v in ([value] if isinstance(value, str) else value)]
+    for name, value in given:
+        errors.check_local(name, value)
 
 
 def _overview() -> str:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -20,7 +20,7 @@ from absl import logging
 
 from diq_jax import errors
 from diq_jax.models import multimodal, stored
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts, processes, reading, remote
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -36,7 +36,7 @@ HUB_TORCH_FILES = ("pytorch_model*.bin",)
 EMBEDDING, HEAD, TIED = "model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings"
 HUB_ID = r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?"
 EXPECTED = (
-    "a hub id (org/name or org/name@revision), a local folder with config.json and safetensors or"
+    "a hub id (org/name or org/name@revision), a folder with config.json and safetensors or"
     " pytorch_model.bin, a .gguf file, or package:NAME/FILE"
 )
 
@@ -92,7 +92,8 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
 
     Args:
         path: a local folder or .gguf file, package:NAME/FILE (found without importing the package),
-            or a hub id org/name[@revision], which is downloaded into the hub's cache.
+            a URL, which is downloaded into a cache (run/remote.py), or a hub id
+            org/name[@revision], which is downloaded into the hub's.
         field: the config field, for error messages.
 
     Raises:
@@ -103,6 +104,8 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
         local = pathlib.Path(text).expanduser()
         if text.startswith("package:"):
             found = _in_package(text, field)
+        elif errors.is_url(text):
+            found = _with_weights(lambda names: remote.fetch_folder(text, names, field))
         elif local.exists():
             found = local
         elif re.fullmatch(HUB_ID, text) and local.suffix != ".gguf":
@@ -187,6 +190,9 @@ def save_checkpoint(
         tensors: (name, array), (out, in), any numpy or ml_dtypes.bfloat16 dtype.
         max_shard_bytes: a shard is closed before it grows beyond this; one tensor may exceed it.
     """
+    if not processes.is_first():
+        collections.deque(tensors, 0)  # of each it may hold a part
+        return
     folder = pathlib.Path(folder)
     artifacts.make_folder(folder)
     for stale in (folder / CONFIG, folder / INDEX):
@@ -251,10 +257,7 @@ def _from_hub(text: str, field: str) -> pathlib.Path:
         )
 
     try:
-        found = download(HUB_FILES)
-        if not any((found / name).exists() for name in (WEIGHTS, INDEX)):
-            found = download(HUB_FILES + HUB_TORCH_FILES)
-        return found
+        return _with_weights(download)
     except hub_errors.GatedRepoError:
         reason = "it is gated: accept its terms on the hub and run `hf auth login`"
     except hub_errors.RepositoryNotFoundError:
@@ -267,6 +270,14 @@ def _from_hub(text: str, field: str) -> pathlib.Path:
     except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as e:
         reason = f"its download failed ({type(e).__name__}: {str(e).splitlines()[0]})"
     raise errors.UserError(f"{tried} {reason}; expected {EXPECTED}.")
+
+
+def _with_weights(download: Callable[[Sequence[str]], pathlib.Path]) -> pathlib.Path:
+    """Downloads the files of a model by their patterns: torch's where there are no others."""
+    found = download(HUB_FILES)
+    if found.is_file() or any((found / name).exists() for name in (WEIGHTS, INDEX)):
+        return found
+    return download(HUB_FILES + HUB_TORCH_FILES)
 
 
 def _check_model(path: pathlib.Path, field: str) -> None:

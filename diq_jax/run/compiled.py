@@ -6,6 +6,8 @@ import time
 
 import jax
 
+from diq_jax.run import remote
+
 KEPT_DAYS = 30
 
 
@@ -26,10 +28,7 @@ def keep() -> pathlib.Path | None:
     )
     if folder or not enabled:
         return None
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(home):  # such a value does not count (XDG Base Directory Specification)
-        home = os.path.expanduser("~/.cache")
-    folder = pathlib.Path(home, "diq_jax", "compiled")
+    folder = remote.cache() / "compiled"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what stands in it is run
         _remove_old(folder)
