@@ -108,7 +108,8 @@ STAGES = {
         stages.Stage(
             "difficulty",
             lambda context: _prepared(targets=context.config.difficulty.model_scores),
-            WRITES["difficulty"], difficulty.fingerprints, difficulty.run, check=check_difficulty,
+            WRITES["difficulty"], difficulty.fingerprints, difficulty.run, everywhere=True,
+            check=check_difficulty,
         ),
         stages.Stage(
             "influence", lambda context: _prepared(), WRITES["influence"],
@@ -125,13 +126,15 @@ STAGES = {
             "finetune",
             lambda context: (
                 *_prepared(targets=context.config.finetune.eval_every_steps > 0), *SELECTION,
-            ), WRITES["finetune"], finetune.fingerprints, finetune.run, check=finetune.check,
+            ), WRITES["finetune"], finetune.fingerprints, finetune.run, everywhere=True,
+            check=finetune.check,
         ),
         stages.Stage(
-            "dpo", dpo.reads, WRITES["dpo"], dpo.fingerprints, dpo.run,
+            "dpo", dpo.reads, WRITES["dpo"], dpo.fingerprints, dpo.run, everywhere=True,
         ),
         stages.Stage(
             "evaluate", evaluate.reads, WRITES["evaluate"], evaluate.fingerprints, evaluate.run,
+            everywhere=True,
         ),
         stages.Stage(
             "report",

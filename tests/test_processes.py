@@ -2,17 +2,21 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import time
 
+import crashing
 import folders
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 import scripts
 
 from diq_jax.influence import store
+from diq_jax.run import reading
 
 SCORE = ("--stages=prepare,influence", "--config.influence.batch_tokens=96")
 STORE = (
@@ -26,14 +30,14 @@ def made(tmp_path_factory) -> pathlib.Path:
     return scripts.make(tmp_path_factory.mktemp("processes"))
 
 
-def start(made, workdir, *flags, processes=1, devices=1):
+def start(made, workdir, *flags, processes=1, devices=1, stages=SCORE):
     """The processes of one run, with as many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     if processes > 1:
         flags = (*flags, "--config.parallel.distributed=True")
-    flags = (*scripts.data_flags(made, workdir), *SCORE, *flags)
+    flags = (*scripts.data_flags(made, workdir), *stages, *flags)
     count = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}", "JAX_COORDINATOR_ADDRESS": address,
@@ -117,6 +121,116 @@ def test_sigterm_to_any_stops_all_and_the_run_continues(stopped, made, tmp_path)
     finish(start(made, tmp_path / "two", *flags))
     finish(start(made, tmp_path / "one", *flags))
     assert_close(scores(tmp_path / "two"), scores(tmp_path / "one"))
+
+
+# What each stage leaves on its way, and the process that is killed then.
+UNDER_WAY = {
+    "difficulty/partial/*/part-*": 1,
+    "finetune/state/selected/*/checksums.json": 0,
+    "dpo/state/*/checksums.json": 1,
+    "evaluate/partial/base/answer/part-*": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def stages(made) -> tuple[str, ...]:
+    """All stages, each with what devices do in it."""
+    folders.encoder(made / "encoder")
+    folders.write(made / "pairs.jsonl", folders.preference_rows(8))
+    settings = {
+        "difficulty.source": made / "pool.jsonl", "difficulty.encoder": made / "encoder",
+        "difficulty.folds": 2, "difficulty.epochs": 1, "difficulty.model_scores": True,
+        "influence.batch_tokens": 512, "selection.retention_ratio": 0.5, "finetune.baselines": "",
+        "finetune.eval_every_steps": 2, "finetune.checkpoint_every_steps": 1,
+        "finetune.dpo.data": made / "pairs.jsonl", "finetune.dpo.batch_size": 4,
+        "evaluate.protocol": "generate", "evaluate.max_new_tokens": 4,
+    }  # fmt: skip
+    names = "prepare,difficulty,influence,selection,finetune,dpo,evaluate"
+    return (f"--stages={names}", *(f"--config.{name}={x}" for name, x in settings.items()))
+
+
+@pytest.fixture(scope="module")
+def two(made, stages, tmp_path_factory) -> pathlib.Path:
+    """What two processes make that nobody kills."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    finish(start(made, workdir, processes=2, stages=stages))
+    return workdir
+
+
+@pytest.mark.slow
+def test_every_stage_of_two_processes_is_that_of_one(made, stages, two, tmp_path):
+    finish(start(made, tmp_path / "one", stages=stages))
+    for file in ("difficulty/difficulty.parquet", "difficulty/model_scores.parquet",
+                 "influence/influence.parquet", "dpo/reference.parquet"):  # fmt: skip
+        found, expected = (pq.read_table(run / file) for run in (two, tmp_path / "one"))
+        for name in expected.column_names[1:]:
+            assert_close(*(t[name].to_numpy().astype(np.float64) for t in (found, expected)))
+    for name in ("finetune/adapter", "finetune/best_adapter", "dpo/adapter"):
+        found, expected = (
+            safetensors.numpy.load_file(run / name / "adapter_model.safetensors")
+            for run in (two, tmp_path / "one")
+        )
+        for key in expected:
+            np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+    texts = [
+        [(row["model"], row["example_id"], row["answers"]) for row in rows]
+        for rows in (reading.read_jsonl(run / "evaluate/predictions.jsonl")
+                     for run in (two, tmp_path / "one"))
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_killed_processes_continue_to_the_same_bytes(made, stages, two, tmp_path):
+    workdir = tmp_path / "run"
+    for pattern, victim in UNDER_WAY.items():
+        running = start(made, workdir, processes=2, stages=stages)
+        while not list(workdir.glob(pattern)):
+            assert running[0].poll() is None, running[0].communicate()[1][-2000:]
+            time.sleep(0.005)
+        running[victim].send_signal(signal.SIGKILL)
+        for process in running:
+            assert process.wait(timeout=60)  # the other ends too
+    finish(start(made, workdir, processes=2, stages=stages))
+    found, expected = crashing.contents(workdir), crashing.contents(two)
+    assert found.keys() - expected.keys() == {n for n in found if n.startswith("error-")}
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_is_saved_where_sigterm_comes(processes, made, stages, two, tmp_path):
+    shutil.copytree(two, tmp_path / "run", ignore=shutil.ignore_patterns("finetune", "dpo"))
+    flags = (*stages[1:], "--stages=finetune", "--config.finetune.checkpoint_every_steps=10000",
+             "--config.finetune.eval_every_steps=20", "--config.finetune.epochs=100")  # fmt: skip
+    running = start(made, tmp_path / "run", processes=processes, stages=flags)
+    while not (tmp_path / "run/finetune/best_adapter/adapter_config.json").exists():
+        assert running[0].poll() is None, running[0].communicate()[1][-2000:]
+        time.sleep(0.01)
+    running[-1].send_signal(signal.SIGTERM)
+    for process in running:
+        assert process.wait(timeout=30) == 143
+    [kept] = (tmp_path / "run/finetune/state/selected").glob("*/checksums.json")
+    assert 20 <= int(kept.parent.name) < 300
+    finish(start(made, tmp_path / "run", processes=processes, stages=flags))
+    record = reading.read_json(tmp_path / "run/finetune/stage.json")
+    assert 0 < record["resumed_tokens"] < record["tokens"]
+
+
+@pytest.mark.slow
+def test_processes_train_parameters_that_lie_in_parts(made, stages, two, tmp_path):
+    flags = (*stages[1:], "--stages=finetune", "--config.finetune.parameters=all",
+             "--config.finetune.dpo.data=", "--config.finetune.learning_rate=1e-3",
+             "--config.parallel.fsdp=on")  # fmt: skip
+    for name, processes in (("one", 1), ("several", 2)):
+        shutil.copytree(two, tmp_path / name, ignore=shutil.ignore_patterns("finetune", "dpo"))
+        finish(start(made, tmp_path / name, processes=processes, stages=flags))
+    found, expected = (
+        safetensors.numpy.load_file(tmp_path / name / "finetune/model/model.safetensors")
+        for name in ("several", "one")
+    )
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
 
 
 @pytest.mark.parametrize(

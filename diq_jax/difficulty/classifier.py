@@ -194,7 +194,7 @@ def features(
     T = width(max(len(texts[row]) for row in rows), settings.max_tokens)
     size = _round_up(_scoring_rows(T), placement.rows_multiple)
     batch = placement.batch(collate(texts, None, None, rows, size, settings.max_tokens))
-    return np.asarray(_pooled(encoder_params, cfg, batch))[: len(rows)]
+    return devices.whole(_pooled(encoder_params, cfg, batch))[: len(rows)]
 
 
 def _scoring_rows(T):

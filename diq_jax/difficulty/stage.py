@@ -31,7 +31,7 @@ from diq_jax.difficulty import (
 )
 from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, devices, progress, stages
+from diq_jax.run import artifacts, devices, parts, progress, stages
 
 FIELD = "difficulty.encoder"
 POOL, LEVELS = "prepare/pool.parquet", "difficulty/difficulty.parquet"
@@ -128,7 +128,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         started, found = time.time(), model_scores.run(context)
         counts |= {name: counts.get(name, 0) + tokens for name, tokens in found.items()}
         counts["model_scores"] = {"seconds": round(time.time() - started, 3), **found}
-    artifacts.remove(context.path(PARTIAL))
+    parts.drop(context.path(PARTIAL))
     return {"rows": len(pool), **counts, "metrics": measured}
 
 

@@ -12,7 +12,7 @@ from diq_jax import errors, evaluate_config
 from diq_jax.data import benchmarks, encoded
 from diq_jax.evaluate import generation, intervals, measure, options
 from diq_jax.models import checkpoint, load, lora, tokenizer
-from diq_jax.run import artifacts, parts, progress, stages
+from diq_jax.run import artifacts, parts, processes, progress, stages
 
 PARTIAL = "evaluate/partial"
 BASE, SELECTED = "base", "selected"
@@ -101,8 +101,9 @@ def run(context: stages.Context) -> dict[str, Any]:
             name: measure.measure(name, weights, asked, folders[name], bar)
             for name, weights in _weights(models, model, context)
         }
-    _write(context, questions, found, asked[2:])
-    artifacts.remove(context.path(PARTIAL))
+    if processes.is_first():
+        _write(context, questions, found, asked[2:])
+    parts.drop(context.path(PARTIAL))
     tokens = sum(
         part.tokens(range(len(part.rows)), of[part.name]) for of in found.values() for part in asked
     )

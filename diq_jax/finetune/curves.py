@@ -5,18 +5,20 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 from diq_jax import errors
+from diq_jax.run import processes
 
 
 @contextlib.contextmanager
 def open_log(folder: pathlib.Path, wanted: bool) -> Iterator[Callable | None]:
-    """Yields `loop.Run.log`, which writes each record's values into `folder`; None if not wanted.
+    """Yields `loop.Upkeep.log`, which writes each record's values into `folder`; None if not
+    wanted, or where another process writes.
 
     A resumed run adds a file that replaces the steps which the killed one had not kept.
 
     Raises:
         UserError: wanted, and the package is not there.
     """
-    if not wanted:
+    if not (wanted and processes.is_first()):
         yield None
         return
     try:

@@ -11,7 +11,7 @@ from diq_jax.data import batches, chat, preferences, sources
 from diq_jax.finetune import curves, dpo, fit, loop, sft
 from diq_jax.models import checkpoint, load, lora, tokenizer, training
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, devices, parts, progress, reading, stages
+from diq_jax.run import artifacts, devices, parts, processes, progress, reading, stages
 
 DATA = "finetune.dpo.data"
 SFT = "finetune/adapter"
@@ -33,7 +33,7 @@ def run(context: stages.Context) -> dict[str, Any]:
     planned = fit.plan(longer, {"dpo": range(len(pairs))}, as_sft, as_sft.seed, multiple)["dpo"]
     losses_file = context.path("dpo/losses.jsonl")
     tokens = 0
-    if not losses_file.exists():
+    if not processes.agreed(losses_file.exists):
         records, tokens = _train(context, pairs, planned, as_sft)
         rows = [
             {"step": number, "epoch": step.epoch, **record,
@@ -41,7 +41,7 @@ def run(context: stages.Context) -> dict[str, Any]:
             for number, (step, record) in enumerate(zip(planned, records, strict=True))
         ]  # fmt: skip
         artifacts.write_jsonl(losses_file, rows)
-    artifacts.remove(context.path("dpo/state"))
+    parts.drop(context.path("dpo/state"))
     rows = reading.read_jsonl(losses_file)
     total = sum(row["tokens"] for row in rows)
     ends = {
@@ -158,13 +158,13 @@ def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
     A killed run continues after the last finished batch.
     """
     file = context.path(REFERENCE)
-    if not file.exists():
+    if not processes.agreed(file.exists):
         finished = parts.Parts(context.path(PARTIAL))
         _score(context, model, adapter, pairs, finished)
         values = finished.columns()["log_probabilities"]
         columns = {name: values[:, k] for k, name in enumerate(preferences.SIDES)}
         artifacts.write_table(file, {"example_id": [p.example_id for p in pairs], **columns})
-    artifacts.remove(context.path(PARTIAL))
+    parts.drop(context.path(PARTIAL))
     kinds = {"example_id": "text"} | dict.fromkeys(preferences.SIDES, "finite")
     columns = (reading.read_table(file, kinds)[name].to_pylist() for name in kinds)
     return {id_: [c, r] for id_, c, r in zip(*columns, strict=True)}

@@ -1,5 +1,5 @@
 """The loop of every fine-tuning, which a kill does not hurt: its state goes to disk every few
-steps, and the same call goes on from there to the same numbers.
+steps, and where SIGTERM comes, and the same call goes on from there to the same numbers.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from diq_jax import errors, trees
 from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import states
 from diq_jax.models import training
-from diq_jax.run import progress
+from diq_jax.run import processes, progress
 
 T = TypeVar("T")
 Record = dict[str, float]  # a step's metrics by name
@@ -61,13 +61,13 @@ def train(
     Raises:
         UserError: a loss or a trained parameter is not finite; or all train states are damaged.
     """
-    # The next step is on its way before a loss is fetched; `waiting` is the step to fetch.
-    waiting, records, saved = [], [], None
+    waiting, records, saved = [], [], None  # a loss is fetched when the next step is on its way
     sizes = [len(step.indices) for step in steps]
     with contextlib.ExitStack() as stack:
         if upkeep.folder:
             saved = stack.enter_context(states.States(upkeep.folder, name))
             state, records = saved.restore(state)
+        stops = stack.enter_context(processes.saving())
         logged = done = len(records)
         bar = stack.enter_context(progress.Progress(name, sum(sizes), resumed=sum(sizes[:done])))
 
@@ -85,18 +85,19 @@ def train(
             waiting.append((number, metrics))
             last = number + 1 == len(steps)
             evaluate = _if_due(upkeep.evaluate, number, upkeep.eval_every, last)
-            saves = _if_due(saved, number, upkeep.checkpoint_every, last)
-            if not (evaluate or saves or last):
+            stopped = stops(number)
+            saves = _if_due(saved, number, upkeep.checkpoint_every, last or stopped)
+            if not (evaluate or saves or last or stopped):
                 continue
             fetch()
             _check_trained(state, name, number)
             if evaluate:
-                records[-1]["target_loss"] = evaluate(state, frozen, records)
-                _check_target_loss(records[-1]["target_loss"], name, number)
+                found = evaluate(state, frozen, records)
+                records[-1]["target_loss"] = _checked(found, name, number)
             if saves:
-                saves.save(state, records)
-                _tell(upkeep, name, logged, records[logged:])
-                logged = len(records)
+                logged = _save(saves, upkeep, name, state, records, logged)
+            if stopped:
+                processes.stop()
     return state, records, bar.tokens
 
 
@@ -130,6 +131,14 @@ def _check_trained(state, name, number) -> None:
         )
 
 
-def _check_target_loss(value, name, number) -> None:
+def _save(saves, upkeep, name, state, records, logged) -> int:
+    """Keeps a state, and logs the records since the last one; returns how many are logged."""
+    saves.save(state, records)
+    _tell(upkeep, name, logged, records[logged:])
+    return len(records)
+
+
+def _checked(value, name, number) -> float:
     if not np.isfinite(value):
         raise errors.UserError(f"{name} has the target loss {value} after step {number}. {ADVICE}")
+    return value

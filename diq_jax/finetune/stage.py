@@ -18,7 +18,7 @@ from diq_jax.data import steps as steps_lib
 from diq_jax.finetune import curves, evaluation, fit, loop, sft
 from diq_jax.models import checkpoint, decoder, export, load, lora
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, reading, stages
+from diq_jax.run import artifacts, parts, processes, reading, stages
 
 SELECTED = "selected"
 
@@ -39,13 +39,13 @@ def run(context: stages.Context) -> dict[str, Any]:
     last_file = "adapter_config.json" if settings.trains_adapter else "config.json"
     finished = [folder / last_file for folder in _folders(context, arms).values()]
     tokens = 0
-    if not all(file.exists() for file in (losses_file, *finished)):
+    if not processes.agreed(lambda: all(file.exists() for file in (losses_file, *finished))):
         records, tokens = _train_arms(context, encoded, steps)
         rows = [
             row for arm in arms for row in _rows(arm, steps[arm], records[arm], encoded, settings)
         ]
         artifacts.write_jsonl(losses_file, rows)
-    artifacts.remove(context.path("finetune/state"))
+    parts.drop(context.path("finetune/state"))
     return _summary(reading.read_jsonl(losses_file), encoded, arms, tokens)
 
 

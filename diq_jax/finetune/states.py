@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from diq_jax import errors
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts, processes, reading
 
 KEPT = 2
 CHECKSUMS = "checksums.json"
@@ -34,25 +34,21 @@ class States:
     def __init__(self, folder: pathlib.Path, name: str) -> None:
         self._folder = folder
         artifacts.make_folder(folder)
-        self._last = _newest(folder, name)
-        # Training is the first process's work: it waits for no other.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-        )
+        self._last = processes.agreed(lambda: _newest(folder, name))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT,
-            enable_async_checkpointing=False,
-            create=False,
-            multiprocessing_options=alone,
+            max_to_keep=KEPT, enable_async_checkpointing=False, create=False
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: Any, records: list[dict[str, float]]) -> None:
-        """Keeps the state after len(records) steps; it is on the disk when this returns."""
-        state = jax.tree.map(np.asarray, state)
+        """Keeps the state after len(records) steps; it is on the disk when this returns in the
+        first process. Of arrays that are spread over processes each writes its part.
+        """
         steps = cast(Any, records)  # declared as a mapping, but any JSON value does
         items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(steps)}
         self._manager.save(len(records), args=ocp.args.Composite(**items))
+        if not processes.is_first():
+            return
         folder = self._folder / str(len(records))
         artifacts.sync_tree(folder)
         artifacts.sync(self._folder)
@@ -62,11 +58,12 @@ class States:
         """Returns the last state and the records of its steps; without one `state` and no record.
 
         Args:
-            state: nested and shaped like the ones that were saved.
+            state: nested and shaped like the ones that were saved. An array that is spread over
+                devices is read as it lies there.
         """
         if self._last is None:
             return state, []
-        template = jax.tree.map(np.asarray, state)
+        template = jax.tree.map(_as_it_lies, state)
         items = {"state": ocp.args.StandardRestore(template), "records": ocp.args.JsonRestore()}
         found = self._manager.restore(self._last, args=ocp.args.Composite(**items))
         return jax.tree.map(jnp.asarray, found["state"]), found["records"]
@@ -76,6 +73,12 @@ class States:
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
+
+
+def _as_it_lies(leaf):
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return np.asarray(leaf)
 
 
 def _newest(folder, name) -> int | None:

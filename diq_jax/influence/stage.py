@@ -17,7 +17,7 @@ from diq_jax.data import encoded
 from diq_jax.influence import kinds, score, store, tuned
 from diq_jax.models import checkpoint, decoder, load, lora
 from diq_jax.models import config as model_config
-from diq_jax.run import artifacts, parts, processes, records, stages
+from diq_jax.run import artifacts, parts, records, stages
 
 PARTIAL = "influence/partial"  # finished batches of a run that goes on
 
@@ -99,8 +99,7 @@ def run(context: stages.Context) -> dict[str, Any]:
         writer.finish(scores.example_ids, joined.ends, list(joined.record["directions"]), of_rows)
     _write_table(context.path("influence/influence.parquet"), scores, settings)
     _write_tuned(context, model, pool, targets)
-    processes.wait("scores")  # all have read what is dropped now
-    artifacts.remove(context.path(PARTIAL))
+    parts.drop(context.path(PARTIAL))
     return {
         "rows": len(pool),
         "tokens": sum(len(row.input_ids) for row in [*pool, *targets]),

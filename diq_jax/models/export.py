@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diq_jax import errors, trees
 from diq_jax.models import checkpoint, hf, tokenizer
-from diq_jax.run import artifacts, reading
+from diq_jax.run import artifacts, processes, reading
 
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
@@ -34,8 +34,9 @@ def save_model(
             "model's dtype; try a lower learning_rate, or model.dtype=float32."
         )
     tok = tokenizer.load_tokenizer(base, field)
-    tok.save_pretrained(folder)
-    artifacts.sync_tree(folder)
+    if processes.is_first():
+        tok.save_pretrained(folder)
+        artifacts.sync_tree(folder)
     generation = _generation_config(checkpoint.resolve(base, field), tok)
     artifacts.write_json(pathlib.Path(folder) / GENERATION, generation)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from diq_jax import errors, trees
 from diq_jax.models import checkpoint, config, decoder, stored
-from diq_jax.run import reading
+from diq_jax.run import devices, reading
 
 Params = dict[str, Any]  # nested dicts of arrays
 
@@ -254,5 +254,5 @@ def _stack(path, shape):
 def _tensors(params, names):
     for path, leaf in trees.named_leaves(params).items():
         for place, name in tensor_names(names, path, leaf.shape).items():
-            array = np.asarray(leaf[place])
+            array = devices.whole(leaf[place])
             yield name, np.ascontiguousarray(array.T if path.endswith("/kernel") else array)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
@@ -124,11 +125,12 @@ class Placement:
             rows are spread over processes every process gets all of them.
         """
         step = self.program(fn, rows)
-        if not (rows and self.mesh.is_multi_process):
-            return step
-        # A program of its own: the one above runs without collectives.
-        gather = _to(NamedSharding(self.mesh, PartitionSpec()))
-        return lambda *args: gather(step(*args))
+        return (lambda *args: self._for_all(step(*args))) if rows else step
+
+    def _for_all(self, rows):
+        """Gives every process all rows, by a program of its own: scoring has no collectives."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return _to(whole)(rows) if self.mesh.is_multi_process else rows
 
     def program(self, fn: Callable, rows: bool) -> Any:
         """Returns fn under jit, traced on the mesh (run/sharding.py); `compile` runs it."""
@@ -166,7 +168,13 @@ class Placement:
         """
         out = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
         rows = NamedSharding(self.mesh, PartitionSpec("data"))
-        return jax.jit(self._traced(fn), donate_argnums=2, out_shardings=(out, rows))
+        step = jax.jit(self._traced(fn), donate_argnums=2, out_shardings=(out, rows))
+
+        def call(*args):
+            state, output = step(*args)
+            return state, self._for_all(output)
+
+        return call
 
     def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
         """Returns what a compiled function knows each of a state's `count` rows by, (R,) int32.
@@ -274,8 +282,7 @@ def whole(array: ArrayLike) -> np.ndarray:
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
     ):
-        assert isinstance(array.sharding, NamedSharding)  # nothing else spans processes
-        array = put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+        return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 

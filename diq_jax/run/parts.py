@@ -34,6 +34,8 @@ class Parts:
         self.done: set[int] = set()
         self._files: list[pathlib.Path] = []
         self._count = 0
+        self._new = False  # parts that another process may not have written yet
+        damaged = []
         for path in sorted(folder.glob("part-*.arrow")):
             if not (found := _NAME.fullmatch(path.name)):
                 continue
@@ -43,7 +45,10 @@ class Parts:
                 self._keep(path, _read(data))
             else:
                 logging.warning("%s is damaged: its rows are computed again.", path)
-                artifacts.remove(path)
+                damaged.append(path)
+        processes.wait(f"parts {folder.name} are read")
+        for path in damaged:
+            artifacts.remove(path)
 
     def _keep(self, path, table):
         self._files.append(path)
@@ -66,13 +71,22 @@ class Parts:
             with artifacts.atomic(self.folder / name) as temporary:
                 temporary.write_bytes(sink.getvalue())
         self._keep(self.folder / name, table)
+        self._new = True
 
     def remaining(self, count: int) -> list[int]:
         """Returns the positions of `count` rows that are not finished."""
         return [row for row in range(count) if row not in self.done]
 
     def batches(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """Yields every part as (rows (B,) int64, {column: (B, ..) array or list})."""
+        """Reads every part as (rows (B,) int64, {column: (B, ..) array or list}); every process
+        must ask for them.
+        """
+        if self._new:
+            processes.wait(f"parts {self.folder.name} are written")
+            self._new = False
+        return self._read_all()
+
+    def _read_all(self):
         for path in self._files:
             table = _read(path.read_bytes())
             columns = {name: _from_arrow(table[name]) for name in table.column_names}
@@ -100,6 +114,12 @@ class Memory:
     def columns(self) -> dict[str, Any]:
         """Returns all columns, in the order of the rows; see `Parts.columns`."""
         return joined(self._batches)
+
+
+def drop(folder: pathlib.Path) -> None:
+    """Removes a folder of parts once every process has read them."""
+    processes.wait(f"{folder.name} has been read")
+    artifacts.remove(folder)
 
 
 def joined(batches: Sequence[tuple[np.ndarray, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 Until `join` a process is alone: it is the first, and waits for nobody.
 """
 
+import contextlib
+import itertools
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from diq_jax import errors
@@ -16,11 +19,16 @@ from diq_jax import errors
 TERMINATED = 128 + signal.SIGTERM  # the exit code that shells know
 LONGEST_STOP = 5  # seconds that the words of a stopped process may take
 ANSWERING = 2  # seconds in which all others have asked the first process
+LONGEST_SAVE = 20  # seconds that a training has to save; clouds give 30 from SIGTERM to the end
+LOST = 40  # seconds without a sign of life after which a process counts as dead, and all end
 LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000  # a stage of the first process may take days
 
 STOPPED = "diq_jax/stopped"
-_index, _joined = 0, False
-_stopping = threading.Lock()
+_index, _joined, _alone = 0, False, False
+_questions = itertools.count()
+_trainings = itertools.count()
+_stopping, _asked, _saved = threading.Lock(), threading.Event(), threading.Event()
+_saved.set()  # while nothing is there to save
 
 
 def join() -> None:
@@ -42,6 +50,7 @@ def join() -> None:
         jax.distributed.initialize(
             num_processes=int(number) if number else None,
             process_id=int(index) if index else None,
+            heartbeat_timeout_seconds=LOST,
         )
     except (ValueError, RuntimeError) as e:
         raise errors.UserError(
@@ -64,10 +73,35 @@ def is_first() -> bool:
 
 def wait(what: str) -> None:
     """Waits until every process is here; what the first one wrote before is then there for all."""
-    if _joined:
+    if _joined and not _alone:
         from orbax.checkpoint import multihost
 
         multihost.get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_WAIT_MS)
+
+
+def agreed(find: Callable[[], Any]) -> Any:
+    """Returns to every process what `find` gives in the first one, any JSON value: what is on the
+    disk changes while others look.
+    """
+    if not _joined or _alone:
+        return find()
+    from orbax.checkpoint import multihost
+
+    client, key = multihost.get_jax_distributed_client(), f"diq_jax/agreed/{next(_questions)}"
+    if is_first():
+        client.key_value_set(key, json.dumps(find()))
+    return json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_MS))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Marks work in which this process takes no other into account."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def leave(code: int) -> NoReturn:
@@ -103,6 +137,45 @@ def stop_on_sigterm() -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
 
+@contextlib.contextmanager
+def saving() -> Iterator[Callable[[int], bool]]:
+    """Lets SIGTERM wait until what is trained inside is on the disk, LONGEST_SAVE seconds at most.
+
+    Yields:
+        A function (number of the step that is under way) -> whether to save after it and call
+        `stop`; of all processes, which must ask at every step, it stops each after the same one.
+    """
+    key, last = f"diq_jax/last_step/{next(_trainings)}", None
+
+    def stops(number: int) -> bool:
+        nonlocal last
+        if last is None and _joined:
+            if is_first() and _asked.is_set():
+                # No process is more than one step ahead, or will miss it.
+                last = number + 2
+                _others(lambda client: client.key_value_set(key, str(last)))
+            elif not is_first():
+                found = _others(lambda client: client.key_value_try_get(key))
+                last = int(found) if found else None
+        elif last is None and _asked.is_set():
+            last = number
+        return last is not None and number >= last
+
+    _saved.clear()
+    try:
+        yield stops
+    finally:
+        _saved.set()
+
+
+def stop() -> NoReturn:
+    """Ends this process, which SIGTERM has asked to, once all are here."""
+    wait("stopped")
+    _saved.set()
+    while True:
+        time.sleep(1)
+
+
 def wait_if_stopping() -> None:
     """Returns at once unless SIGTERM has come, here or to another process: then this one ends, and
     what fails in it because others have ended is no news.
@@ -116,13 +189,13 @@ def wait_if_stopping() -> None:
 def _stop(told: bool = False) -> None:
     if not _stopping.acquire(blocking=False):
         return  # another thread is at it
+    _asked.set()
+    if _joined and not told:
+        _others(lambda client: client.key_value_set(STOPPED, "by SIGTERM", allow_overwrite=True))
+    _saved.wait(LONGEST_SAVE)
     threading.Timer(LONGEST_STOP, _end).start()
     sys.stdout.flush()
     if _joined:
-        if not told:
-            _others(
-                lambda client: client.key_value_set(STOPPED, "by SIGTERM", allow_overwrite=True)
-            )
         if is_first():
             time.sleep(ANSWERING)
     _end()

@@ -62,7 +62,7 @@ class Stage:
         fingerprints: further inputs (weights, data files) as {name: hash}.
         run: does the work and returns what goes into stage.json: rows, tokens, resumed_tokens where
             an earlier call did some of them, and more.
-        everywhere: all processes take part; otherwise the first does the work on its own devices.
+        everywhere: all processes take part; otherwise the work is the first one's alone.
         check: raises UserError for what would end the stage later, such as an encoder that cannot
             be read; called before any stage runs, and again when the pool is prepared.
     """
@@ -105,8 +105,11 @@ def execute(stage: Stage, context: Context, overwrite: bool) -> bool:
             stage, or holds a result of another config or other inputs; what differs is named.
     """
     ran = False
-    if stage.everywhere or processes.is_first():
+    if stage.everywhere:
         ran = _execute(stage, context, overwrite)
+    elif processes.is_first():
+        with processes.alone():
+            ran = _execute(stage, context, overwrite)
     processes.wait(f"{stage.name} ends")
     return ran
 
@@ -130,8 +133,7 @@ def _execute(stage, context, overwrite):
         _refuse_difference(stage, folder, continued, now)
         if continued["status"] == records.DONE and _is_whole(context, folder, continued):
             return False
-    if stage.everywhere:
-        processes.wait(f"{stage.name} begins")  # all know what was there
+    processes.wait(f"{stage.name} begins")  # all know what was there
     if not continued:
         _clear(stage, folder, before, now)
     if not continued or continued["status"] == records.DONE:
@@ -139,8 +141,7 @@ def _execute(stage, context, overwrite):
     for name in _files(folder):  # of a killed run, in the middle of a write
         if artifacts.temporary_of(pathlib.Path(name).name) and _is_own(stage, name):
             artifacts.remove(folder / name)
-    if stage.everywhere:
-        processes.wait(f"{stage.name} may write")
+    processes.wait(f"{stage.name} may write")
     memory.forget_peak()
     started = time.time()
     result = dict(stage.run(context))
