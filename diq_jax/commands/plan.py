@@ -10,6 +10,11 @@ the defaults in bfloat16. The model is that of --config, of which only config.js
 --shape one of those below.
 est ms is the compiler's estimate and the time of all collectives as rings, one after the other: a
 bound that compares designs, not a measured speed. Needs libtpu, the extra `pods`.
+
+    diq plan --measured --shape=llama31_8b --rows=4 --tokens=1024 --programs=exact,lora_step
+
+--measured runs the programs on the devices that are here, with random weights, and gives the median
+of three batches instead.
 """
 
 import json
@@ -30,6 +35,7 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their shape, such as
 MESH = flags.DEFINE_string(
     "mesh", "", "DATAxMODEL; empty = parallel.data and parallel.model of --config, or all x 1."
 )
+MEASURED = flags.DEFINE_bool("measured", False, "Run three batches here in place of compiling.")
 ROWS = flags.DEFINE_integer("rows", 4, "Of a batch, on each data shard.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 1024, "Of a row.", lower_bound=16)
 PROGRAMS = flags.DEFINE_string(
@@ -46,17 +52,22 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of a tab
 
 def main() -> None:
     """Compiles, and prints a row for each program."""
-    cli.require(TOPOLOGY)
+    if MEASURED.value and TOPOLOGY.value:
+        raise errors.UserError("--measured runs on the devices that are here: no --topology.")
+    cli.require(*(() if MEASURED.value else (TOPOLOGY,)))
     if not (SHAPE.value or CONFIG.value):
         raise errors.UserError("--shape or --config must be given: it says which model it is.")
     slice_name = str(TOPOLOGY.value)
-    topology.check(slice_name)
+    if not MEASURED.value:
+        topology.check(slice_name)
+        topology.set_environment()
     cfg = cli.read_config(CONFIG) if CONFIG.value else _plain()
     data, model = _mesh(cfg)
     names = [name.strip() for name in PROGRAMS.value.split(",") if name.strip()]
-    topology.set_environment()
 
-    from diq_jax.pods import plan, programs  # seconds to import
+    import jax
+
+    from diq_jax.pods import measured, plan, programs  # seconds to import
 
     for name in names:
         errors.check_choice("--programs", name, programs.PROGRAMS)
@@ -66,11 +77,18 @@ def main() -> None:
     else:
         shape = plan.model_shape(cfg.model.path)
     names = names or (programs.of_run(cfg) if CONFIG.value else ["exact"])
-    place = plan.open_slice(slice_name, data, model)
+    batch = (ROWS.value, TOKENS.value)
+    if MEASURED.value:
+        chips = data * model or len(jax.devices())
+        made = measured.rows(cfg, shape, (data, model), batch, names)
+    else:
+        place = plan.open_slice(slice_name, data, model)
+        chips = data * model or len(place.devices)
+        made = plan.rows(cfg, shape, place, batch, names)
     found = []
-    for row in plan.rows(cfg, shape, place, (ROWS.value, TOKENS.value), names):
+    for row in made:
         if EXAMPLES.value:
-            row["hours"] = _hours(row, data * model or len(place.devices))
+            row["hours"] = _hours(row, chips)
         found.append(row)
     print(json.dumps({"rows": found}) if JSON.value else plan.table(found))
 

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from diq_jax import config
 from diq_jax.models import decoder
-from diq_jax.pods import programs
+from diq_jax.pods import measured, plan, programs
 
 
 def job(rows=2, tokens=32):
@@ -23,6 +23,24 @@ def test_a_program_lowers_for_a_tpu(name):
     for program in made:
         lowered = program.jitted.trace(*program.arguments).lower(lowering_platforms=("tpu",))
         assert "stablehlo" in lowered.as_text()
+
+
+def test_measured_programs_run_here():
+    """A step of training takes over its arguments' memory, and runs four times all the same."""
+    tree = config.default()
+    tree.model.path = "tiny"
+    hf_config = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    names = ["loss", "lora_step"]
+    found = list(measured.rows(config.resolve(tree), hf_config, (1, 1), (2, 32), names))
+    assert [row["program"] for row in found] == names
+    for row in found:
+        assert row["fits"] and row["measured_ms"] > 0 and row["gib_per_chip"] is not None
+    assert "ms" in plan.table(found).split("\n")[0] and "est ms" not in plan.table(found)
 
 
 def test_ideal_flops_by_hand():
