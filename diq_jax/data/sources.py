@@ -1,9 +1,8 @@
 """Rows from files and the hub, checked one by one: every mistake is named with its file and line.
 
-A source is a path, a glob, a URL (run/remote.py), a folder of save_to_disk,
-`hub:NAME[:CONFIG[:SPLIT]]` (split `train` unless given) or `sample`; several are separated by
-commas. Targets and tests may also be `benchmark:NAME[:FILE]` (benchmarks.py). files.py has the
-formats.
+A source is a path, glob, URL, folder of save_to_disk, `hub:NAME[:CONFIG[:SPLIT]]` (split `train`
+unless given) or `sample`; several are separated by commas. Targets and tests may also be
+`benchmark:NAME[:FILE]` (benchmarks.py). files.py has the formats.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import numpy as np
 from diq_jax import errors
 from diq_jax.data import example as example_lib
 from diq_jax.data import files, layouts
-from diq_jax.run import artifacts, progress, reading, remote
+from diq_jax.run import artifacts, progress, reading
 
 HEAD_ROWS = 1000  # of a source, whose columns tell its layout
 # A file of such a name says nothing about its task: the folder does.
@@ -304,6 +303,8 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
         elif part.startswith(files.BENCHMARK):
             sources += _benchmark(part, field, sample)
         elif errors.is_url(part):
+            from diq_jax.run import remote
+
             sources += [Source(str(file)) for file in remote.fetch(part, field)]
         elif part.startswith(files.HUB) or os.path.isfile(path) or files.is_saved(path):
             sources.append(Source(path))

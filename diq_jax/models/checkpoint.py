@@ -1,6 +1,4 @@
-"""Where weights come from and go to: folders of safetensors or torch files, GGUF files, packages,
-the hub.
-"""
+"""Where weights come from and go to: folders, GGUF files, packages, URLs, the hub."""
 
 import collections
 import dataclasses
@@ -20,7 +18,7 @@ from absl import logging
 
 from diq_jax import errors
 from diq_jax.models import multimodal, stored
-from diq_jax.run import artifacts, processes, reading, remote
+from diq_jax.run import artifacts, reading
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -92,8 +90,7 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
 
     Args:
         path: a local folder or .gguf file, package:NAME/FILE (found without importing the package),
-            a URL, which is downloaded into a cache (run/remote.py), or a hub id
-            org/name[@revision], which is downloaded into the hub's.
+            a URL or a hub id org/name[@revision], which are downloaded into a cache.
         field: the config field, for error messages.
 
     Raises:
@@ -105,6 +102,8 @@ def resolve(path: str | os.PathLike, field: str) -> pathlib.Path:
         if text.startswith("package:"):
             found = _in_package(text, field)
         elif errors.is_url(text):
+            from diq_jax.run import remote
+
             found = _with_weights(lambda names: remote.fetch_folder(text, names, field))
         elif local.exists():
             found = local
@@ -190,9 +189,6 @@ def save_checkpoint(
         tensors: (name, array), (out, in), any numpy or ml_dtypes.bfloat16 dtype.
         max_shard_bytes: a shard is closed before it grows beyond this; one tensor may exceed it.
     """
-    if not processes.is_first():
-        collections.deque(tensors, 0)  # of each it may hold a part
-        return
     folder = pathlib.Path(folder)
     artifacts.make_folder(folder)
     for stale in (folder / CONFIG, folder / INDEX):
@@ -275,9 +271,8 @@ def _from_hub(text: str, field: str) -> pathlib.Path:
 def _with_weights(download: Callable[[Sequence[str]], pathlib.Path]) -> pathlib.Path:
     """Downloads the files of a model by their patterns: torch's where there are no others."""
     found = download(HUB_FILES)
-    if found.is_file() or any((found / name).exists() for name in (WEIGHTS, INDEX)):
-        return found
-    return download(HUB_FILES + HUB_TORCH_FILES)
+    whole = found.is_file() or any((found / name).exists() for name in (WEIGHTS, INDEX))
+    return found if whole else download(HUB_FILES + HUB_TORCH_FILES)
 
 
 def _check_model(path: pathlib.Path, field: str) -> None:

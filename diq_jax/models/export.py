@@ -2,6 +2,7 @@
 generation_config.json.
 """
 
+import collections
 import os
 import pathlib
 from typing import Any
@@ -34,9 +35,11 @@ def save_model(
             "model's dtype; try a lower learning_rate, or model.dtype=float32."
         )
     tok = tokenizer.load_tokenizer(base, field)
-    if processes.is_first():
-        tok.save_pretrained(folder)
-        artifacts.sync_tree(folder)
+    if not processes.is_first():
+        collections.deque(hf.decoder_tensors(params), 0)  # of each it may hold a part
+        return
+    tok.save_pretrained(folder)
+    artifacts.sync_tree(folder)
     generation = _generation_config(checkpoint.resolve(base, field), tok)
     artifacts.write_json(pathlib.Path(folder) / GENERATION, generation)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)

@@ -6,8 +6,6 @@ import time
 
 import jax
 
-from diq_jax.run import remote
-
 KEPT_DAYS = 30
 
 
@@ -28,7 +26,7 @@ def keep() -> pathlib.Path | None:
     )
     if folder or not enabled:
         return None
-    folder = remote.cache() / "compiled"
+    folder = cache() / "compiled"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what stands in it is run
         _remove_old(folder)
@@ -38,6 +36,14 @@ def keep() -> pathlib.Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def cache() -> pathlib.Path:
+    """Returns the folder of what may be made again: diq_jax in XDG_CACHE_HOME, or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # such a value does not count (XDG Base Directory Specification)
+        home = os.path.expanduser("~/.cache")
+    return pathlib.Path(home, "diq_jax")
 
 
 def _remove_old(folder: pathlib.Path) -> None:

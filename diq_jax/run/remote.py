@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 
 from diq_jax import errors
-from diq_jax.run import artifacts, progress
+from diq_jax.run import artifacts, compiled, progress
 
 
 def fetch(url: str, field: str) -> list[pathlib.Path]:
@@ -66,7 +66,7 @@ def _copied(system, files: Sequence[str], url: str, field: str) -> pathlib.Path:
     """Downloads the files that are not in the cache as they are now; returns their folder."""
     states = [f"{system.unstrip_protocol(file)} {system.ukey(file)}" for file in files]
     name = hashlib.sha256("\n".join(states).encode()).hexdigest()[:32]
-    folder = cache() / "remote" / name
+    folder = compiled.cache() / "remote" / name
     missing = [file for file in files if not (folder / file.rpartition("/")[2]).exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,3 @@ def _copied(system, files: Sequence[str], url: str, field: str) -> pathlib.Path:
         finally:
             pathlib.Path(temporary).unlink(missing_ok=True)
     return folder
-
-
-def cache() -> pathlib.Path:
-    """Returns the folder of what may be made again: diq_jax in XDG_CACHE_HOME, or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(home):  # such a value does not count (XDG Base Directory Specification)
-        home = os.path.expanduser("~/.cache")
-    return pathlib.Path(home, "diq_jax")
