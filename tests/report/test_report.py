@@ -210,7 +210,11 @@ def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
     for name in returned["figures"]:
         assert context.path(f"report/{name}").read_bytes().startswith(b"\x89PNG")
     files = {path.name for path in context.path("report").iterdir()}
-    assert files == {*returned["figures"], "report.html"}
+    drawn = {f"{name}.{suffix}" for name in PICTURES for suffix in ("png", "svg")}
+    assert files == {*drawn, "report.html"}
+    for name in PICTURES:  # alone, a file has no page to name its colours
+        text = context.path(f"report/{name}.svg").read_text(encoding="utf-8")
+        assert text.startswith("<svg ") and "var(--" not in text
     assert "selected 2.310, random 2.400 nats/token" in whole_page
     assert "(95 % interval −0.120 to −0.050): better than random in this run." in whole_page
     assert "Left out" not in whole_page
