@@ -92,8 +92,10 @@ def test_factored_equals_the_two_sided_projection_of_the_oracle(family, paramete
     close(losses, direction.losses(*space, BATCH, model.cfg, "mean"))
 
     # By hand for one matrix: core = Lt G Rt.
-    name = "layers/attn/o_proj/kernel"  # which every family has
-    G = trees.named_leaves(found["params"])[name]
+    gradients = trees.named_leaves(found["params"])
+    [name, *_] = (f"layers/{x}_proj/kernel" for x in ("attn/o", "mlp/down")
+                  if f"layers/{x}_proj/kernel" in gradients)  # fmt: skip
+    G = gradients[name]
     place = list(layout.matrices).index(name)
     before = sum(math.prod(s[:-2]) for s in list(layout.matrices.values())[:place])
     P = layout.rank
