@@ -39,7 +39,8 @@ def run(
         results["settings"]["removed"] = int(removed.sum())
         artifacts.write_json(context.path("compare/results.json"), results)
         artifacts.write_text(context.path("compare/table.md"), table.markdown(results))
-        pictures.write(context.path("compare"), "figure", results["rows"], picture.draw, results)
+        shown = picture.lines(results)
+        pictures.write(context.path("compare"), "figure", shown, picture.draw, results)
     print(table.plain(results))
     print(f"Wrote {workdir / 'compare'}: results.json, table.md, figure.png, .svg, .csv.")
     return results

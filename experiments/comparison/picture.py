@@ -25,6 +25,17 @@ MARKERS = "oDs^vPX<>*"
 RANDOM, FULL, BASE = "random", "full", "base"
 
 
+def lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lists what `draw` shows, for CSV: a line for each method, budget and metric."""
+    return [
+        {name: row[name] for name in ("method", "budget", "unit")}
+        | {"metric": metric, "mean": found["mean"], "by_seed": found["by_seed"]}
+        | {f"versus_random.{end}": value for end, value in (found["versus"] or {}).items()}
+        for row in results["rows"]
+        for metric, found in ((m, row["metrics"][m]) for m in PANELS)
+    ]
+
+
 def draw(results: Mapping[str, Any]) -> matplotlib.figure.Figure:
     """Draws a panel for each of PANELS; budgets on a logarithmic scale, methods side by side.
 
