@@ -5,6 +5,7 @@
 
 import ast
 import pathlib
+import re
 from collections.abc import Iterator
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "diq_jax"
@@ -103,6 +104,23 @@ def test_no_class_name_is_two_classes():
     ]
     assert len(classes) > 50
     assert [name for name in classes if classes.count(name) > 1] == []
+
+
+def test_no_two_tests_import_scripts_with_a_flag_in_common():
+    """In one process a flag is defined once: the second script's import would fail there."""
+    where: dict[str, set[str]] = {}
+    for path in (PACKAGE.parent / "tests").rglob("test_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            folder = PACKAGE.parent / "experiments" if isinstance(node, ast.Import) else None
+            if isinstance(node, ast.ImportFrom) and node.module == "diq_jax.commands":
+                folder = PACKAGE / "commands"
+            scripts = [folder / f"{x.name}.py" for x in node.names] if folder else []
+            for script in filter(pathlib.Path.is_file, scripts):
+                text = script.read_text(encoding="utf-8")
+                for flag in re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', text):
+                    where.setdefault(flag, set()).add(script.name)
+    assert where  # some are imported
+    assert {flag: found for flag, found in where.items() if len(found) > 1} == {}
 
 
 def test_modules_and_functions_are_short():

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from diq_jax.commands import serve
 from diq_jax.data import chat
-from diq_jax.evaluate import serving
+from diq_jax.evaluate import api, serving
 from diq_jax.models import load, tokenizer
 
 
@@ -25,7 +24,7 @@ def _server(tmp_path_factory):
     tok = tokenizer.load_tokenizer(folder, "--model")
     layout = chat.make_layout(tok, model.cfg.vocab_size, "2024-07-26", "--model")
     served = serving.Served(model, layout, placement, "tiny", 96, 256, 0)
-    with serve.ApiServer(0, served, "float32") as server:
+    with api.ApiServer(0, served, "float32") as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -132,6 +131,6 @@ def test_bad_requests_get_the_errors_of_the_api(server, path, body, status, mess
 def test_what_is_no_json_or_too_large_is_refused(server, monkeypatch):
     code, found = ask(server, "/v1/completions", raw=b'{"prompt": ')
     assert code == 400 and "the request is not JSON" in found["error"]["message"]
-    monkeypatch.setattr(serve, "MOST_BYTES", 10)
+    monkeypatch.setattr(api, "MOST_BYTES", 10)
     code, found = ask(server, "/v1/completions", {"prompt": "a" * 20})
     assert code == 413 and "at most 10 bytes" in found["error"]["message"]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from report.test_report import fabricate, sample_rows
 
-from diq_jax.commands import view
-from diq_jax.report import explorer, stage
+from diq_jax.report import explorer, server, stage
 from diq_jax.run import artifacts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -201,10 +200,10 @@ def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
     import dataclasses
 
     stage.run(dataclasses.replace(run, workdir=tmp_path / "run"))
-    with view.open_server(str(tmp_path / "run"), 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for page in opened(browser, f"http://127.0.0.1:{server.server_address[1]}/report.html"):
+    with server.open_server(str(tmp_path / "run"), 0) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        for page in opened(browser, f"http://127.0.0.1:{serving.server_address[1]}/report.html"):
             page.click(".line[aria-rowindex='2'] .start")
             page.wait_for_selector("#reader h4")
             assert "Answer" in page.inner_text("#reader")
-        server.shutdown()
+        serving.shutdown()
