@@ -15,7 +15,7 @@ help:
 	@echo "make test-newest  the fast tests with Python 3.13 and the newest packages; test-smoke a few"
 	@echo "make lint      ruff and pyright; make format mends what it can"
 	@echo "make docs      setup, then the documentation's pages into build/site"
-	@echo "make pods      compile the programs for TPU slices without a TPU, in .venv-pods (8 minutes)"
+	@echo "make pods      compile the programs for TPU slices without a TPU, in .venv-pods (3 minutes)"
 	@echo "make peers     the tools that benchmarks compare with, into .venv-peers"
 	@echo "make clean     remove what these made, runs aside"
 
