@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from diq_jax import config, errors
-from diq_jax.commands import cli
+from diq_jax.commands import cli, opened
 
 if TYPE_CHECKING:
     from diq_jax.evaluate import harness
@@ -36,24 +36,17 @@ OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.
 
 def open_model() -> "harness.HarnessModel":
     """Returns the harness's model. Raises UserError where the model or adapter cannot be read."""
-    from diq_jax.data import chat
     from diq_jax.evaluate import harness, harness_generation
-    from diq_jax.models import load, lora, tokenizer
-    from diq_jax.run import devices
 
-    placement = devices.make_placement(config.Parallel())
-    model = load.load(MODEL.value, DTYPE.value, placement, "--model")
-    adapter = None
-    if ADAPTER.value:
-        adapter = placement.replicate(lora.load_peft(ADAPTER.value, model.cfg, "--adapter"))
+    model, layout, placement, adapter = opened.open_model(
+        MODEL.value, DTYPE.value, ADAPTER.value, DATE.value
+    )
     longest = model.cfg.max_positions
     if MAX_TOKENS.value > longest:
         raise errors.UserError(
             f"--max_tokens must be at most {longest}, the model's positions; got "
             f"{MAX_TOKENS.value}."
         )
-    tok = tokenizer.load_tokenizer(MODEL.value, "--model")
-    layout = chat.make_layout(tok, model.cfg.vocab_size, DATE.value, "--model")
     tokens = MAX_TOKENS.value or longest
     shape = placement, tokens, BATCH_TOKENS.value
     generate = harness_generation.make_generate(model, layout, *shape, SEED.value, adapter)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from diq_jax import config
+from diq_jax.commands import opened
 
 if TYPE_CHECKING:
     from diq_jax.evaluate import serving
@@ -35,22 +36,13 @@ SEED = flags.DEFINE_integer("seed", 0, "Of requests that name none.", lower_boun
 
 def open_served() -> "serving.Served":
     """Opens the model. Raises UserError where the model or adapter cannot be read."""
-    from diq_jax.data import chat
     from diq_jax.evaluate import serving
-    from diq_jax.models import load, lora, tokenizer
-    from diq_jax.run import devices
 
-    placement = devices.make_placement(config.Parallel())
-    model = load.load(MODEL.value, DTYPE.value, placement, "--model")
-    adapter = None
-    if ADAPTER.value:
-        adapter = placement.replicate(lora.load_peft(ADAPTER.value, model.cfg, "--adapter"))
-    tok = tokenizer.load_tokenizer(MODEL.value, "--model")
-    layout = chat.make_layout(tok, model.cfg.vocab_size, DATE.value, "--model")
+    found = opened.open_model(MODEL.value, DTYPE.value, ADAPTER.value, DATE.value)
     name = NAME.value or pathlib.PurePath(MODEL.value).name
-    tokens = min(MAX_TOKENS.value, model.cfg.max_positions)
+    tokens = min(MAX_TOKENS.value, found.model.cfg.max_positions)
     limits = tokens, BATCH_TOKENS.value, SEED.value
-    return serving.Served(model, layout, placement, name, *limits, adapter)
+    return serving.Served(found.model, found.layout, found.placement, name, *limits, found.adapter)
 
 
 def main() -> None:

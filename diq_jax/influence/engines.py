@@ -25,7 +25,8 @@ class Joined:
     Attributes:
         influence, loss: (rows,).
         by_target: (rows, Q).
-        gram: (Q, Q), the inner products of the directions, of which by_target has those with rows.
+        gram: (Q, Q), the inner products of the directions, of which by_target has those with rows;
+            None where one direction needs none.
         token_influence: one array (answer tokens,) a row, or None.
         record: how they were made.
         ends: (directions, dim), the directions in the numbers that a gradient store keeps; empty
@@ -36,7 +37,7 @@ class Joined:
     influence: np.ndarray
     loss: np.ndarray
     by_target: np.ndarray
-    gram: np.ndarray
+    gram: np.ndarray | None
     token_influence: list[np.ndarray] | None
     record: dict[str, Any]
     ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -65,7 +66,7 @@ def exact_engine(
 ) -> Engine:
     """Opens the engine that scores by forward mode along the directions."""
     v, record = direction.make_direction(problem, space, point)
-    gram = direction.gram(v)
+    gram = devices.whole(direction.gram(v)) if len(v.weights) > 1 else None
 
     def columns(group, out: exact.BatchScores):
         influence = out.influence.reshape(-1, out.influence.shape[-1])[group.slots]

@@ -107,7 +107,8 @@ def score(
     influence, by_target, tokens = _summed(found)
     alignment, spanned = None, {}
     if len(groups) > 1:
-        gram = np.sum([share * joined.gram for joined, share in found], axis=0)
+        grams = [share * joined.gram for joined, share in found if joined.gram is not None]
+        gram = np.sum(grams, axis=0)
         alignment, spanned = span.align(by_target, gram, problem.weights, settings.span)
     return Scores(
         [row.example_id for row in pool],
