@@ -32,7 +32,8 @@ JOBS = {
     "train-classifier": "train a difficulty classifier once, to score any pool with",
     "annotate": "label the difficulty of a pool by a language model",
     "pass-rate": "label questions by how often the model itself answers them right",
-    "view": "serve the report of a run to a browser",
+    "view": "serve the report of a run to a browser, or two runs against each other",
+    "report": "write a page that holds two runs against each other",
     "check": "find duplicates in a pool, and its overlap with tests",
     "compare-models": "compare two models that answered the same questions",
     "judge": "judge written answers by language models",
@@ -75,8 +76,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     continues from there.
 
     Args:
-        main: called with what stands beside the flags, one text for each name in `arguments`.
-        arguments: the names of what must stand beside the flags.
+        main: called with what stands beside the flags, a text for each name in `arguments`.
+        arguments: the names of what must stand beside the flags; what may be left out in brackets.
     """
     logging.set_verbosity(logging.WARNING)
     sys.excepthook = _log_and_leave
@@ -95,7 +96,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         if extra := left[len(arguments) :]:
             raise errors.UserError(f"{extra[0]!r} is not a flag; flags look like --name=value.")
         _check_local(left)
-        if len(left) < len(arguments):
+        if len(left) < sum(name[0] != "[" for name in arguments):
             raise errors.UserError(f"expected {' '.join(arguments)}; got {' '.join(left) or '-'}.")
         main(*left)
     except flags.Error as e:

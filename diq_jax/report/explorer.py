@@ -65,6 +65,7 @@ def make(
     groups: Mapping[str, Sequence[str]],
     details: detail.Detail,
     facts: Mapping[str, Any],
+    titles: Mapping[str, str] = TITLES,
 ) -> Explorer:
     """Packs a run. The same arguments give the same bytes.
 
@@ -72,7 +73,9 @@ def make(
         examples: the columns of page.ReportData.examples.
         rows: the rows as they came.
         groups: {name: a text for each row} to color and to filter by.
-        facts: method, thresholds and quadrant_order of the run.
+        facts: method, thresholds and quadrant_order of the run; view, which columns x, y and color
+            show at first, where they are not the scores.
+        titles: of the columns of numbers, where the name is not enough.
     """
     n = len(rows)
     numbers = _numbers(examples, details)
@@ -94,9 +97,9 @@ def make(
         "chunk_rows": CHUNK_ROWS,
         "chunks": len(chunks),
         "characters": sum(len(text) for name in TEXTS for text in examples[name]),
-        "numbers": [_described(name) for name in numbers],
+        "numbers": [_described(name, titles) for name in numbers],
         "groups": [{"name": name, "labels": found} for name, found in labels.items()],
-        "fences": {"influence": _fence(numbers["influence"])},
+        "fences": {k: _fence(v) for k, v in numbers.items() if k.startswith("influence")},
         "keep": int(np.sum(examples["selected"])),
         "methods": list(details.methods),
         "targets": list(details.targets),
@@ -107,10 +110,8 @@ def make(
     }  # fmt: skip
     return Explorer(
         index=_safe(index),
-        script=markupsafe.Markup(
-            "\n".join((FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-        ),
-        style=markupsafe.Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        script=_source(*(f"{name}.js" for name in SCRIPTS)),
+        style=_source("style.css"),
         blobs={
             name: base64.b64encode(blob).decode()
             for name, blob in (blobs | (texts if inline else {})).items()
@@ -121,10 +122,15 @@ def make(
     )
 
 
-def _described(name: str) -> dict[str, Any]:
+def _source(*names: str) -> markupsafe.Markup:
+    """Joins files of FOLDER."""
+    return markupsafe.Markup("\n".join((FOLDER / n).read_text(encoding="utf-8") for n in names))
+
+
+def _described(name: str, titles: Mapping[str, str]) -> dict[str, Any]:
     """Returns what the page knows of a column of numbers."""
     hidden = name in HIDDEN or name.startswith("rank by ")
-    return {"name": name, "title": TITLES.get(name, name), "fact": not hidden, "hidden": hidden}
+    return {"name": name, "title": titles.get(name, name), "fact": not hidden, "hidden": hidden}
 
 
 def _spans(n):

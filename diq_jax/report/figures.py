@@ -18,6 +18,7 @@ QUADRANTS = {
     4: "easy, low influence",
 }
 DIFFICULTY, INFLUENCE = "difficulty (level)", "influence (nats per unit learning rate)"
+PICKED = (POOL, *ARMS[:2], SELECTED)  # by neither of two, by one, by the other, by both
 CORNERS = {1: (1, 1), 2: (0, 1), 3: (1, 0), 4: (0, 0)}
 
 
@@ -105,7 +106,7 @@ def tokens(
     figure, [ax] = _figure(4)
     _points(ax, answer_tokens, influence, selected)
     if np.max(answer_tokens) > 20 * np.median(answer_tokens):
-        ax.set_xscale("log")
+        _logarithmic(ax, "x")
     else:
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     ax.set_xlabel("answer tokens (scored)")
@@ -251,6 +252,50 @@ def preferences(
     return figure
 
 
+def overlap(
+    budget: np.ndarray, share: np.ndarray, kept: Mapping[str, float]
+) -> matplotlib.figure.Figure:
+    """Draws the share of a budget that two orders have in common.
+
+    Args:
+        budget, share: in percent, (k,).
+        kept: {run: its own budget in percent}.
+    """
+    figure, [ax] = _figure(3.2)
+    ax.plot(budget, share, color=SELECTED, linewidth=1.6, label="in both")
+    ax.plot(budget, budget, **THRESHOLD, label="by chance")
+    for (name, at), colour in zip(kept.items(), ARMS, strict=False):
+        ax.axvline(at, color=colour, linewidth=1, label=f"budget of {name}")
+    _logarithmic(ax, "x")
+    ax.set_ylim(0, 104)
+    ax.set_xlabel("budget (% of the pool)")
+    ax.set_ylabel("in both (% of the budget)")
+    _legend_above(figure)
+    return figure
+
+
+def rank_rank(
+    ranks: Mapping[str, np.ndarray], picked: np.ndarray, labels: Sequence[str]
+) -> matplotlib.figure.Figure:
+    """Draws the ranks of one run against those of the other.
+
+    Args:
+        ranks: {run: (n,)}, two of them.
+        picked: (n,), a place in `labels` and in PICKED.
+    """
+    figure, [ax] = _figure(5.2)
+    (x_name, x), (y_name, y) = ranks.items()
+    for code, (label, colour) in enumerate(zip(labels, PICKED, strict=True)):
+        of = picked == code
+        style = dict(s=24 if code else 14, linewidths=0, alpha=0.85 if code else 0.5)
+        ax.scatter(x[of], y[of], color=colour, label=label, rasterized=len(x) > 2000, **style)
+    _logarithmic(ax, "x", "y")
+    ax.set_xlabel(f"rank, {x_name}")
+    ax.set_ylabel(f"rank, {y_name}")
+    _legend_above(figure)
+    return figure
+
+
 def limits(values: np.ndarray) -> tuple[float, float]:
     """Finds the axis range: all values, with room above and below for the quadrants' labels."""
     low, high = float(np.min(values)), float(np.max(values))
@@ -262,6 +307,16 @@ def _figure(height, columns=1, **options):
     """Makes a figure of the page's width: (figure, its axes from left to right)."""
     figure = matplotlib.figure.Figure((8, height))
     return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+
+
+def _logarithmic(ax, *names):
+    """Makes axes logarithmic, with plain numbers: the style reads no formulas."""
+    for name in names:
+        ax.set(**{f"{name}scale": "log"})
+        ax.tick_params(axis=name, which="minor", **{f"label{s}": False for s in ("left", "bottom")})
+        getattr(ax, f"{name}axis").set_major_formatter(
+            matplotlib.ticker.StrMethodFormatter("{x:,g}")
+        )
 
 
 def _points(ax, x, y, selected):

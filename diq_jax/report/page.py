@@ -12,12 +12,12 @@ import numpy as np
 
 from diq_jax import config
 from diq_jax.report import classifier, detail, explorer, figures, outcomes, style, tables
+from diq_jax.run import artifacts
 
 MOST_POINTS = 4000  # of the pictures
 PREFERENCES = {"loss": "loss (nats)", "margin": "margin (nats)", "accuracy": "pairs in order"}
 OWN_COLUMNS = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
 EXTREMES = 5  # examples shown at each end
-TEMPLATE = pathlib.Path(__file__).with_name("template.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +122,15 @@ def render(run: ReportData, drawn: Mapping[str, style.Picture], explored: explor
     cfg, selected = run.config, e["selected"]
     by_column = tables.group_columns(run.rows, OWN_COLUMNS)
     chosen = {e["example_id"][i] for i in np.flatnonzero(selected)}
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return fill(
+        "report.html",
+        drawn,
+        explored,
         config=cfg,
         examples=len(selected),
         selected=int(selected.sum()),
         headline=outcomes.headline(run.results),
-        svg={name: markupsafe.Markup(picture.svg) for name, picture in drawn.items()},
-        explorer=explored,
+        cuts=None not in run.thresholds.values(),
         outliers=int(np.sum(run.influence != e["influence"])),
         comparisons=_comparisons(run.results) if run.results else [],
         averages=outcomes.averages(run.results) if run.results else None,
@@ -157,6 +156,36 @@ def render(run: ReportData, drawn: Mapping[str, style.Picture], explored: explor
         versions=tables.versions(run.records),
         settings=tables.settings(cfg),
     )
+
+
+def fill(
+    template: str, drawn: Mapping[str, style.Picture], explored: explorer.Explorer, **values: Any
+) -> str:
+    """Fills a template of this folder that extends base.html."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    svg = {name: markupsafe.Markup(picture.svg) for name, picture in drawn.items()}
+    return environment.get_template(template).render(svg=svg, explorer=explored, **values)
+
+
+def write(
+    folder: pathlib.Path,
+    text: str,
+    drawn: Mapping[str, style.Picture],
+    explored: explorer.Explorer,
+) -> None:
+    """Writes report.html, its pictures as *.png and *.svg, and for a large pool rows/*.gz."""
+    files = {f"rows/{name}.gz": blob for name, blob in explored.files.items()}
+    for name, picture in drawn.items():
+        files |= {f"{name}.png": picture.png, f"{name}.svg": picture.standalone.encode()}
+    for name, blob in (files | {"report.html": text.encode()}).items():
+        with artifacts.atomic(folder / name) as temporary:
+            temporary.write_bytes(blob)
 
 
 def _comparisons(results):

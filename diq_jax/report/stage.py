@@ -1,10 +1,11 @@
 """The report stage: what the stages left on disk -> one page and its pictures."""
 
 import json
+import pathlib
 from typing import Any
 
 from diq_jax.report import detail, outcomes, page
-from diq_jax.run import artifacts, reading, records, stages
+from diq_jax.run import reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
 PICTURES = (
@@ -22,16 +23,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     the page says so. The same artifacts give the same bytes.
     """
     found = load(context)
-    drawn = page.pictures(found)
-    for name, picture in drawn.items():
-        for suffix, blob in (("png", picture.png), ("svg", picture.standalone.encode())):
-            with artifacts.atomic(context.path(f"report/{name}.{suffix}")) as temporary:
-                temporary.write_bytes(blob)
-    explored = page.explore(found)
-    for name, blob in explored.files.items():
-        with artifacts.atomic(context.path(f"report/rows/{name}.gz")) as temporary:
-            temporary.write_bytes(blob)
-    artifacts.write_text(context.path("report/report.html"), page.render(found, drawn, explored))
+    drawn, explored = page.pictures(found), page.explore(found)
+    page.write(context.path("report"), page.render(found, drawn, explored), drawn, explored)
     return {"rows": len(found.rows), "figures": [f"{name}.png" for name in drawn]}
 
 
@@ -67,21 +60,12 @@ def load(context: stages.Context) -> page.ReportData:
     Raises:
         UserError: one of prepare, influence and selection is missing.
     """
-    scores = context.table("selection/selection.parquet")
-    influence = context.table("influence/influence.parquet")
-    # Token ids are most of a large pool's bytes, and not read.
-    pool = context.table("prepare/pool.parquet", *TEXTS, "row")
-    columns = {name: pool[name].to_pylist() for name in TEXTS}
-    columns |= {name: influence[name].to_numpy() for name in ("loss", "tokens")}
-    for name in ("difficulty", "influence", "quadrant", "rank", "selected"):
-        columns[name] = scores[name].to_numpy()
-    reasons = "why" in scores.column_names  # selections of earlier versions give none
-    columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
+    columns, rows = read_examples(context.workdir)
     made = (records.read(context.path(name)) for name in STAGES)
     return page.ReportData(
         config=context.config,
         examples=columns,
-        rows=[json.loads(row) for row in pool["row"].to_pylist()],
+        rows=rows,
         thresholds=reading.read_record(
             context.path("selection/thresholds.json"),
             dict.fromkeys(THRESHOLDS, (float, type(None))),
@@ -96,6 +80,25 @@ def load(context: stages.Context) -> page.ReportData:
         records=[record for record in made if record and record["status"] == records.DONE],
         detail=detail.load(context, columns["example_id"]),
     )
+
+
+def read_examples(workdir: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Reads the columns of page.ReportData.examples, and the rows as they came.
+
+    Raises:
+        UserError: one of prepare, influence and selection is missing.
+    """
+    scores = records.read_table(workdir, "selection/selection.parquet")
+    influence = records.read_table(workdir, "influence/influence.parquet")
+    # Token ids are most of a large pool's bytes, and not read.
+    pool = records.read_table(workdir, "prepare/pool.parquet", (*TEXTS, "row"))
+    columns = {name: pool[name].to_pylist() for name in TEXTS}
+    columns |= {name: influence[name].to_numpy() for name in ("loss", "tokens")}
+    for name in ("difficulty", "influence", "quadrant", "rank", "selected"):
+        columns[name] = scores[name].to_numpy()
+    reasons = "why" in scores.column_names  # selections of earlier versions give none
+    columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
+    return columns, [json.loads(row) for row in pool["row"].to_pylist()]
 
 
 def _optional(context, name):

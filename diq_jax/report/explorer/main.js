@@ -53,12 +53,11 @@ function fill(select, options, chosen) {
 function controls() {
   const numbers = index.numbers.filter(n => !n.hidden).map(n => [n.name, n.title]);
   const places = index.methods.map(name => [`rank by ${name}`, `rank by ${name}`]);
-  plot.x = rows.numbers.difficulty ? "difficulty" : "tokens";
-  plot.y = "influence";
+  Object.assign(plot, { x: rows.numbers.difficulty ? "difficulty" : "tokens", y: "influence" }, index.view);
   fill(byId("x"), [...numbers, ...places], plot.x);
   fill(byId("y"), [...numbers, ...places], plot.y);
   const groups = index.groups.map(g => [g.name, g.name]);
-  fill(byId("color"), [["selected", "selected"], ["quadrant", "quadrant"], ...groups, ...numbers], "selected");
+  fill(byId("color"), [["selected", "selected"], ["quadrant", "quadrant"], ...groups, ...numbers], plot.color);
   fill(byId("range"), [["", "any range"], ...numbers, ["rank", "rank"]], "");
   fill(byId("method"), [[RUN, `${RUN} (the run)`], ...index.methods.filter(m => m !== RUN).map(m => [m, m])], RUN);
   const every = [["", "any group"]];

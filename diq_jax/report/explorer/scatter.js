@@ -50,7 +50,7 @@ function colours() {
     i => choice.quadrant[i] - 1];
   if (rows.groups[name]) {
     const { codes, labels } = rows.groups[name];
-    const shown = labels.map((label, k) => [label, PALETTE[Math.min(k, PALETTE.length - 1)]]);
+    const shown = labels.map((label, k) => [label, index.shades?.[label] ?? PALETTE[Math.min(k, PALETTE.length - 1)]]);
     return [shown.slice(0, PALETTE.length), i => Math.min(codes[i], PALETTE.length - 1)];
   }
   const values = rows.numbers[name], sorted = Float32Array.from(values).filter(isFinite).sort();
