@@ -73,9 +73,9 @@ def make(
         examples: the columns of page.ReportData.examples.
         rows: the rows as they came.
         groups: {name: a text for each row} to color and to filter by.
-        facts: method, thresholds and quadrant_order of the run; view, which columns x, y and color
-            show at first, where they are not the scores.
-        titles: of the columns of numbers, where the name is not enough.
+        facts: method, thresholds and quadrant_order; perhaps view, the first x, y and color, and
+            shades of labels.
+        titles: of columns of numbers.
     """
     n = len(rows)
     numbers = _numbers(examples, details)
