@@ -92,6 +92,7 @@ def make(
     head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
     blobs, texts = ({k: _gzip(v) for k, v in found.items()} for found in (head, chunks))
     inline = sum(map(len, texts.values())) * 4 / 3 <= INLINE_BYTES
+    blobs |= texts if inline else {}
     index = {
         "rows": n,
         "chunk_rows": CHUNK_ROWS,
@@ -112,10 +113,7 @@ def make(
         index=_safe(index),
         script=_source(*(f"{name}.js" for name in SCRIPTS)),
         style=_source("style.css"),
-        blobs={
-            name: base64.b64encode(blob).decode()
-            for name, blob in (blobs | (texts if inline else {})).items()
-        },
+        blobs={name: base64.b64encode(blob).decode() for name, blob in blobs.items()},
         files={} if inline else texts,
         methods=len(details.methods),
         absent=details.absent,
