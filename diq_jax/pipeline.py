@@ -93,8 +93,7 @@ WRITES = {
     ),
     "evaluate": ("results.json", "predictions.jsonl", "partial/*"),
     "report": (
-        "report.html", "rows/*.gz",
-        *(f"{name}.{suffix}" for name in report.PICTURES for suffix in ("png", "svg")),
+        "report.html", "rows/*.gz", *report.FILES,
     ),
 }  # fmt: skip
 

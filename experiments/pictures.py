@@ -23,12 +23,8 @@ def write(
     Args:
         rows: of any depth; a value in a mapping becomes a column "outer.inner".
     """
-    picture = style.render(draw, *args)
-    for suffix, made in (
-        ("png", picture.png),
-        ("svg", picture.standalone.encode()),
-        ("csv", pandas.json_normalize([dict(row) for row in rows]).to_csv(index=False).encode()),
-    ):
+    columns = pandas.json_normalize([dict(row) for row in rows]).to_dict("list")
+    for suffix, made in style.render(columns, draw, *args).files.items():
         with artifacts.atomic(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(made)
 

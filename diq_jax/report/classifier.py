@@ -17,6 +17,20 @@ def panels(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: values for name, values in every.items() if "calibration" in values}
 
 
+def rows(perspectives: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lists the points and cells that `draw` shows, each with its count of labelled rows."""
+    found = []
+    for name, values in perspectives.items():
+        for key in ("before", "after"):
+            for b in values["calibration"][key]["reliability"]:
+                found.append((name, f"reliability {key}", b["confidence"], b["right"], b["rows"]))
+        for (label, level), count in np.ndenumerate(np.array(values["confusion"])):
+            found.append((name, "confusion", level + 1.0, label + 1.0, int(count)))
+    return [
+        dict(zip(("perspective", "panel", "x", "y", "rows"), row, strict=True)) for row in found
+    ]
+
+
 def draw(perspectives: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
     """Draws a row for each perspective: reliability before and after the temperature, and
     confusion.

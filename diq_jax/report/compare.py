@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diq_jax import config, errors
-from diq_jax.report import detail, explorer, figures, page, stage, style, tables
+from diq_jax.report import detail, explorer, figures, inputs, page, style, tables
 from diq_jax.run import records
 
 READS = ("prepare/pool.parquet", "influence/influence.parquet", "selection/selection.parquet")
@@ -25,7 +25,7 @@ class Side:
     """Holds one of the two runs.
 
     Attributes:
-        examples: the columns of page.ReportData.examples, the second run's in the order of the
+        examples: the columns of inputs.ReportData.examples, the second run's in the order of the
             first.
         rows: the rows as they came, in that order.
     """
@@ -79,7 +79,7 @@ def _read(folder, name, field, verified):
         record = records.finished(folder, path.split("/")[0], field)
         if verified:
             records.verify(folder / path)
-    examples, rows = stage.read_examples(folder)
+    examples, rows = inputs.read_examples(folder)
     return Side(name, records.config_of(record, folder / "selection"), examples, rows)
 
 
@@ -148,16 +148,19 @@ def headline(a: Side, b: Side) -> str:
 
 def pictures(a: Side, b: Side) -> dict[str, style.Picture]:
     """Draws the overlap by budget, and rank against rank."""
-    n, who = len(a.rows), picked(a, b)
+    n, who, said = len(a.rows), picked(a, b), labels(a, b)
     k = np.unique(np.geomspace(1, n, BUDGETS).astype(int))
-    share = 100 * shared(a, b)[k - 1] / k
+    curve = {"budget_percent": 100 * k / n, "in_both_percent": 100 * shared(a, b)[k - 1] / k}
     kept = {side.name: 100 * side.examples["selected"].mean() for side in (a, b)}
-    points = figures.shown(who > 0, np.minimum(*_ranks(a, b)), page.MOST_POINTS)
+    points = figures.shown(who > 0, np.minimum(*_ranks(a, b)), inputs.MOST_POINTS)
     places = dict(zip((a.name, b.name), (rank[points] for rank in _ranks(a, b)), strict=True))
     return {
-        "overlap": style.render(figures.overlap, 100 * k / n, share, kept),
-        "ranks": style.render(figures.rank_rank, places, who[points], labels(a, b)),
-    }
+        "overlap": style.render(curve, figures.overlap, *curve.values(), kept),
+        "ranks": style.render(
+            {**places, "selected by": np.array(said)[who[points]]},
+            figures.rank_rank, places, who[points], said,
+        ),
+    }  # fmt: skip
 
 
 def _ranks(a, b):

@@ -70,7 +70,7 @@ def make(
     """Packs a run. The same arguments give the same bytes.
 
     Args:
-        examples: the columns of page.ReportData.examples.
+        examples: the columns of inputs.ReportData.examples.
         rows: the rows as they came.
         groups: {name: a text for each row} to color and to filter by.
         facts: method, thresholds and quadrant_order; perhaps view, the first x, y and color, and

@@ -135,17 +135,22 @@ def distributions(
     return figure
 
 
-def _histogram(ax, values, selected):
+def shares(values: np.ndarray, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts (edges (b + 1,), the pool's share in each bin, that of the selection, (b,)), in
+    percent.
+    """
     low, high = np.min(values), np.max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, 25)
-    for group, style in (
-        (np.ones_like(selected), dict(color=POOL, alpha=0.45, label="pool")),
-        (selected, dict(color=SELECTED, histtype="step", linewidth=1.6, label="selected")),
-    ):
-        weights = np.full(group.sum(), 100 / max(1, group.sum()))
-        ax.hist(values[group], edges, weights=weights, **style)
+    pool, chosen = (np.histogram(v, edges)[0] for v in (values, values[selected]))
+    return edges, 100 * pool / max(1, len(values)), 100 * chosen / max(1, selected.sum())
+
+
+def _histogram(ax, values, selected):
+    edges, pool, chosen = shares(values, selected)
+    ax.stairs(pool, edges, fill=True, color=POOL, alpha=0.45, label="pool")
+    ax.stairs(chosen, edges, color=SELECTED, linewidth=1.6, label="selected")
     ax.grid(axis="x", visible=False)
 
 

@@ -1,4 +1,4 @@
-"""The one style of all figures, and a figure as PNG and SVG.
+"""The one style of all figures, and a figure as PNG, SVG and the data that it shows.
 
 The palette is Okabe and Ito's, which colour-blind readers can tell apart; the colours that must
 change with the page's scheme (text, grid) become CSS variables in the SVG.
@@ -9,11 +9,14 @@ import dataclasses
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
+import pyarrow as pa
+from pyarrow import csv
 
+SUFFIXES = ("png", "svg", "csv")
 INK, LINE, MUTED = "#1f2429", "#d9dde1", "#7a828c"
 SELECTED, POOL = "#d55e00", "#8a939c"
 ARMS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -45,10 +48,19 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Holds a figure as a PNG file, and as SVG text to stand inside an HTML page."""
+    """Holds a figure as a PNG file, as SVG text to stand inside an HTML page, and what it shows as
+    a CSV file.
+    """
 
     png: bytes
     svg: str
+    csv: bytes
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Returns the contents of its files, by SUFFIXES."""
+        made = self.png, self.standalone.encode(), self.csv
+        return dict(zip(SUFFIXES, made, strict=True))
 
     @property
     def standalone(self) -> str:
@@ -57,8 +69,12 @@ class Picture:
         return text.replace("<svg ", '<svg style="background: white" ', 1)
 
 
-def render(draw: Callable, *args: Any) -> Picture:
-    """Draws `draw(*args)`; the same arguments give the same bytes."""
+def render(shown: Mapping[str, Any], draw: Callable, *args: Any) -> Picture:
+    """Draws `draw(*args)`; the same arguments give the same bytes.
+
+    Args:
+        shown: columns, of one length, of what it shows. What is None or NaN is empty in the file.
+    """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}), _missing_glyphs_pass():
         figure = draw(*args)
         png, svg = io.BytesIO(), io.StringIO()
@@ -71,7 +87,16 @@ def render(draw: Callable, *args: Any) -> Picture:
     # Group ids repeat from figure to figure, and an id must be unique in a page.
     text = re.sub(r' id="[\w.]+_\d{1,5}"', "", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    return Picture(png.getvalue(), text.replace(INK, "var(--ink)").replace(LINE, "var(--line)"))
+    table, data = (
+        pa.table({k: pa.array(v, from_pandas=True) for k, v in shown.items()}),
+        io.BytesIO(),
+    )
+    csv.write_csv(table, data)
+    return Picture(
+        png.getvalue(),
+        text.replace(INK, "var(--ink)").replace(LINE, "var(--line)"),
+        data.getvalue(),
+    )
 
 
 @contextlib.contextmanager

@@ -9,11 +9,12 @@ import pathlib
 import re
 
 import numpy as np
+import pyarrow.csv
 import pytest
 import scipy.stats
 
 from diq_jax import config, errors
-from diq_jax.report import explorer, figures, outcomes, page, stage, tables
+from diq_jax.report import explorer, figures, inputs, outcomes, page, stage, tables
 from diq_jax.run import artifacts, devices, reading, stages
 
 SAMPLE = pathlib.Path(stage.__file__).parents[1] / "data" / "sample"
@@ -214,7 +215,7 @@ def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
     for name in returned["figures"]:
         assert context.path(f"report/{name}").read_bytes().startswith(b"\x89PNG")
     files = {path.name for path in context.path("report").iterdir()}
-    drawn = {f"{name}.{suffix}" for name in PICTURES for suffix in ("png", "svg")}
+    drawn = {f"{name}.{suffix}" for name in PICTURES for suffix in ("png", "svg", "csv")}
     assert files == {*drawn, "report.html"}
     for name in PICTURES:  # alone, a file has no page to name its colours
         text = context.path(f"report/{name}.svg").read_text(encoding="utf-8")
@@ -223,6 +224,31 @@ def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
     assert "(95 % interval −0.120 to −0.050): better than random in this run." in whole_page
     assert "Left out" not in whole_page
     assert whole_page.startswith("<!doctype html>")
+
+
+def test_each_picture_comes_with_the_data_that_it_shows(whole):
+    context, _ = whole
+    shown = {name: pyarrow.csv.read_csv(context.path(f"report/{name}.csv")) for name in PICTURES}
+    scores = context.table("selection/selection.parquet")
+    for name in ("difficulty", "influence"):  # few rows without outliers: all, as they are
+        drawn, came = (np.sort(t[name].to_numpy()) for t in (shown["quadrants"], scores))
+        np.testing.assert_array_equal(drawn.astype(np.float32), came)
+    assert shown["tokens"]["selected"].to_pylist().count(True) == 16
+    for name in ("sources", "distributions"):
+        table = shown[name]
+        kinds = table["score"].unique().to_pylist() if name == "distributions" else [None]
+        for column in ("pool_percent", "selected_percent"):
+            np.testing.assert_allclose(np.sum(table[column].to_numpy()), 100 * len(kinds))
+    for name in ("finetune/losses.jsonl", "dpo/losses.jsonl"):
+        table = shown["loss" if "finetune" in name else "preferences"]
+        came = reading.read_jsonl(context.path(name))
+        assert table.to_pylist() == [{c: row.get(c) for c in table.column_names} for row in came]
+    assert {**shown["comparison"].to_pylist()[0]} == {
+        "panel": "Test loss (nats/token)", "arm": "base", "mean": 2.5, "low": 2.39, "high": 2.61
+    }  # fmt: skip
+    cells = [row for row in shown["classifier"].to_pylist() if row["panel"] == "confusion"]
+    assert all(row["rows"] == (row["x"] - 1) * (row["y"] - 1) for row in cells)
+    assert len(cells) == 25 * len(config.PERSPECTIVES)
 
 
 def test_the_same_artifacts_give_the_same_bytes(tmp_path):
@@ -311,7 +337,7 @@ def test_the_explorer_holds_every_row_in_full(whole, whole_page):
 
 def explored(context, cfg=None):
     """What the explorer of a run holds: (its index, the rows of the first chunk, all of it)."""
-    made = page.explore(stage.load(dataclasses.replace(context, config=cfg or context.config)))
+    made = page.explore(inputs.load(dataclasses.replace(context, config=cfg or context.config)))
     packed = made.files["0"] if made.served else base64.b64decode(made.blobs["0"])
     return json.loads(str(made.index)), json.loads(gzip.decompress(packed)), made
 
@@ -576,7 +602,7 @@ def test_summary_is_aligned_and_copyable(whole):
 
 
 def test_length_correlation_is_recomputed(whole, whole_page):
-    columns = stage.load(whole[0]).examples
+    columns = inputs.load(whole[0]).examples
     rho = scipy.stats.spearmanr(columns["influence"], columns["tokens"]).statistic
     assert f"answer tokens: <b>{rho:.2f}".replace("-", "−") in whole_page
 
