@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax import config
+from diq_jax import config, trees
 from diq_jax.data import batches, example
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, load, rope
@@ -78,6 +78,12 @@ def padded_left(batch: batches.Batch) -> batches.Batch:
 
 def placement(**changes) -> devices.Placement:
     return devices.make_placement(dataclasses.replace(config.Parallel(), **changes))
+
+
+def placed(params: dict, place: devices.Placement) -> dict:
+    """Puts a decoder's parameters where the partition rules say."""
+    put = place.place(decoder.PARTITION_RULES)
+    return trees.map_named(lambda n, x: put(n, x.shape, np.asarray(x).__getitem__), params)
 
 
 SAMPLE = pathlib.Path(__file__).parents[1] / "diq_jax" / "data" / "sample"

@@ -20,7 +20,7 @@ from diq_jax import config, trees
 from diq_jax.difficulty import heads as heads_lib
 from diq_jax.models import config as model_config
 from diq_jax.models import encoder, training
-from diq_jax.run import devices
+from diq_jax.run import devices, sharding
 
 WARMUP_RATIO = 0.1  # of all steps; a cosine to zero follows
 WIDTH_STEP = 32  # padded widths are its multiples: each costs one compilation
@@ -194,7 +194,7 @@ def features(
     T = width(max(len(texts[row]) for row in rows), settings.max_tokens)
     size = _round_up(_scoring_rows(T), placement.rows_multiple)
     batch = placement.batch(collate(texts, None, None, rows, size, settings.max_tokens))
-    return devices.whole(_pooled(encoder_params, cfg, batch))[: len(rows)]
+    return sharding.whole(_pooled(encoder_params, cfg, batch))[: len(rows)]
 
 
 def _scoring_rows(T):

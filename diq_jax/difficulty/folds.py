@@ -11,7 +11,7 @@ import safetensors.numpy
 from diq_jax import config, errors, trees
 from diq_jax.difficulty import classifier, heads, labels, words
 from diq_jax.models import config as model_config
-from diq_jax.run import devices, parts, progress, reading
+from diq_jax.run import devices, parts, progress, reading, sharding
 
 SCORES, MODEL = "scores", "model"  # folders of parts; a model's ends in the number of its fold
 
@@ -240,7 +240,7 @@ def predict(
 def _keep(trained, model, pretrained):
     """Keeps a model as one part, without an encoder that is as it was."""
     kept = {name: tree for name, tree in model.items() if tree is not pretrained.params}
-    data = safetensors.numpy.save(trees.named_leaves(jax.tree.map(devices.whole, kept)))
+    data = safetensors.numpy.save(trees.named_leaves(jax.tree.map(sharding.whole, kept)))
     trained.add([0], {"safetensors": [data]})
 
 

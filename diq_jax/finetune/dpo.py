@@ -19,6 +19,7 @@ from diq_jax.data import batches, preferences, steps
 from diq_jax.finetune import sft
 from diq_jax.models import config as model_config
 from diq_jax.models import loss
+from diq_jax.run import sharding
 
 
 @flax.struct.dataclass
@@ -75,8 +76,8 @@ def example_sums(
             return jnp.sum(losses * real), (jnp.sum(margins * real), jnp.sum((margins > 0) * real))
 
         (value, (margin, right)), gradient = jax.value_and_grad(total, has_aux=True)(factors)
-        sums = {"loss": value, "margin": margin, "accuracy": right, "gradient": gradient}
-        return sums | {"examples": jnp.sum(real)}
+        sums = {"loss": value, "margin": margin, "accuracy": right}
+        return sums | {"examples": jnp.sum(real), "gradient": sharding.stored(gradient)}
 
     return sums
 

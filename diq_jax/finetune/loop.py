@@ -95,7 +95,7 @@ def train(
                 found = evaluate(state, frozen, records)
                 records[-1]["target_loss"] = _checked(found, name, number)
             if saves:
-                logged = _save(saves, upkeep, name, state, records, logged)
+                logged = _save(saves, upkeep, name, state, records, logged, stopped)
             if stopped:
                 processes.stop()
     return state, records, bar.tokens
@@ -131,9 +131,11 @@ def _check_trained(state, name, number) -> None:
         )
 
 
-def _save(saves, upkeep, name, state, records, logged) -> int:
+def _save(saves, upkeep, name, state, records, logged, wait) -> int:
     """Keeps a state, and logs the records since the last one; returns how many are logged."""
     saves.save(state, records)
+    if wait:
+        saves.finish()
     _tell(upkeep, name, logged, records[logged:])
     return len(records)
 

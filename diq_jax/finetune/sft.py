@@ -18,6 +18,7 @@ import optax
 from diq_jax import finetune_config, trees
 from diq_jax.models import config as model_config
 from diq_jax.models import lora, loss, training
+from diq_jax.run import sharding
 
 
 def init_adapter(
@@ -111,6 +112,6 @@ def example_sums(cfg: model_config.DecoderConfig, settings: finetune_config.Fine
 
         value, gradient = jax.value_and_grad(total)(factors)
         examples = jnp.sum(~rows.batch.is_padding, dtype=jnp.float32)
-        return {"loss": value, "gradient": gradient, "examples": examples}
+        return {"loss": value, "gradient": sharding.stored(gradient), "examples": examples}
 
     return sums

@@ -3,6 +3,8 @@ whole is taken.
 
     finetune/state/selected/120/{state, records}/..     by orbax
     finetune/state/selected/120/checksums.json          written last: a state without it is no state
+
+The steps go on while a state is written.
 """
 
 import pathlib
@@ -36,23 +38,32 @@ class States:
         artifacts.make_folder(folder)
         self._last = processes.agreed(lambda: _newest(folder, name))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT, enable_async_checkpointing=False, create=False
+            max_to_keep=KEPT, enable_async_checkpointing=True, create=False
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._writing: pathlib.Path | None = None
 
     def save(self, state: Any, records: list[dict[str, float]]) -> None:
-        """Keeps the state after len(records) steps; it is on the disk when this returns in the
-        first process. Of arrays that are spread over processes each writes its part.
+        """Begins to keep the state after len(records) steps, once the one before is on the disk; it
+        may be changed and donated when this returns. Of arrays that are spread over processes each
+        writes its part.
         """
+        self.finish()
         steps = cast(Any, records)  # declared as a mapping, but any JSON value does
         items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(steps)}
         self._manager.save(len(records), args=ocp.args.Composite(**items))
-        if not processes.is_first():
+        self._writing = self._folder / str(len(records))
+
+    def finish(self) -> None:
+        """Waits until the last state is on the disk, in the first process with its checksums."""
+        folder, self._writing = self._writing, None
+        if folder is None:
             return
-        folder = self._folder / str(len(records))
-        artifacts.sync_tree(folder)
-        artifacts.sync(self._folder)
-        artifacts.write_json(folder / CHECKSUMS, _checksums(folder))
+        self._manager.wait_until_finished()
+        if processes.is_first():
+            artifacts.sync_tree(folder)
+            artifacts.sync(self._folder)
+            artifacts.write_json(folder / CHECKSUMS, _checksums(folder))
 
     def restore(self, state: Any) -> tuple[Any, list[dict[str, float]]]:
         """Returns the last state and the records of its steps; without one `state` and no record.
@@ -72,6 +83,7 @@ class States:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.finish()
         self._manager.close()
 
 

@@ -77,7 +77,7 @@ def product(
     through = jax.tree.map(lambda g: g.astype(jnp.float32), through)
     shared, others = in_head(through)
     total = trees.combine(jax.tree.map(jnp.add, shared, from_head), others)
-    return sharding.alike(total, chosen)
+    return sharding.stored(total)
 
 
 def make_product(

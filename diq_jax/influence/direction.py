@@ -210,7 +210,7 @@ def mean_gradient_step(
             return jnp.sum(losses(chosen, rest, batch, cfg, reduction, remat=True))
 
         found = jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(total)(chosen))
-        return sharding.alike(found, chosen)
+        return sharding.stored(found)
 
     return placement.compile(gradient, rows=False)
 

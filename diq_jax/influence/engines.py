@@ -15,7 +15,7 @@ from diq_jax import influence_config
 from diq_jax.data import example
 from diq_jax.influence import direction, exact, problems
 from diq_jax.models import config
-from diq_jax.run import devices
+from diq_jax.run import devices, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def exact_engine(
 ) -> Engine:
     """Opens the engine that scores by forward mode along the directions."""
     v, record = direction.make_direction(problem, space, point)
-    gram = devices.whole(direction.gram(v)) if len(v.weights) > 1 else None
+    gram = sharding.whole(direction.gram(v)) if len(v.weights) > 1 else None
 
     def columns(group, out: exact.BatchScores):
         influence = out.influence.reshape(-1, out.influence.shape[-1])[group.slots]

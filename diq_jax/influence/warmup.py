@@ -17,7 +17,7 @@ from diq_jax import errors, influence_config, trees
 from diq_jax.data import example, steps
 from diq_jax.influence import direction, problems
 from diq_jax.models import training
-from diq_jax.run import devices, progress
+from diq_jax.run import progress, sharding
 
 WARMUP_RATIO = 0.03  # of the steps
 FIELDS = ("chosen", "first", "second", "count")
@@ -96,7 +96,7 @@ def make_step(
 
         value, gradient = jax.value_and_grad(total)(chosen)
         examples = jnp.sum(~batch.is_padding, dtype=jnp.float32)
-        return {"loss": value, "gradient": gradient, "examples": examples}
+        return {"loss": value, "gradient": sharding.stored(gradient), "examples": examples}
 
     def place(rest, chosen, frozen):
         return placement.like(space[0], jax.tree.map(jnp.astype, chosen, dtypes))
@@ -126,7 +126,7 @@ def plan(
 def _to_arrays(state):
     moments = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu", "count")]
     fields = dict(zip(FIELDS, [state.factors, *moments], strict=True))
-    return {name: devices.whole(x) for name, x in trees.named_leaves(fields).items()}
+    return {name: sharding.whole(x) for name, x in trees.named_leaves(fields).items()}
 
 
 def _checkpoint(arrays, like):

@@ -67,9 +67,9 @@ class Checkpoint:
         """Returns the dtype that `read` gives, or the format's name of a type that numpy lacks."""
         return self._tensor(name).dtype
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads a fresh array of the stored dtype; quantised GGUF types as float32."""
-        return self._tensor(name).read()
+    def read(self, name: str, part: stored.Part = ()) -> np.ndarray:
+        """Reads a tensor, or a part, in the stored dtype; quantised GGUF types as float32."""
+        return self._tensor(name).read(part)
 
     def _tensor(self, name: str) -> stored.Tensor:
         if name not in self.tensors:
@@ -81,7 +81,7 @@ class Checkpoint:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hashes (sha256) the content of all files, whatever their names and place."""
-        digests = "".join(artifacts.sha256(file) for file in self.files)
+        digests = "".join(map(artifacts.sha256_once, self.files))
         return hashlib.sha256(digests.encode()).hexdigest()
 
 

@@ -175,6 +175,7 @@ def through(
 
     def layer(x, stacked):
         p, adapted, probes, before, place = (*stacked[:-1], alike | stacked[-1])
+        p = sharding.stored(p, "layers")
 
         def linear(group, name, x):
             beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))

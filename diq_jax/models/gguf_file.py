@@ -99,11 +99,13 @@ def open_gguf(path: pathlib.Path) -> tuple[dict, dict[str, stored.Tensor]]:
     def tensor(name, listed):
         module = name.split(".")[-2]
 
-        def read():
+        def read(part: stored.Part = ()):
             array = _values(path, header, listed)
             if offset and module.endswith("norm"):
-                return array - 1  # llama.cpp stores 1 + the gain
-            return _half_split_rows(array, permuted[module]) if module in permuted else array
+                array = array - 1  # llama.cpp stores 1 + the gain
+            if module in permuted:
+                array = _half_split_rows(array, permuted[module])
+            return array[part]
 
         return stored.Tensor(listed.shape, _dtype(listed.kind), read)
 

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from diq_jax import errors, trees
 from diq_jax.models import checkpoint, config, decoder, stored
-from diq_jax.run import devices, reading
+from diq_jax.run import reading, sharding
 
 Params = dict[str, Any]  # nested dicts of arrays
 
@@ -99,7 +99,8 @@ def load_decoder(
     field: str,
     place: Callable | None = None,
 ) -> Params:
-    """Loads a decoder; `place(path, array)` puts each leaf on its devices as it is read.
+    """Loads a decoder; `place(path, shape, read)` makes each leaf of what its devices need, parts
+    that read((a slice of each axis)) gives.
 
     Raises:
         UserError: as `check_decoder`; or a weight is not finite in `dtype`.
@@ -210,23 +211,31 @@ def _check(source, shapes, names, prefix, stored_as, ignored, field):
 
 
 def _load(source, shapes, names, dtype, field, place):
-    place = place or (lambda path, array: jnp.asarray(array))
+    place = place or (lambda path, shape, read: jnp.asarray(read((slice(None),) * len(shape))))
 
-    def read(path, shape):
-        leaf = np.empty(shape, jnp.dtype(dtype))
+    def leaf(path, shape):
         stack = _stack(path, shape)
-        for part, name in zip(leaf.reshape(-1, *shape[len(stack) :]), names[path], strict=True):
-            array = source.read(name)
-            with np.errstate(over="ignore", invalid="ignore"):  # said below
-                part[...] = array.T if path.endswith("/kernel") else array
-            if not stored.all_finite(part):
-                raise errors.UserError(
-                    f"{field}: {name} of {source.path} holds numbers that are NaN or infinite"
-                    f" in {leaf.dtype}."
-                )
-        return place(path, leaf)
+        turned = path.endswith("/kernel")
 
-    return trees.map_named(read, shapes, lambda x: isinstance(x, tuple))
+        def read(part):
+            chosen = np.asarray(np.reshape(names[path], stack)[part[: len(stack)]])
+            inside = part[len(stack) :]
+            sizes = [len(range(n)[s]) for n, s in zip(shape[len(stack) :], inside, strict=True)]
+            into = np.empty((chosen.size, *sizes), jnp.dtype(dtype))
+            for array, name in zip(into, chosen.flat, strict=True):
+                with np.errstate(over="ignore", invalid="ignore"):  # said below
+                    read_part = source.read(name, inside[::-1] if turned else inside)
+                    array[...] = read_part.T if turned else read_part
+                if not stored.all_finite(array):
+                    raise errors.UserError(
+                        f"{field}: {name} of {source.path} holds numbers that are NaN or infinite"
+                        f" in {into.dtype}."
+                    )
+            return into.reshape(*chosen.shape, *sizes)
+
+        return place(path, shape, read)
+
+    return trees.map_named(leaf, shapes, lambda x: isinstance(x, tuple))
 
 
 def _modern(name):
@@ -254,5 +263,5 @@ def _stack(path, shape):
 def _tensors(params, names):
     for path, leaf in trees.named_leaves(params).items():
         for place, name in tensor_names(names, path, leaf.shape).items():
-            array = devices.whole(leaf[place])
+            array = sharding.whole(leaf[place])
             yield name, np.ascontiguousarray(array.T if path.endswith("/kernel") else array)

@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from diq_jax import errors, trees
 from diq_jax.models import checkpoint, config, decoder, hf, stored
-from diq_jax.run import artifacts, devices, reading
+from diq_jax.run import artifacts, reading, sharding
 
 PEFT_PREFIX = "base_model.model."
 # Settings of PEFT that leave the adapter's function as it is. Others that are set change it, or
@@ -145,7 +145,7 @@ def save_peft(
         rank = leaf.shape[-1] if factor == "a" else rank
         for place, where in _peft_modules(linear, leaf.shape).items():
             modules.add(where.rpartition(".")[2])
-            matrix = devices.whole(leaf[place]).astype(np.float32)
+            matrix = sharding.whole(leaf[place]).astype(np.float32)
             tensors[f"{where}.lora_{factor.upper()}.weight"] = np.ascontiguousarray(matrix.T)
     with artifacts.atomic(folder / "adapter_model.safetensors") as temporary:
         safetensors.numpy.save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})

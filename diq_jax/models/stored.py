@@ -16,6 +16,7 @@ import safetensors
 from diq_jax import errors
 from diq_jax.run import reading
 
+Part = tuple[slice, ...]  # of an array's axes; () is the whole
 # What weights may be stored as. Anything else is quantised, or no weight.
 PLAIN = ("float64", "float32", "float16", "bfloat16")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -35,12 +36,12 @@ class Tensor:
     Attributes:
         shape: (out, in), as Hugging Face stores it.
         dtype: the numpy dtype that `read` gives; for a type that numpy lacks, the format's name.
-        read: gives a fresh array.
+        read: gives a fresh array of the whole tensor, or of a part.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    read: Callable[..., np.ndarray] = dataclasses.field(repr=False)
 
 
 def map_file(file: pathlib.Path) -> mmap.mmap | bytes:
@@ -81,11 +82,13 @@ def open_safetensors(file: pathlib.Path) -> dict[str, Tensor]:
         raise errors.UserError(f"{file} names {reading.shorten(twice[0])} twice.")
 
     def tensor(name):
-        part = handle.get_slice(name)
-        dtype = str(part.get_dtype())
-        return Tensor(
-            tuple(part.get_shape()), DTYPES.get(dtype, dtype), lambda: handle.get_tensor(name)
-        )
+        lazy = handle.get_slice(name)
+        dtype = str(lazy.get_dtype())
+
+        def read(part: Part = ()):
+            return lazy[part] if part else handle.get_tensor(name)
+
+        return Tensor(tuple(lazy.get_shape()), DTYPES.get(dtype, dtype), read)
 
     return {name: tensor(name) for name in handle.keys()}
 

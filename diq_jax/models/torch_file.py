@@ -114,10 +114,10 @@ def open_torch(file: pathlib.Path) -> dict[str, stored.Tensor]:
         place = places[view.storage.key][0] + view.offset * dtype.itemsize
         steps = tuple(stride * dtype.itemsize for stride in strides)
 
-        def read():
+        def read(part: stored.Part = ()):
             if 0 in view.shape:
-                return np.zeros(view.shape, dtype)
-            return np.array(np.ndarray(view.shape, dtype, data, place, steps), order="C")
+                return np.zeros(view.shape, dtype)[part]
+            return np.array(np.ndarray(view.shape, dtype, data, place, steps)[part], order="C")
 
         return stored.Tensor(view.shape, dtype.name, read)
 

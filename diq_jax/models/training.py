@@ -93,11 +93,7 @@ def make_train_step(
         place: (params, factors, frozen) -> the factors on the devices; `place_factors` if None.
     """
 
-    def placed_sums(params, factors, *rest):
-        found = sums(params, factors, *rest)
-        return found | {"gradient": sharding.alike(found["gradient"], factors)}
-
-    gradients = placement.compile(placed_sums, rows=False)
+    gradients = placement.compile(sums, rows=False)
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right))
     place = place or functools.partial(place_factors, placement=placement)
 
@@ -145,8 +141,8 @@ def _beside(sums, factors, state, optimizer, placement):
     else:
         where = jax.tree.map(lambda x: x.sharding, factors)
     opt_state = optax.tree_map_params(
-        optimizer, devices.put, state.opt_state, where,
-        transform_non_params=lambda x: devices.put(x, everywhere),
+        optimizer, sharding.put, state.opt_state, where,
+        transform_non_params=lambda x: sharding.put(x, everywhere),
     )  # fmt: skip
-    sums = sums | {"gradient": jax.tree.map(devices.put, sums["gradient"], where)}
-    return jax.tree.map(devices.put, state.factors, where), opt_state, sums
+    sums = sums | {"gradient": jax.tree.map(sharding.put, sums["gradient"], where)}
+    return jax.tree.map(sharding.put, state.factors, where), opt_state, sums

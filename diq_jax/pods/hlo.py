@@ -42,6 +42,8 @@ class Cost:
         flops: of convolutions and dots; TPUs run every matrix product as one of them.
         cycles: the compiler's estimate for all but collectives that run beside others.
         collectives: {(kind, chips of a group): [times, bytes]}; an asynchronous pair counts once.
+        chains: {channel: [kind, chips, times, bytes]} of those that go on piece by piece inside the
+            fusions beside them; each is one collective, however many pieces it has.
         loops: the trip count of each loop; unknown ones count once.
     """
 
@@ -50,6 +52,7 @@ class Cost:
     collectives: dict[tuple[str, int], list[float]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(lambda: [0, 0.0])
     )
+    chains: dict[str, tuple[str, int, int, float]] = dataclasses.field(default_factory=dict)
     loops: list[int] = dataclasses.field(default_factory=list)
     unknown_loops: int = 0
 
@@ -86,6 +89,8 @@ def read(text: str) -> Cost:
     computations, entry = parse(text)
     cost = Cost()
     _visit(computations, entry, 1, False, cost)
+    for kind, chips, times, size in cost.chains.values():
+        _add(cost, kind, chips, times, size)
     return cost
 
 
@@ -139,9 +144,12 @@ def _visit(computations, name, times, fused, cost):
             cost.flops += times * {"convolution": _convolution, "dot": _dot}[line.op](line, *sides)
         kind = line.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            found = cost.collectives[kind, _chips(line.attributes)]
-            found[0] += times
-            found[1] += times * _moved(line, kind)
+            one = kind, _chips(line.attributes), times, _moved(line, kind)
+            if "chain_id=" in line.attributes:
+                channel = re.findall(r"channel_id=\d+", line.attributes)[0]
+                cost.chains[channel] = min(one, cost.chains.get(channel, one), key=lambda x: x[2])
+            else:
+                _add(cost, *one)
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line.attributes)
         if estimate and not fused and int(estimate[1]) < NO_ESTIMATE:
             cost.cycles += times * int(estimate[1])
@@ -159,6 +167,12 @@ def _visit(computations, name, times, fused, cost):
                 _visit(computations, branch, times, False, cost)
 
 
+def _add(cost, kind, chips, times, size):
+    found = cost.collectives[kind, chips]
+    found[0] += times
+    found[1] += times * size
+
+
 def _named(line, role):
     found = re.search(rf"{role}=(%[\w.\-]+)", line.attributes)
     return found[1] if found else None
@@ -168,12 +182,29 @@ def _trips(computations, loop, cost):
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     limits = [int(known[1])] if known else []
     for line in computations.get(_named(loop, "condition"), ()) if not known else ():
-        if line.op == "constant" and line.type.startswith("s32[]"):
+        if line.op == "constant" and line.type.startswith(("s32[]", "u32[]")):
             limits += map(int, re.findall(r"^\((\d+)\)", line.attributes))
     trips = max(limits, default=0) or 1
+    trips = trips if known else -(-trips // _stride(computations, loop))
     cost.unknown_loops += not limits
     cost.loops.append(trips)
     return trips
+
+
+def _stride(computations, loop):
+    """What a loop adds to its counter, which its condition compares: an unrolled one adds more."""
+    condition = {line.name: line for line in computations[_named(loop, "condition")]}
+    body = {line.name: line for line in computations[_named(loop, "body")]}
+    compared = [condition[x] for line in condition.values() if line.op == "compare"
+                for x in line.operands if x in condition]  # fmt: skip
+    for counter in (line for line in compared if line.op == "get-tuple-element"):
+        place = int(re.findall(r"index=(\d+)", counter.attributes)[0])
+        last = list(body.values())[-1]
+        added = body.get(last.operands[place]) if last.op == "tuple" else None
+        for x in added.operands if added and added.op == "add" else ():
+            if body[x].op == "constant":
+                return int(re.findall(r"^\((\d+)\)", body[x].attributes)[0])
+    return 1
 
 
 def _shapes(kind):

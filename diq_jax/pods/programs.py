@@ -57,6 +57,9 @@ class Planned(devices.Placement):
         where = NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(np.shape(array), array.dtype, sharding=where)
 
+    def _made(self, shape, spec, read):
+        return self._put(read(()), spec)
+
     def compile(self, fn: Callable, rows: bool) -> Callable:
         jitted = self.program(fn, rows)
 
@@ -121,7 +124,7 @@ def place_shapes(
     size = decoder.size(shape) * jnp.dtype(dtype).itemsize
     place = placement.place(decoder.PARTITION_RULES, size)
     return trees.map_named(
-        lambda name, dims: place(name, np.broadcast_to(np.zeros((), dtype), dims)),
+        lambda name, dims: place(name, dims, lambda _: jax.ShapeDtypeStruct(dims, dtype)),
         decoder.shapes(shape),
         lambda x: isinstance(x, tuple),
     )
@@ -178,7 +181,7 @@ def _train(job, parameters):
         adapter = jax.eval_shape(lambda: sft.init_adapter(model.cfg, settings, 0))
         factors, frozen = (placement.replicate(x) for x in sft.split_adapter(adapter))
     else:
-        frozen = None
+        frozen = None  # what the model had is an argument for its dtype alone: it stays beside
         factors = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
             model.params,
@@ -202,7 +205,7 @@ def _train(job, parameters):
     sums = jax.tree.map(put, sums) | {"gradient": gradient}
     [step] = placement.called
     placement.called[:] = [
-        dataclasses.replace(step, beside=opt_state),
+        dataclasses.replace(step, beside=(opt_state, model.params if frozen is None else ())),
         Program(
             training.make_update(optimizer),
             (factors, opt_state, sums, np.float32(0)),

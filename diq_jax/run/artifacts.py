@@ -6,6 +6,7 @@ name, and its folder afterwards, for a name is lost with a folder that was not s
 
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import itertools
@@ -206,3 +207,14 @@ def remove(path: str | os.PathLike) -> None:
 def sha256(path: str | os.PathLike) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_once(path: str | os.PathLike) -> str:
+    """Hashes a large file once for all stages of a run, and again if its size or time changes."""
+    found = os.stat(path)
+    return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _hashed(path, size, changed):
+    return sha256(path)

@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jax.typing import ArrayLike
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diq_jax import config, errors
 from diq_jax.run import processes, sharding
@@ -29,6 +27,9 @@ class Placement:
 
     mesh: Mesh
     fsdp: str = "off"  # parallel.fsdp
+    specs: dict[str, PartitionSpec] = dataclasses.field(
+        default_factory=dict, init=False, compare=False
+    )
     strategy: ClassVar[str] = "mesh"
 
     @property
@@ -42,7 +43,7 @@ class Placement:
         return self.rows_multiple
 
     def _put(self, array, spec):
-        return put(array, NamedSharding(self.mesh, spec))
+        return sharding.put(array, NamedSharding(self.mesh, spec))
 
     def replicate(self, tree: Any) -> Any:
         """Puts a tree on every device, for `compile`."""
@@ -62,7 +63,7 @@ class Placement:
 
     def like(self, placed: Any, tree: Any) -> Any:
         """Puts a tree where `placed`, a tree of the same shapes made by this placement, lies."""
-        return jax.tree.map(lambda p, x: put(x, p.sharding), placed, tree)
+        return jax.tree.map(lambda p, x: sharding.put(x, p.sharding), placed, tree)
 
     @property
     def memory(self) -> int:
@@ -71,9 +72,10 @@ class Placement:
         return stats.get("bytes_limit", 0)
 
     def place(self, rules: Sequence[tuple[str, PartitionSpec]], size: int = 0) -> Callable:
-        """Returns a function (path, array) that puts a parameter where the first rule that matches
-        its path says. Matrices are split over the data axis as well where `fsdp` asks for it, or
-        with `auto` where a device would fill a quarter of its memory with parameters.
+        """Returns a function (path, shape, read) that makes a parameter where the first rule that
+        matches its path says, of parts that read((a slice of each axis)) gives, one after the
+        other. Matrices are split over the data axis as well where `fsdp` asks for it, or with
+        `auto` where a device would fill a quarter of its memory with parameters.
 
         Args:
             size: the bytes of all parameters.
@@ -85,21 +87,25 @@ class Placement:
         large = 4 * size / self.mesh.shape["model"] > self.memory > 0
         split = self.fsdp == "on" or (self.fsdp == "auto" and large)
 
-        def put_by_rule(path, array):
+        def make_by_rule(path, shape, read):
             spec = next((s for pattern, s in rules if re.fullmatch(pattern, path)), None)
             if spec is None:
                 raise ValueError(f"No partition rule matches the parameter {path}.")
             if split and path.endswith(("kernel", "embedding")):
-                spec = self._over_data(spec, array.shape)
+                spec = self._over_data(spec, shape)
             for axis, name in enumerate(spec):
-                if name and array.shape[axis] % self.mesh.shape[name]:
+                if name and shape[axis] % self.mesh.shape[name]:
                     raise errors.UserError(
                         f"parallel.model={self.mesh.shape[name]} does not divide axis {axis} of "
-                        f"{path}, which has shape {array.shape}."
+                        f"{path}, which has shape {shape}."
                     )
-            return self._put(array, spec)
+            self.specs[path] = spec
+            return self._made(shape, spec, read)
 
-        return put_by_rule
+        return make_by_rule
+
+    def _made(self, shape, spec, read):
+        return sharding.assembled(shape, NamedSharding(self.mesh, spec), read)
 
     def _over_data(self, spec, shape):
         """The spec with "data" at the axis of a matrix that is whole, where it divides."""
@@ -130,7 +136,7 @@ class Placement:
     def _for_all(self, rows):
         """Gives every process all rows, by a program of its own: scoring has no collectives."""
         whole = NamedSharding(self.mesh, PartitionSpec())
-        return _to(whole)(rows) if self.mesh.is_multi_process else rows
+        return sharding.mover(whole)(rows) if self.mesh.is_multi_process else rows
 
     def program(self, fn: Callable, rows: bool) -> Any:
         """Returns fn under jit, traced on the mesh (run/sharding.py); `compile` runs it."""
@@ -140,7 +146,7 @@ class Placement:
     def _traced(self, fn):
         @functools.wraps(fn)
         def call(*args):
-            with sharding.on(self.mesh):
+            with sharding.on(self.mesh, self.specs):
                 return fn(*args)
 
         return call
@@ -217,7 +223,7 @@ class PmapPlacement(Placement):
         return self.replicate(tree)
 
     def place(self, rules: Sequence[tuple[str, PartitionSpec]], size: int = 0) -> Callable:
-        return lambda path, array: self.replicate(array)
+        return lambda path, shape, read: self.replicate(read((slice(None),) * len(shape)))
 
     def batch(self, tree: Any) -> Any:
         n = self.rows_multiple
@@ -259,31 +265,6 @@ STRATEGIES = {"mesh": Placement, "pmap": PmapPlacement}
 def _joined(x):
     """Joins the device axis and the rows of each device."""
     return x.reshape(-1, *x.shape[2:])
-
-
-def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
-    """Places an array, the same in every process, by a sharding."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return _to(sharding)(array)
-    host = np.asarray(array)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-@functools.cache
-def _to(sharding):
-    """Compiles a program that moves arrays between processes."""
-    return jax.jit(lambda tree: tree, out_shardings=sharding)
-
-
-def whole(array: ArrayLike) -> np.ndarray:
-    """Fetches a placed array to the host, also where other processes hold parts of it."""
-    if isinstance(array, jax.Array) and not (
-        array.is_fully_addressable or array.is_fully_replicated
-    ):
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def one_behind(started: Iterable) -> Iterator:

@@ -5,17 +5,21 @@ change nothing.
 """
 
 import contextlib
-import importlib
-import importlib.util
-from collections.abc import Sequence
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, PartitionSpec, Sharding
+from jax.typing import ArrayLike
+
+from diq_jax import trees
 
 AXES = ("data", "model")
+_specs: contextvars.ContextVar[Mapping[str, PartitionSpec]] = contextvars.ContextVar("specs")
 
 
 def make_mesh(chosen: Sequence[Any], data: int, model: int) -> Mesh:
@@ -37,9 +41,63 @@ def device_grid(chosen: Sequence[Any], data: int, model: int) -> np.ndarray:
         return mesh_utils.create_device_mesh((data, model), chosen, **split)
 
 
-def on(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Returns a context in which a program for a ("data", "model") mesh is traced."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+@contextlib.contextmanager
+def on(mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> Iterator[None]:
+    """A context in which a program for a ("data", "model") mesh is traced.
+
+    Args:
+        specs: where the parameters lie, by their paths.
+    """
+    token = _specs.set(specs)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _specs.reset(token)
+
+
+def assembled(
+    shape: tuple[int, ...], where: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """Makes an array of the parts that this process's devices need, one at a time, each read once.
+
+    Args:
+        read: gives the part at a slice of each axis.
+    """
+    needed: dict[tuple, list[tuple]] = {}
+    for device, part in where.addressable_devices_indices_map(shape).items():
+        assert part is not None  # an addressable device has a part
+        needed.setdefault(tuple((s.start, s.stop) for s in part), []).append((device, part))
+    pieces = []
+    for same in needed.values():
+        piece = read(same[0][1])
+        pieces += [jax.device_put(piece, device) for device, _ in same]
+    return jax.make_array_from_single_device_arrays(shape, where, pieces)
+
+
+def put(array: ArrayLike, where: Sharding) -> jax.Array:
+    """Places an array, the same in every process, by a sharding."""
+    if where.is_fully_addressable:
+        return jax.device_put(array, where)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return mover(where)(array)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+@functools.cache
+def mover(where: Sharding) -> Callable[[Any], Any]:
+    """Compiles a program that moves arrays, also between processes."""
+    return jax.jit(lambda tree: tree, out_shardings=where)
+
+
+def whole(array: ArrayLike) -> np.ndarray:
+    """Fetches a placed array to the host, also where other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _is_on():
@@ -51,16 +109,24 @@ def devices_along(axis: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape)[axis] if _is_on() else 1
 
 
-def alike(tree: Any, like: Any) -> Any:
-    """Returns `tree` with each leaf where the leaf of `like` lies, a tree of the same shapes.
+def stored(tree: Any, group: str = "") -> Any:
+    """Returns a tree nested like the parameters with each leaf where its parameter lies; leaves of
+    other paths, such as an adapter's, are left to the compiler.
 
-    It tells the compiler where to put an array, and changes no number. jax 0.12 no longer has it:
-    there the compiler chooses.
+    Args:
+        group: of which the tree is one layer, as "layers"; "" = the tree is the whole one. Of a
+            layer's parameters the derivative is then split as soon as it is made.
     """
-    if not _is_on() or importlib.util.find_spec("jax.experimental.shard_alike") is None:
-        return tree
-    module = importlib.import_module("jax.experimental.shard_alike")
-    return jax.tree.map(lambda x, y: module.shard_alike(x, y)[0], tree, like)
+    specs = _specs.get({}) if _is_on() else {}
+
+    def pin(path, x):
+        spec = specs.get(f"{group}/{path}" if group else path)
+        if spec is None:
+            return x
+        axes = [*spec, *(None,) * 4][1 if group else 0 :]
+        return pinned(x, *axes[: x.ndim])
+
+    return trees.map_named(pin, tree) if specs else tree
 
 
 def pinned(x: jax.Array, *axes: str | None) -> jax.Array:

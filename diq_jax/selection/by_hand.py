@@ -12,7 +12,6 @@ import numpy as np
 from diq_jax import errors
 from diq_jax.run import reading
 
-FILE = "file:"
 DECISIONS = {"keep": 0, "never": 2}  # 1: not decided
 
 

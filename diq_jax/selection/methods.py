@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import config, errors
-from diq_jax.selection import by_hand, orders, quadrants
+from diq_jax.selection import orders, quadrants
 from diq_jax.selection.orders import PERSPECTIVE, OrderSettings, Scores
 
 _highest, _lowest = orders.highest, orders.lowest
@@ -43,6 +43,7 @@ HOW = {
     "file": "a list of examples: set selection.method=file:PATH",
 }
 
+FILE = "file:"  # of selection.method=file:PATH
 METHODS: dict[str, orders.Method] = {
     "diq": orders.diq(),
     "random": orders.Method((), orders.random, "random {place}"),
@@ -96,7 +97,7 @@ METHODS: dict[str, orders.Method] = {
 
 def name(method: str) -> str:
     """Returns the name in METHODS of a value of selection.method: `file` of file:PATH."""
-    return "file" if method.startswith(by_hand.FILE) else method
+    return "file" if method.startswith(FILE) else method
 
 
 def parts(method: str) -> tuple[str, ...]:

@@ -4,13 +4,16 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from diq_jax import config, errors, fields, selection_config
-from diq_jax.selection import by_hand, methods, quadrants
+from diq_jax.selection import methods, quadrants
+
+if TYPE_CHECKING:
+    from diq_jax.selection import by_hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ def select(
     percentile: float = 50.0,
     sources: Sequence[str] | None = None,
     removed: Sequence[str] | None = None,
-    decided: Mapping[str, by_hand.Decision] | None = None,
+    decided: Mapping[str, "by_hand.Decision"] | None = None,
     **settings: Any,
 ) -> Selected:
     """Orders a pool by a selection method and takes the first of it. Writes nothing.
@@ -86,7 +89,7 @@ def select(
     own, keep = orders[method], budget(cfg.retention_ratio, len(ids))
     _check_listed(given, method, keep)
     endings = [f"; {why}" if why else f"; beyond the budget of {keep:,}" for why in removed]
-    placed = by_hand.apply(own, ids, decided, keep) if decided else own
+    placed = _edited(own, ids, decided, keep)
     ranks = _capped(cfg.source_cap, placed, sources or [""] * len(ids), last, keep, endings)
     selected, said = ranks <= keep, methods.why(method, given, order, own)
     levels = {perspective: jnp.full(len(ids), jnp.nan), **given}
@@ -165,6 +168,15 @@ def _check_listed(given, method, keep):
             f"selection.method=file lists {count:,} examples, fewer than the budget of {keep:,}: "
             f"set selection.retention_ratio={count / n:.6g} ({count:,} of {n:,}), or less."
         )
+
+
+def _edited(ranks, ids, decided, keep):
+    """Returns the ranks as people's decisions change them (selection.edits)."""
+    if not decided:
+        return ranks
+    from diq_jax.selection import by_hand
+
+    return by_hand.apply(ranks, ids, decided, keep)
 
 
 def _capped(source_cap, ranks, sources, last, keep, endings):

@@ -37,8 +37,8 @@ def run(context: stages.Context) -> dict[str, Any]:
     pool = context.table(POOL, "example_id", "source")
     ids = pool["example_id"].to_pylist()
     scores, levels = read_scores(context, ids)
-    if cfg.selection.method.startswith(by_hand.FILE):
-        scores["listed"] = by_hand.listed(cfg.selection.method.removeprefix(by_hand.FILE), ids)
+    if cfg.selection.method.startswith(methods.FILE):
+        scores["listed"] = by_hand.listed(cfg.selection.method.removeprefix(methods.FILE), ids)
     removed, cleaned = hygiene_stage.run(context)
     found = selecting.select(
         scores, levels, perspective=cfg.difficulty.perspective,
@@ -168,8 +168,8 @@ def _by_hand(context):
     """Finds the files by which people decide, {field: path}."""
     settings = context.config.selection
     named = {"selection.edits": settings.edits}
-    if settings.method.startswith(by_hand.FILE):
-        named["selection.method"] = settings.method.removeprefix(by_hand.FILE)
+    if settings.method.startswith(methods.FILE):
+        named["selection.method"] = settings.method.removeprefix(methods.FILE)
     return {field: by_hand.existing(path, field) for field, path in named.items() if path}
 
 

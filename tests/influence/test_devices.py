@@ -15,7 +15,7 @@ from diq_jax.influence import direction, engines, features
 # One device against eight, three (an uneven last batch) and 4 x 2, for every engine.
 DEVICES = """
 import jax, numpy as np, tiny
-from diq_jax import influence_config, trees
+from diq_jax import influence_config
 from diq_jax.data import batches, packing
 from diq_jax.influence import direction, engines, features
 from diq_jax.models import decoder, load
@@ -37,8 +37,7 @@ ENGINES = {
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 def score(settings, rows=rows, of=model, **parallel):
     place = tiny.placement(**parallel)
-    put = place.place(decoder.PARTITION_RULES)
-    params = trees.map_named(lambda n, x: put(n, np.asarray(x)), of.params)
+    params = tiny.placed(of.params, place)
     m = load.Model(params, of.cfg, {}, "")
     space = direction.make_space(m, settings, place)
     def placed(r):

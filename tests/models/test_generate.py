@@ -13,7 +13,6 @@ import transformers
 from reference import torch
 from torch_models import load, torch_model
 
-from diq_jax import trees
 from diq_jax.models import cache, decoder, generate, lora, sampling
 from diq_jax.models import load as load_lib
 
@@ -56,7 +55,7 @@ def answers(model, asked, settings, rows, ends=(), stop=(), columns=None, parall
     maker = _generator(model.cfg, settings, ends, stop, placement)
     columns = columns or max(len(p.ids) for p in asked)
     stream = generate.Stream(tuple(range(len(asked))), rows, columns)
-    params = trees.map_named(placement.place(decoder.PARTITION_RULES), model.params)
+    params = tiny.placed(model.params, placement)
     found = dict(generate.run(maker, params, None, asked, stream))
     assert len(found) == len(asked)
     return {(asked[i].prompt_id, asked[i].sample): answer for i, answer in found.items()}

@@ -50,6 +50,31 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert cost.link_seconds(1000) == pytest.approx(2.304)
 
 
+def test_an_unrolled_loop_counts_its_stride():
+    """A counter that goes to 8 by 2 runs four times."""
+    unrolled = PROGRAM.replace("constant(3)", "constant(8)").replace("s32[]", "u32[]")
+    unrolled = unrolled.replace("tuple(%i, %z)", "tuple(%next, %z)").replace(
+        "  %x = f32[8,4]",
+        "  %two = u32[] constant(2)\n  %next = u32[] add(%i, %two)\n  %x = f32[8,4]",
+    )
+    cost = hlo.read(unrolled)
+    assert cost.loops == [4] and cost.cycles == 4 * 100
+
+
+def test_a_collective_in_pieces_counts_once():
+    """Pieces inside the fusions that overlap it are one collective of its channel."""
+    pieces = PROGRAM.replace(
+        "replica_groups={{0,1,2,3}}",
+        'channel_id=7, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}',
+    ).replace(
+        "  ROOT %loop =",
+        "  %v = f32[8,16]{1,0} constant({...})\n  %first = f32[8,16]{1,0} all-reduce(%v), "
+        'channel_id=7, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}\n'
+        "  ROOT %loop =",
+    )
+    assert dict(hlo.read(pieces).collectives) == {("all-reduce", 4): [1, 8 * 16 * 4]}
+
+
 def test_a_convolution_counts_no_padding():
     """A window of 3 over 4 places with one of padding on each side has 2 + 3 + 3 + 2 products, for
     each of 2 batches, 5 input and 7 output features.
