@@ -158,24 +158,31 @@ def two(made, stages, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_every_stage_of_two_processes_is_that_of_one(made, stages, two, tmp_path):
+def test_every_stage_of_two_and_of_four_processes_is_that_of_one(made, stages, two, tmp_path):
     finish(start(made, tmp_path / "one", stages=stages))
+    finish(start(made, tmp_path / "four", processes=4, stages=stages))
+    for several in (two, tmp_path / "four"):
+        assert_same_run(several, tmp_path / "one")
+
+
+def assert_same_run(several, one):
+    """Scores, losses and weights to float error, and the same answers."""
     for file in ("difficulty/difficulty.parquet", "difficulty/model_scores.parquet",
                  "influence/influence.parquet", "dpo/reference.parquet"):  # fmt: skip
-        found, expected = (pq.read_table(run / file) for run in (two, tmp_path / "one"))
+        found, expected = (pq.read_table(run / file) for run in (several, one))
         for name in expected.column_names[1:]:
             assert_close(*(t[name].to_numpy().astype(np.float64) for t in (found, expected)))
     for name in ("finetune/adapter", "finetune/best_adapter", "dpo/adapter"):
         found, expected = (
             safetensors.numpy.load_file(run / name / "adapter_model.safetensors")
-            for run in (two, tmp_path / "one")
+            for run in (several, one)
         )
         for key in expected:
             np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
     texts = [
         [(row["model"], row["example_id"], row["answers"]) for row in rows]
         for rows in (reading.read_jsonl(run / "evaluate/predictions.jsonl")
-                     for run in (two, tmp_path / "one"))
+                     for run in (several, one))
     ]  # fmt: skip
     assert texts[0] == texts[1]
 
