@@ -37,10 +37,6 @@ def _prepared(targets: bool = True) -> tuple[str, ...]:
     return (prepare.POOL, prepare.TARGETS) if targets else (prepare.POOL,)
 
 
-def _none(context: stages.Context) -> dict[str, str]:
-    return {}
-
-
 def check_difficulty(context: stages.Context) -> None:
     """Raises UserError as difficulty.check, also where a selection method needs what is missing."""
     difficulty.check(context, methods.perspectives(context.config))
@@ -143,7 +139,7 @@ STAGES = {
                            "dpo/losses.jsonl", "selection/hygiene.parquet",
                            "selection/baselines.parquet", "evaluate/results.json",
                            *MORE_SCORES)(context),
-            ), WRITES["report"], _none, report.run,
+            ), WRITES["report"], report.fingerprints, report.run,
         ),
     )
 }  # fmt: skip

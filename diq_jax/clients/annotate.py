@@ -93,6 +93,21 @@ def agreement(found: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, float]:
     return kappas
 
 
+def apart(
+    questions: Sequence[str], found: Sequence[Sequence[Mapping[str, int]]], most: int
+) -> list[dict[str, Any]]:
+    """Lists the questions whose draws are farthest apart, {question, perspective, levels}: at most
+    `most`, the widest first.
+    """
+    rows = [
+        {"question": question, "perspective": p, "levels": [answer[p] for answer in mine]}
+        for question, mine in zip(questions, found, strict=True)
+        for p in config.PERSPECTIVES
+    ]
+    wide = [row for row in rows if len(set(row["levels"])) > 1]
+    return sorted(wide, key=lambda row: min(row["levels"]) - max(row["levels"]))[:most]
+
+
 def histogram(found: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
     """Counts {perspective: questions of level 1, 2, ..., 5}."""
     return {

@@ -6,21 +6,25 @@
 Prints an estimate, asks whether to start (--yes: do not ask), and writes the rows as they came with
 difficulty_knowledge, difficulty_reasoning and difficulty_overall, in the place of any that they
 had: a file for difficulty.source, and a pool for difficulty.source=columns.
-Rows without an answer are listed in labels.failed.jsonl. Replies are kept in labels.cache.jsonl: a
+Levels and, with --repeat, the agreement of the draws are in labels.summary.json, which the report
+of a run with difficulty.source=labels.jsonl shows. Rows without an answer are listed in
+labels.failed.jsonl. Replies are kept in labels.cache.jsonl: a
 killed run continues, and pays for nothing twice. The API key comes from the environment
 (--api_key_env).
 """
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
 
-from diq_jax import config, errors
+from diq_jax import errors, stats
 from diq_jax.clients import annotate, answers
 from diq_jax.commands import asking
 from diq_jax.data import example as example_lib
+from diq_jax.report import opinions
 from diq_jax.run import artifacts
 
 ROWS = flags.DEFINE_string("rows", None, "The pool: path, glob, hub:NAME or sample.", required=True)
@@ -34,6 +38,7 @@ REPEAT = flags.DEFINE_integer(
 )
 
 REPLY_TOKENS = 120  # a guess for three reasons and levels
+APART = 10  # questions that the summary lists
 
 
 def read_examples() -> list[example_lib.Example]:
@@ -76,16 +81,17 @@ def write(
     examples: Sequence[example_lib.Example],
     outcomes: Sequence[Sequence[answers.Outcome]],
     out: pathlib.Path,
-) -> tuple[list[list[dict]], list[dict]]:
+) -> tuple[list[str], list[list[dict]], list[dict]]:
     """Writes the labelled rows and, beside them, the failed ones.
 
     Returns:
-        (the answers to each labelled row, the failed rows)
+        (the question of each labelled row, the answers to it, the failed rows)
     """
-    rows, found, failed = [], [], []
+    rows, questions, found, failed = [], [], [], []
     for example, mine in zip(examples, outcomes, strict=True):
         wrong = asking.failure(mine)
         if wrong is None:
+            questions.append(example.question)
             found.append([outcome.value for outcome in mine])
             levels = annotate.levels(found[-1])
             rows.append(annotate.labelled(example.row, example.question, levels))
@@ -96,24 +102,29 @@ def write(
     if not rows:
         raise errors.UserError(f"no row was labelled; {listed} says why.")
     artifacts.write_jsonl(out, rows)
-    return found, failed
+    return questions, found, failed
 
 
-def print_levels(found: Sequence[Sequence[dict]]) -> None:
-    """Prints the histogram of levels and, with --repeat, the agreement of the draws."""
-    print("level     " + "".join(f"{level:>7}" for level in annotate.LEVELS), end="")
-    print("   kappa between draws" if REPEAT.value > 1 else "")
-    counts = annotate.histogram([annotate.levels(mine) for mine in found])
-    kappas = annotate.agreement(found)
-    for p in config.PERSPECTIVES:
-        shown = f"   {kappas[p]:.3f}" if REPEAT.value > 1 else ""
-        print(f"{p:<10}" + "".join(f"{n:>7,}" for n in counts[p]) + shown)
+def summarise(
+    questions: Sequence[str], found: Sequence[Sequence[dict]], failed: int
+) -> dict[str, Any]:
+    """Makes labels.summary.json: levels and, with --repeat, the agreement of the draws."""
+    return {
+        "model": MODEL.value,
+        "rows": len(found),
+        "failed": failed,
+        "draws": REPEAT.value,
+        "levels": annotate.histogram([annotate.levels(mine) for mine in found]),
+        "kappa": {p: stats.finite(kappa) for p, kappa in annotate.agreement(found).items()},
+        "apart": annotate.apart(questions, found, APART),
+    }
 
 
 def main() -> None:
     if REPEAT.value > 1 and asking.TEMPERATURE.value == 0:
         raise errors.UserError("--repeat asks for different answers: --temperature must not be 0.")
-    settings, out = asking.settings(), asking.output(OUT.value, ".jsonl")
+    beside = (asking.FAILED, opinions.SUMMARY)
+    settings, out = asking.settings(), asking.output(OUT.value, ".jsonl", beside)
     examples = read_examples()
     requests = make_requests(examples)
     every = (request for mine in requests for request in mine)
@@ -121,10 +132,12 @@ def main() -> None:
     if answered is None:
         return
     outcomes = [[answered.outcomes[r.key] for r in mine] for mine in requests]
-    found, failed = write(examples, outcomes, out)
+    questions, found, failed = write(examples, outcomes, out)
     cached = sum(all(r.key in answered.known for r in mine) for mine in requests)
     asking.print_failures(f"annotated {len(found):,} rows", failed, cached)
     asking.print_usage(answered)
-    print_levels(found)
+    summary = summarise(questions, found, len(failed))
+    artifacts.write_json(out.with_suffix(opinions.SUMMARY), summary)
+    print(opinions.annotated(summary).plain())
     listed = f"; the others are listed in {out.with_suffix(asking.FAILED)}" if failed else ""
     print(f"wrote {out}{listed}")

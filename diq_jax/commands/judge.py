@@ -11,7 +11,8 @@ question, text[, reference]} (diq_jax/evaluate/predictions.py).
 
 Writes judge.json, and beside it judge.verdicts.jsonl (every judgement with its reasons),
 judge.failed.jsonl (what got none) and judge.cache.jsonl: a killed run continues, and pays for
-nothing twice. The API key comes from the environment (--api_key_env).
+nothing twice. The API key comes from the environment (--api_key_env). The report of a run shows
+what it finds as RUN/judge.json.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from diq_jax import errors
 from diq_jax.clients import answers, judge
 from diq_jax.commands import asking, cli
 from diq_jax.evaluate import predictions
-from diq_jax.report import tables
+from diq_jax.report import opinions
 from diq_jax.run import artifacts
 
 VERIFY = cli.define_verify()
@@ -40,7 +41,7 @@ SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many questions; 0 = all.", l
 BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each interval.", 100)
 
 REPLY_TOKENS = 200  # a guess for the reasons and levels
-VERDICTS = ".verdicts.jsonl"  # beside --out
+VERDICTS = opinions.VERDICTS  # beside --out
 
 
 def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
@@ -130,57 +131,6 @@ def summarise(
     return judge.single_summary(found, judges, models, *chosen)
 
 
-def cell(value: dict[str, Any], sign: bool = False) -> tables.Cell:
-    """Writes a mean and its interval."""
-    if value["mean"] is None:
-        return tables.Cell("-")
-    mean, low, high = (tables.number(value[end], 2, sign) for end in ("mean", "low", "high"))
-    return tables.Cell(mean, f"{low} to {high}")
-
-
-def print_single(found: dict[str, Any]) -> None:
-    """Levels of each model, by all judges and by each, then the paired differences."""
-
-    def row(name, means, sign=False):
-        return [tables.Cell(name), *(cell(means[c], sign) for c in judge.CRITERIA)]
-
-    rows = []
-    for model, means in found["models"].items():
-        own = means["judges"] if len(means["judges"]) > 1 else {}
-        rows += [row(model, means), *(row(f"  by {name}", own[name]) for name in own)]
-    rows += [row(gap, means, sign=True) for gap, means in found["differences"].items()]
-    print(tables.Table(["level, 1 to 5", *judge.CRITERIA], rows).plain())
-
-
-def print_pair(found: dict[str, Any], models: list[str]) -> None:
-    print(f"{models[0]} against {models[1]}; a verdict counts where both orders agree")
-    headers = ["", "wins", "ties", "losses", "net", "p", "position bias", "orders differ (%)"]
-    by_judge = found["judges"] if len(found["judges"]) > 1 else {}
-    rows = []
-    for name, values in [("", found["all"]), *by_judge.items()]:
-        for criterion, value in values.items():
-            differ = value["disagree"]
-            plain = [f"  by {name}: {criterion}" if name else criterion]
-            plain += [f"{value[count]:,}" for count in ("wins", "ties", "losses")]
-            net, bias = (cell(value[k], sign=True) for k in ("net", "position_bias"))
-            p, share = f"{value['p']:.3g}", tables.number(differ and 100 * differ, 0)
-            rows.append([*map(tables.Cell, plain), net, tables.Cell(p), bias, tables.Cell(share)])
-    print(tables.Table(headers, rows).plain())
-
-
-def print_agreement(agreement: dict[str, Any]) -> None:
-    """Krippendorff's alpha of all judges, and Cohen's kappa of each pair."""
-    if not agreement:
-        return
-    rows = []
-    for criterion, value in agreement.items():
-        numbers = (tables.number(n, 3) for n in (value["alpha"], *value["kappa"].values()))
-        rows.append([*map(tables.Cell, (criterion, f"{value['units']:,}", *numbers))])
-    pairs = [f"kappa {pair}" for pair in next(iter(agreement.values()))["kappa"]]
-    headers = ["agreement of judges", "judged by two", "alpha (ordinal)", *pairs]
-    print("\n" + tables.Table(headers, rows).plain())
-
-
 def write(
     out: pathlib.Path,
     results: Sequence[tuple[dict[str, str], tuple[answers.Request, ...]]],
@@ -229,10 +179,10 @@ def main() -> None:
     results = summarise(judged, models, ids)
     asking.print_failures(f"judged {len(judged):,} of {len(requests):,}", failed, cached)
     asking.print_usage(answered)
-    print_pair(results, models) if PAIRWISE.value else print_single(results)
-    print_agreement(results["agreement"])
     head = {"mode": "pairwise" if PAIRWISE.value else "single", "answers": models}
     head |= {"judges": MODELS.value, "questions": len(ids), "failed": len(failed)}
-    artifacts.write_json(out, head | results)
+    whole = head | results
+    artifacts.write_json(out, whole)
+    print("\n\n".join(table.plain() for table in opinions.judged(whole)))
     listed = f"; failures are listed in {out.with_suffix(asking.FAILED)}" if failed else ""
     print(f"wrote {out} and {out.with_suffix(VERDICTS)}{listed}")

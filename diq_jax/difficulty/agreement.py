@@ -10,6 +10,7 @@ from diq_jax import config, stats
 from diq_jax.difficulty import calibration, classifier, heads, labels, words
 
 SAMPLES = 1000  # of the bootstrap
+APART = 8  # questions that are listed
 TF_IDF = "tf-idf + ridge"
 
 
@@ -32,8 +33,9 @@ def measure(
         (quadratic weights, of the rounded level), interval (95 %, of the Spearman), baselines:
         {question length, median level, tf-idf + ridge on the same folds}, difference (Spearman,
         model - tf-idf + ridge, on the same resampled rows), calibration (calibration.measure),
-        confusion (rows at a label's level, predicted level: 5 x 5)}; None where undefined. The
-        median is that of all labels: a little better than any that a fold could know.
+        confusion (rows at a label's level, predicted level: 5 x 5), apart (the questions
+        whose level is farthest from their label)}; None where undefined. The median is that of all
+        labels: a little better than any that a fold could know.
     """
     found = {}
     for i, perspective in enumerate(config.PERSPECTIVES):
@@ -69,6 +71,10 @@ def _perspective(label, probabilities, texts, parts, seed):
         "difference": {TF_IDF: difference},
         "calibration": calibration.measure(log_p, shares, parts),
         "confusion": _confusion(label, level),
+        "apart": [
+            {"question": texts[i], "label": float(label[i]), "level": float(level[i])}
+            for i in np.argsort(-np.abs(level - label), kind="stable")[:APART]
+        ],
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diq_jax import config
-from diq_jax.report import detail, figures, tables
+from diq_jax.report import detail, figures, opinions, tables
 from diq_jax.run import reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
@@ -47,6 +47,7 @@ class ReportData:
     repeats: Sequence[Mapping[str, Any]] | None
     records: Sequence[Mapping[str, Any]]
     detail: detail.Detail
+    opinions: opinions.Opinions
 
     @property
     def has_difficulty(self) -> bool:
@@ -106,6 +107,7 @@ def load(context: stages.Context) -> ReportData:
         else None,
         records=[record for record in made if record and record["status"] == records.DONE],
         detail=detail.load(context, columns["example_id"]),
+        opinions=opinions.load(context),
     )
 
 

@@ -8,7 +8,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from diq_jax.report import explorer, figures, inputs, outcomes, style, tables
+from diq_jax.report import explorer, figures, inputs, opinions, outcomes, style, tables
 from diq_jax.run import artifacts
 
 OWN_COLUMNS = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
@@ -51,8 +51,18 @@ def render(
         extremes=_extremes(run),
         trained=bool(run.losses),
         classifier=tables.difficulty(run.classifier),
+        disagreements={
+            name: values["apart"]
+            for name, values in run.classifier.get("perspectives", {}).items()
+            if values.get("apart")
+        },
         classifier_rows=run.classifier.get("rows"),
         classifier_folds=run.classifier.get("folds"),
+        opinions=run.opinions,
+        judged=opinions.judged(run.opinions.judge) if run.opinions.judge else [],
+        confusion=opinions.confusion(run.opinions.verdicts),
+        apart=opinions.apart(run.opinions),
+        annotated=opinions.annotated(run.opinions.annotator) if run.opinions.annotator else None,
         cost=tables.cost(run.records),
         versions=tables.versions(run.records),
         settings=tables.settings(cfg),

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from diq_jax.report import inputs, outcomes, page, pictures, style
+from diq_jax.report import inputs, opinions, outcomes, page, pictures, style
 from diq_jax.run import stages
 
+fingerprints = opinions.fingerprints
 FILES = tuple(f"{name}.{suffix}" for name in pictures.PICTURES for suffix in style.SUFFIXES)
 
 

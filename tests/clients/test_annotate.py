@@ -139,7 +139,13 @@ def test_repeats_differ_in_the_seed_and_their_median_is_written(folder):
         assert row["difficulty_knowledge"] == 2 and row["difficulty_reasoning"] == 4
         assert row["difficulty_overall"] == expected(row)["difficulty_overall"]
     lines = {line.split()[0]: line.split() for line in ended.stdout.splitlines() if line}
-    assert lines["overall"][-1] == "1.000" and lines["reasoning"][-1] == "nan"
+    assert lines["overall"][-1] == "1.000" and lines["reasoning"][-1] == "–"
+    summary = reading.read_json(folder / "labels.summary.json")
+    assert summary["kappa"]["overall"] == 1 and summary["kappa"]["reasoning"] is None
+    assert summary["levels"]["knowledge"] == [0, 4, 0, 0, 0] and summary["draws"] == 3
+    asked = {row["question"] for row in summary["apart"]}
+    assert asked == {row["question"] for row in written}
+    assert all(sorted(row["levels"]) == [1, 2, 5] for row in summary["apart"])
 
 
 def test_a_dry_run_needs_no_key_and_sends_nothing(folder):

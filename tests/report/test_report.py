@@ -176,6 +176,7 @@ def classifier_metrics():
         "difference": {"tf-idf": {"mean": 0.1, "low": -0.014, "high": 0.2}},
         "calibration": {"temperature": 1.25, "before": judged, "after": judged},
         "confusion": [[i * j for i in range(5)] for j in range(5)],
+        "apart": [{"question": "Which dose?", "label": 1.0, "level": 4.2}],
     }
     perspectives = {p: values | {"baselines": {"constant": constant}} for p in config.PERSPECTIVES}
     return {"rows": 160, "folds": 5, "perspectives": perspectives}
@@ -222,7 +223,8 @@ def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
         assert text.startswith("<svg ") and "var(--" not in text
     assert "selected 2.310, random 2.400 nats/token" in whole_page
     assert "(95 % interval −0.120 to −0.050): better than random in this run." in whole_page
-    assert "Left out" not in whole_page
+    assert whole_page.count("Left out") == 2  # a judge and an annotator: test_opinions.py
+    assert whole_page.count("<b>label 1, level 4.2</b> Which dose?") == len(config.PERSPECTIVES)
     assert whole_page.startswith("<!doctype html>")
 
 
