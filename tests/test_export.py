@@ -36,7 +36,7 @@ def make_adapter(folder, base):
     cfg = model_config.decoder_config(opened.config, "test")
     adapter = lora.init(jax.random.key(0), cfg, "(q|v|down)_proj", 4, 8.0, False, "test")
     adapter = trees.map_named(lambda name, x: 0.1 * x if name.endswith("/b") else x, adapter)
-    lora.save_peft(folder, adapter, 8.0, 0.0, str(base))
+    lora.save_peft(folder, adapter, cfg, 8.0, 0.0, str(base))
     return adapter
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from diq_jax import config, trees
 from diq_jax.data import batches, example
 from diq_jax.models import config as model_config
-from diq_jax.models import decoder, load, rope
+from diq_jax.models import decoder, families, load, rope
 from diq_jax.run import devices
 
 # How layers of other families differ, for tests of what holds in all of them.
@@ -23,6 +23,10 @@ APART = {
     ),
     "olmo-smollm": dict(
         norms="after", qk_norm=True, joint_qk_norm=True, rotated_layers=(True, False),
+    ),
+    "delta": dict(
+        num_layers=6, qk_norm=True, unit_offset=True, rotary_dim=2,
+        delta=families.Delta(3, key_heads=2, value_heads=4, key_dim=4, value_dim=6, taps=3),
     ),
     "experts": dict(
         qk_norm=True, num_experts=4, experts_per_token=2, norm_shares=True,

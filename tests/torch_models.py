@@ -55,6 +55,26 @@ FAMILIES = {
             "attention_bias": True, "tie_word_embeddings": True,
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "num_hidden_layers": 6, "full_attention_interval": 3, "head_dim": 8,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+        },
+    ),
+    "qwen3_5-biases-tied": (
+        "Qwen3_5",
+        {
+            "num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+            "head_dim": 24, "linear_num_key_heads": 3, "linear_num_value_heads": 3,
+            "linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_conv_kernel_dim": 3,
+            "attention_bias": True, "tie_word_embeddings": True, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 2, 2], "mrope_interleaved": True,
+            },
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {
@@ -97,12 +117,14 @@ FAMILIES = {
 def torch_model(name, folder=None):
     """A tiny random model; norms and biases are random too, so that a misplaced one shows."""
     family, extra = FAMILIES[name]
-    kind = "Gemma3Text" if family == "Gemma3" else family
+    kind = f"{family}Text" if family in ("Gemma3", "Qwen3_5") else family
     cfg = getattr(transformers, f"{kind}Config")(**SHAPE | extra)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(cfg).eval()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         parameter.data = 0.2 * torch.randn_like(parameter) + (parameter.ndim == 1)
+        if name.endswith("A_log"):
+            parameter.data -= 3  # or a state would forget within two tokens
     if folder:
         model.save_pretrained(folder)
     return model

@@ -198,6 +198,7 @@ class HarnessModel(lm_model.TemplateLM):
         gives it.
         """
         questions, places = share_contexts([self._cut(*pair) for pair in pairs])
+        questions = options.as_read_by(questions, self.model.cfg)
         out = [(0.0, True)] * len(pairs)  # of nothing that follows
         for i, losses, greedy in self._outputs(questions):
             question = questions[i]

@@ -125,6 +125,8 @@ def ask(
         options.letter_scores.
     """
 
+    questions = options.as_read_by(questions, cfg)
+
     # A target's loss is the very function that the influence direction differentiates.
     def target_losses(params, adapter, batch):
         return loss.example_losses(params, cfg, batch, "mean", adapter)

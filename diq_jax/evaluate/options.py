@@ -2,7 +2,8 @@
 
 A row is prompt + option A + option B + ...: the prompt is segment 1, the options are segments 2, 3,
 ... whose parent is the prompt, so that an option sees the prompt and itself. Positions of each
-option begin where the prompt ends, as if it stood there alone.
+option begin where the prompt ends, as if it stood there alone. A model that carries a state from
+token to token (delta.py) reads the prompt again for each option, in a segment of its own.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from diq_jax import errors
 from diq_jax.data import batches, example
+from diq_jax.models import config as model_config
 
 PROMPT_SEGMENT = 1  # as batches.make_batch has it
 NO_PARENT = -1
@@ -39,6 +41,7 @@ class Question:
     option_ids: tuple[np.ndarray, ...]
     answer: int
     end_ids: tuple[int, ...] = ()
+    shared: bool = True  # the options read the prompt once
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,14 +57,19 @@ class Question:
     @property
     def row(self) -> example.Encoded:
         """Joins prompt and options one after another, each with its end; the options are scored."""
-        end = np.array(self.end_ids, np.int32)
-        options = np.concatenate([part for ids in self.option_ids for part in (ids, end)])
-        ignored = np.full(len(self.prompt_ids), example.IGNORED, np.int32)
-        return example.Encoded(
-            self.example_id,
-            np.concatenate([self.prompt_ids, options]),
-            np.concatenate([ignored, options]),
-        )
+        end, tokens, labels = np.array(self.end_ids, np.int32), [], []
+        for i, ids in enumerate(self.option_ids):
+            prompt = self.prompt_ids[:0] if i and self.shared else self.prompt_ids
+            tokens += [prompt, ids, end]
+            labels += [np.full_like(prompt, example.IGNORED), ids, end]
+        return example.Encoded(self.example_id, np.concatenate(tokens), np.concatenate(labels))
+
+
+def as_read_by(questions: Sequence[Question], cfg: model_config.DecoderConfig) -> list[Question]:
+    """Returns the questions as a model of `cfg` reads them: one with delta layers reads the prompt
+    for each option.
+    """
+    return [dataclasses.replace(question, shared=cfg.delta is None) for question in questions]
 
 
 COLUMNS = ("example_id", "task", "prompt_ids", "options", "option_ids", "answer", "end_ids")
@@ -103,19 +111,24 @@ def pack(questions: Sequence[Question], rows: int, tokens: int, answers: int) ->
     """Packs rows of (rows, tokens) into a numpy batch that scores (rows, answers) option tokens.
 
     A row scores its options' tokens one after another; each option's first token is read off the
-    prompt's last. Rows beyond the questions are padding.
+    prompt's last. Rows beyond the questions are padding. All questions share their prompts, or
+    none does.
     """
     batch = batches.make_batch([question.row for question in questions], rows, tokens, answers)
     parent_ids = np.full((rows, tokens), NO_PARENT, np.int32)
     for i, question in enumerate(questions):
         prompt, spans = len(question.prompt_ids), question.lengths + len(question.end_ids)
+        start, spans = (prompt, spans) if question.shared else (0, prompt + spans)
         within = np.concatenate([np.arange(n) for n in spans])
-        here = slice(prompt, prompt + len(within))
-        batch.positions[i, here] = prompt + within
-        batch.segment_ids[i, here] = PROMPT_SEGMENT + 1 + np.repeat(np.arange(len(spans)), spans)
-        batch.loss_positions[i, np.flatnonzero(within == 0)] = prompt - 1
-        parent_ids[i, here] = PROMPT_SEGMENT
-    return dataclasses.replace(batch, parent_ids=parent_ids)
+        here = slice(start, start + len(within))
+        batch.positions[i, here] = start + within
+        segments = PROMPT_SEGMENT + question.shared + np.arange(len(spans))
+        batch.segment_ids[i, here] = np.repeat(segments, spans)
+        if question.shared:
+            batch.loss_positions[i, np.flatnonzero(within == 0)] = prompt - 1
+            parent_ids[i, here] = PROMPT_SEGMENT
+    shared = any(question.shared for question in questions)
+    return dataclasses.replace(batch, parent_ids=parent_ids if shared else None)
 
 
 def scores(question: Question, losses: np.ndarray) -> tuple[np.ndarray, float]:

@@ -129,7 +129,8 @@ def _train(context, pairs, planned, settings):
         upkeep = loop.Upkeep(context.path("dpo/state"), settings.checkpoint_every_steps, log=log)
         state, records, tokens = loop.train("dpo", planned, examples, state, frozen, take, upkeep)
     trained = trees.combine(state.factors, frozen)
-    lora.save_peft(context.path("dpo/adapter"), trained, _alpha(trained), 0.0, cfg.model.path)
+    folder = context.path("dpo/adapter")
+    lora.save_peft(folder, trained, model.cfg, _alpha(trained), 0.0, cfg.model.path)
     return records, tokens
 
 

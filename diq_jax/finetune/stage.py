@@ -146,7 +146,7 @@ def _export(context, model, folder, factors, frozen):
     settings, path = context.config.finetune, context.config.model.path
     if frozen is not None:
         adapter = trees.combine(factors, frozen)
-        lora.save_peft(folder, adapter, settings.alpha, settings.dropout, path)
+        lora.save_peft(folder, adapter, model.cfg, settings.alpha, settings.dropout, path)
         return
     params, _ = sft.merge(context.placement.single(model.params), factors, None)
     export.save_model(folder, params, model.hf_config, path, "model.path")

@@ -10,13 +10,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diq_jax.trees import Array
+from diq_jax.models import config, rope
+from diq_jax.trees import Array, Tree
 
 UNSEEN = -1e30  # added to a score: exp gives exactly 0; a position always sees itself
 QUERY_BLOCK = 256  # queries of one attention block: scores are (B, H, QUERY_BLOCK, T) at most
 # Attention over more blocks is so many loops over them: each reads the keys up to its own end. One
 # loop would read all keys for every block; none would be a program that grows with the tokens.
 STRIPS = 8
+
+
+def places(cfg: config.DecoderConfig) -> tuple[Tree, Tree]:
+    """Returns where a layer looks and how it rotates, {window, frequencies, amplitude}: the same
+    for all layers, and stacked over them where they differ.
+    """
+    dim = cfg.rotary_dim or cfg.head_dim
+
+    def turn(r):
+        return {"frequencies": rope.frequencies(r, dim), "amplitude": rope.amplitude(r)}
+
+    alike = {"window": cfg.sliding_window, **turn(cfg.rope)}
+    slides = cfg.sliding_layers or (cfg.sliding_window is not None,) * cfg.num_layers
+    apart = {}
+    if cfg.sliding_layers is not None and cfg.sliding_window is not None:
+        apart["window"] = jnp.where(jnp.array(slides), cfg.sliding_window, jnp.int32(2**31 - 1))
+    if cfg.sliding_rope is not None:
+        own = turn(cfg.sliding_rope)
+        by_layer = [own if slide else alike for slide in slides]
+        apart |= {name: jnp.stack([jnp.asarray(x[name]) for x in by_layer]) for name in own}
+    if cfg.rotated_layers is not None:
+        rotated = jnp.array(cfg.rotated_layers, jnp.float32)
+        apart["frequencies"] = rotated[:, None] * alike["frequencies"][None]
+    return alike, apart
 
 
 def attend(

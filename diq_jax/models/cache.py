@@ -37,6 +37,7 @@ class State(Generic[Leaf]):
     live: Leaf  # (B,) bool: goes on
     prompt: Leaf  # (B,) uint32, sampling.prompt_number
     sample: Leaf  # (B,) int32
+    delta: tuple[Leaf, Leaf] | None = None  # what delta layers keep (delta.mix)
 
 
 @flax.struct.dataclass
@@ -55,19 +56,28 @@ def shapes(
 ) -> State[jax.ShapeDtypeStruct]:
     """Returns the state's leaves as jax.ShapeDtypeStruct."""
     cache = jax.ShapeDtypeStruct(
-        (cfg.num_layers, rows, cfg.num_kv_heads, columns, cfg.head_dim), dtype
+        (cfg.num_layers // cfg.period, rows, cfg.num_kv_heads, columns, cfg.head_dim), dtype
     )
     number = jax.ShapeDtypeStruct((rows,), jnp.int32)
     live = jax.ShapeDtypeStruct((rows,), jnp.bool_)
     prompt = jax.ShapeDtypeStruct((rows,), jnp.uint32)
-    return State(cache, cache, number, number, number, live, prompt, number)
+    kept = None
+    if cfg.delta is not None:
+        from diq_jax.models import delta
+
+        kept = delta.empty(cfg, rows, dtype)
+    return State(cache, cache, number, number, number, live, prompt, number, kept)
 
 
 def specs(cfg: config.DecoderConfig, model_devices: int) -> State[PartitionSpec]:
     """Splits rows over the data axis, and kv heads over the model axis where it divides them."""
     heads = "model" if cfg.num_kv_heads % model_devices == 0 else None
     cache, row = PartitionSpec(None, "data", heads, None, None), PartitionSpec("data")
-    return State(cache, cache, row, row, row, row, row, row)
+    kept = None
+    if cfg.delta is not None:
+        heads = "model" if cfg.delta.value_heads % model_devices == 0 else None
+        kept = PartitionSpec(None, "data"), PartitionSpec(None, "data", heads)
+    return State(cache, cache, row, row, row, row, row, row, kept)
 
 
 def begin(
@@ -95,7 +105,14 @@ def begin(
         out = attention.attend(q, k, v, segments, True, window, positions)
         return out, (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
 
-    hidden, (k, v) = decoder.through(params, cfg, batch.tokens, positions, attend, adapter)
+    past = {}
+    if state.delta is not None:
+        past["delta"] = jax.tree.map(
+            lambda x: jnp.zeros((x.shape[0], R, *x.shape[2:]), x.dtype), state.delta
+        )
+    places = batch.tokens, positions, segments
+    hidden, kept = decoder.through(params, cfg, *places, attend, adapter, past=past)
+    k, v = kept["attn"]
     zeros = jnp.zeros(R, jnp.int32)
     logits = decoder.logits(params, cfg, hidden[:, -1:])[:, 0]
     first = sampling.pick(logits, batch.prompt, batch.sample, zeros, settings)
@@ -106,6 +123,9 @@ def begin(
     def put_cache(old, new):
         return old.at[:, batch.slot, :, :P].set(new.astype(old.dtype), mode="drop")
 
+    def put_kept(old, new):
+        return old.at[:, batch.slot].set(new.astype(old.dtype), mode="drop")
+
     state = State(
         k=put_cache(state.k, k),
         v=put_cache(state.v, v),
@@ -115,6 +135,7 @@ def begin(
         live=put(state.live, _goes_on(first, 1, settings, ends)),
         prompt=put(state.prompt, batch.prompt),
         sample=put(state.sample, batch.sample),
+        delta=jax.tree.map(put_kept, state.delta, kept.get("delta")),
     )
     return state, first
 
@@ -146,15 +167,17 @@ def decode(
         i, state, recent, tokens = carry
         logits, new = next_logits(params, adapter, state, recent, i, start, cfg, settings)
         recent = jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis=3), recent, new
-        )
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, i, axis=3),
+            recent, new["attn"],
+        )  # fmt: skip
         token = sampling.pick(logits, state.prompt, state.sample, state.generated, settings)
         tokens = jax.lax.dynamic_update_index_in_dim(
             tokens, jnp.where(state.live, token, NOTHING), i, axis=1
         )
         generated = state.generated + state.live
         live = state.live & _goes_on(token, generated, settings, ends)
-        state = dataclasses.replace(state, token=token, generated=generated, live=live)
+        more = {"token": token, "generated": generated, "live": live, "delta": new.get("delta")}
+        state = dataclasses.replace(state, **more)
         return i + 1, state, recent, tokens
 
     tokens = jnp.full((len(state.token), CHUNK), NOTHING, jnp.int32)
@@ -180,7 +203,7 @@ def next_logits(
     start: jax.Array,
     cfg: config.DecoderConfig,
     settings: sampling.Sampling,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, Tree]:
     """Runs the last token of every row, step i of a chunk.
 
     Args:
@@ -188,7 +211,8 @@ def next_logits(
         start: (B,), the column where this chunk begins in each row.
 
     Returns:
-        Logits (B, V), and the token's keys and values (N, B, K, 1, C).
+        Logits (B, V), and {"attn": the token's keys and values (N, B, K, 1, C), "delta":
+        State.delta with it, where there is one}.
     """
     first = state.k.shape[3] - _room(settings) - state.length
     columns, steps = jnp.arange(state.k.shape[3])[None, :], jnp.arange(CHUNK)[None, :]
@@ -206,11 +230,12 @@ def next_logits(
         parts = (past_k, past_v, near), (recent_k, recent_v, near_recent), (k, v, itself)
         return attention.attend_to_parts(q, parts), (k, v)
 
-    past = (state.k, state.v), recent
+    past: Tree = {"attn": ((state.k, state.v), recent)}
+    if state.delta is not None:
+        past["delta"] = state.delta
     positions = (start + i - first)[:, None]
-    hidden, new = decoder.through(
-        params, cfg, state.token[:, None], positions, attend, adapter, past=past
-    )
+    places = state.token[:, None], positions, jnp.ones_like(positions)
+    hidden, new = decoder.through(params, cfg, *places, attend, adapter, past=past)
     return decoder.logits(params, cfg, hidden)[:, 0], new
 
 

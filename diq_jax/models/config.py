@@ -15,12 +15,13 @@ from diq_jax.run import reading
 # The largest that a size may be; a wrong one is refused before anything of that size is made.
 LARGEST = {
     "num_hidden_layers": 2**12, "hidden_size": 2**20, "intermediate_size": 2**22,
-    "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
     "vocab_size": 2**26, "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1,
     "type_vocab_size": 2**16, "local_attention": 2**31 - 1,
     "original_max_position_embeddings": 2**31 - 1, "moe_intermediate_size": 2**22,
-    "num_experts": 2**14, "num_local_experts": 2**14, "num_experts_per_tok": 2**14,
 }  # fmt: skip
+MANY = 2**14  # likewise of heads, experts and what else is not above
+
+SAME = ("norms", "qk_norm", "joint_qk_norm", "fused", "unit_offset")  # in Family and DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,17 @@ class DecoderConfig:
     num_experts: int | None = None  # E
     experts_per_token: int = 0
     norm_shares: bool = False  # the shares of a token's experts sum to 1
+    delta: families.Delta | None = None  # its layers, and the gate of the others' attention
     # Factors, None for 1; `query_scale` comes beside head_dim**-0.5.
     embed_scale: float | None = None
     query_scale: float | None = None
     residual_scale: float | None = None
     logit_scale: float | None = None
+
+    @property
+    def period(self) -> int:
+        """Returns of how many layers one has attention."""
+        return self.delta.period if self.delta else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,10 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
     attention_bias = read.flag("attention_bias")
     scales = family.scales(read, model_dim, head_dim) if family.scales else {}
     kept: dict[str, Any] = {k: None if scale == 1 else scale for k, scale in scales.items()}
+    if family.experts:
+        from diq_jax.models import experts
+
+        kept |= experts.read(read)
     return DecoderConfig(
         family=read.name,
         num_layers=read.size("num_hidden_layers"),
@@ -126,15 +137,10 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=family.output_bias and attention_bias,
         mlp_bias=family.mlp_bias and read.flag("mlp_bias"),
-        qk_norm=family.qk_norm,
         activation=activation,
-        norms=family.norms,
-        joint_qk_norm=family.joint_qk_norm,
-        fused=family.fused,
-        unit_offset=family.unit_offset,
+        **{name: getattr(family, name) for name in SAME},
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         **_layers_apart(read, family, rotary_dim),
-        **(_experts(read) if family.experts else {}),
         **kept,
     )
 
@@ -150,21 +156,13 @@ def _rotary_dim(read: "_Reader", family: families.Family, head_dim: int) -> int:
     return dim
 
 
-def _experts(read: "_Reader") -> dict[str, Any]:
-    """Returns the fields of DecoderConfig that say how a token's experts are chosen."""
-    read.expect("decoder_sparse_step", (1,))
-    read.expect("mlp_only_layers", ([], None))
-    key = "num_local_experts" if "num_local_experts" in read.config else "num_experts"
-    count, chosen = read.size(key), read.size("num_experts_per_tok")
-    if chosen > count:
-        raise read.wrong("num_experts_per_tok", f"at most the {count} experts")
-    shares = {"experts_per_token": chosen, "norm_shares": read.flag("norm_topk_prob")}
-    return {"num_experts": count, **shares}
-
-
 def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> dict[str, Any]:
     """Returns the fields of DecoderConfig that say how layers differ from each other."""
     count = read.size("num_hidden_layers")
+    if family.delta:
+        from diq_jax.models import delta
+
+        return {"sliding_window": None, "delta": delta.read(read)}
     # null is no window; without the key there is the family's.
     window = read.size("sliding_window", None) if family.sliding_window else None
     found: dict[str, Any] = {"sliding_window": window}
@@ -309,10 +307,11 @@ class _Reader:
         return _Reader({**self.config, **values}, self.field, self.built, self.what)
 
     def size(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Returns a whole number from 1 to LARGEST."""
+        """Returns a whole number from 1 to what LARGEST says."""
         value = self.get(key, int, default)
-        if value is not None and not 1 <= value <= LARGEST[key]:
-            raise self.wrong(key, f"between 1 and {LARGEST[key]:,}")
+        most = LARGEST.get(key, MANY)
+        if value is not None and not 1 <= value <= most:
+            raise self.wrong(key, f"between 1 and {most:,}")
         return value
 
     def flag(self, key: str) -> bool:

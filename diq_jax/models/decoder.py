@@ -9,7 +9,8 @@ Parameters, with layers stacked on a leading axis N and kernels stored (in, out)
 Some have layers/attn/{q,k}_norm/scale, layers/{attn,mlp}_post_norm/scale of what attention and MLP
 add, biases beside kernels, qkv_proj and gate_up_proj as one matrix, or in place of the MLP
 layers/mlp/router/kernel (N, D, E) and layers/mlp/experts/{gate,up,down}_proj/kernel (N, E, in,
-out).
+out). Where most layers have layers/delta (models/delta.py) in place of layers/attn, each of the two
+is stacked over its own layers, and q_proj gives each head a query and a gate of what it reads.
 """
 
 import functools
@@ -24,7 +25,7 @@ from jax.typing import DTypeLike
 
 from diq_jax import trees
 from diq_jax.data import batches
-from diq_jax.models import attention, config, experts, layers, rope
+from diq_jax.models import attention, config, layers, rope
 from diq_jax.run import sharding
 
 ACTIVATIONS = {
@@ -35,13 +36,14 @@ ACTIVATIONS = {
 PARTITION_RULES = (
     (r"embed/embedding", P("model", None)),
     (r"head/kernel", P(None, "model")),
-    (r"layers/\w+/(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
-    (r"layers/\w+/(q|k|v|qkv|gate|up|gate_up)_proj/bias", P(None, "model")),
+    (r"layers/\w+/(q|k|v|qkv|z|a|b|gate|up|gate_up)_proj/kernel", P(None, None, "model")),
+    (r"layers/\w+/(q|k|v|qkv|a|gate|up|gate_up)_proj/bias", P(None, "model")),
     (r"layers/\w+/(o|down)_proj/kernel", P(None, "model", None)),
     (r"layers/\w+/(o|down)_proj/bias", P(None, None)),
     (r"layers/mlp/experts/.*/kernel", P(None, "model", None, None)),
     (r"layers/mlp/router/kernel", P(None, None, None)),
-    (r"layers/.*norm/scale", P(None, None)),
+    (r"layers/delta/conv/taps", P(None, None, None, "model")),
+    (r"layers/(.*norm|delta/decay)/scale", P(None, None)),
     (r"final_norm/scale", P(None)),
 )
 
@@ -51,21 +53,24 @@ def shapes(cfg: config.DecoderConfig) -> dict:
     N, D, F, C = cfg.num_layers, cfg.model_dim, cfg.ffn_dim, cfg.head_dim
     heads, kv_heads = cfg.num_heads * C, cfg.num_kv_heads * C
 
-    def linear(n_in, n_out, bias):
+    def linear(n_in, n_out, bias, N=N):
         return {"kernel": (N, n_in, n_out)} | ({"bias": (N, n_out)} if bias else {})
 
-    widths = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    gates, n = 0 if cfg.delta is None else heads, cfg.num_layers // cfg.period
+    widths = {"q_proj": heads + gates, "k_proj": kv_heads, "v_proj": kv_heads}
     ends = {"gate_proj": F, "up_proj": F}
     if cfg.fused:
         widths, ends = {"qkv_proj": sum(widths.values())}, {"gate_up_proj": 2 * F}
-    attn = {name: linear(D, width, cfg.qkv_bias) for name, width in widths.items()}
-    attn |= {"o_proj": linear(heads, D, cfg.output_bias)}
+    attn = {name: linear(D, width, cfg.qkv_bias, n) for name, width in widths.items()}
+    attn |= {"o_proj": linear(heads, D, cfg.output_bias, n)}
     if cfg.qk_norm:
         sizes = (heads, kv_heads) if cfg.joint_qk_norm else (C, C)
-        attn |= {f"{x}_norm": {"scale": (N, size)} for x, size in zip("qk", sizes, strict=True)}
+        attn |= {f"{x}_norm": {"scale": (n, size)} for x, size in zip("qk", sizes, strict=True)}
     mlp = {name: linear(D, end, cfg.mlp_bias) for name, end in ends.items()}
     mlp |= {"down_proj": linear(F, D, cfg.mlp_bias)}
     if cfg.num_experts:
+        from diq_jax.models import experts
+
         mlp = experts.shapes(cfg)
     norms = {"before": ("",), "after": ("_post",), "around": ("", "_post")}[cfg.norms]
     tree = {
@@ -77,6 +82,10 @@ def shapes(cfg: config.DecoderConfig) -> dict:
         },
         "final_norm": {"scale": (D,)},
     }
+    if cfg.delta is not None:
+        from diq_jax.models import delta
+
+        tree["layers"]["delta"] = delta.shapes(cfg)
     return tree if cfg.tied_head else tree | {"head": {"kernel": (D, cfg.vocab_size)}}
 
 
@@ -89,22 +98,25 @@ def activation_bytes(cfg: config.DecoderConfig, remat: bool) -> int:
     """Returns what a backward pass keeps of a token in two-byte floats, all layers together: the
     residual stream in float32, and without `remat` what the products gave.
     """
-    D, F = cfg.model_dim, cfg.ffn_dim
-    heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    products = 0 if remat or cfg.num_experts else 2 * (2 * heads + 2 * kv_heads + 2 * F + 2 * D)
-    return cfg.num_layers * (4 * D + products)
+    stream = cfg.num_layers * 4 * cfg.model_dim
+    if remat or cfg.num_experts:
+        return stream
+    leaves = trees.named_leaves(shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
+    kernels = {name: shape for name, shape in leaves.items() if name.endswith("kernel")}
+    # Of o_proj the input too: what attention gave.
+    kept = (n * (n_out + n_in * ("o_proj" in name)) for name, (n, n_in, n_out) in kernels.items())
+    return stream + 2 * sum(kept)
 
 
 def init(key: jax.Array, cfg: config.DecoderConfig, dtype: DTypeLike) -> trees.Tree:
     """Draws random parameters (normal 0.02; norms multiply by 1, biases are 0), for tests."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(
-        shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
-    )
+    leaves, tree = jax.tree.flatten_with_path(shapes(cfg), lambda x: isinstance(x, tuple))
 
     def make(key, path, shape):
         kind = path[-1].key
         if kind == "scale":
-            return jnp.full(shape, 0 if cfg.unit_offset else 1, dtype)
+            plain = not cfg.unit_offset or path[-2].key == "out_norm"
+            return jnp.full(shape, 1 if plain else 0, dtype)
         if kind == "bias":
             return jnp.zeros(shape, dtype)
         return (0.02 * jax.random.normal(key, shape)).astype(dtype)
@@ -141,11 +153,13 @@ def apply(
         (B, T, D) in the parameters' dtype. The residual stream between layers is float32: sums over
         layers in bfloat16 lose what a score is made of (docs/results.md).
     """
+    assert parent_ids is None or cfg.delta is None, "the state of a delta layer has one past"
 
     def attend(q, k, v, window, _):
         return attention.attend(q, k, v, segment_ids, True, window, positions, parent_ids), None
 
-    return through(params, cfg, tokens, positions, attend, adapter, remat, probe=probe)[0]
+    places = tokens, positions, segment_ids
+    return through(params, cfg, *places, attend, adapter, remat, probe=probe)[0]
 
 
 def through(
@@ -153,60 +167,74 @@ def through(
     cfg: config.DecoderConfig,
     tokens: trees.Array,
     positions: trees.Array,
+    segment_ids: trees.Array,
     attend: Callable[..., tuple[jax.Array, Any]],
     adapter: trees.Tree | None = None,
     remat: bool = False,
-    past: Any = None,
+    past: trees.Tree | None = None,
     probe: trees.Tree | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs the decoder around any way to attend: `apply`, and generation (models/cache.py).
 
     Args:
+        segment_ids: for delta layers alone; `attend` knows what a query sees.
         attend: (q (B, T, H, C), k and v (B, T, K, C), the layer's window, its part of `past`) ->
             what the queries read (B, T, H * C), and what to keep of the layer.
-        past: a tree of arrays stacked over the layers (N, ...), or None.
+        past: {"attn": a tree of arrays stacked over the layers with attention, "delta": what
+            delta.mix kept, stacked over its layers}, one of them, or None.
 
     Returns:
-        Hidden states after the final norm (B, T, D), and what was kept, stacked over the layers.
+        Hidden states after the final norm (B, T, D), and what was kept, as `past`: of delta layers
+        where they had a past.
     """
     probe = probe or {}
     norm = functools.partial(layers.rms_norm, eps=cfg.norm_eps, unit_offset=cfg.unit_offset)
-    alike, apart = places(cfg)
-
-    def layer(x, stacked):
-        p, adapted, probes, before, place = (*stacked[:-1], alike | stacked[-1])
-        p = sharding.stored(p, "layers")
-
-        def linear(group, name, x):
-            beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))
-            return _placed(cfg, name, layers.linear(p[group][name], x, *beside))
-
-        def block_norm(name, x):
-            if name in p:
-                return norm(p[name], x, probe=probes.get(name))
-            return x.astype(p["attn"]["o_proj"]["kernel"].dtype)
-
-        def head_norm(name, x):
-            return norm(p["attn"][name], x, probe=probes.get("attn", {}).get(name))
-
-        q, k, v = _qkv(cfg, linear, _inside(block_norm("attn_norm", x)))
-        q, k = _heads(cfg, q, "q_norm", head_norm), _heads(cfg, k, "k_norm", head_norm)
-        q, k = (rope.rotate(y, positions, place["frequencies"], place["amplitude"]) for y in (q, k))
-        q = q if cfg.query_scale is None else q * cfg.query_scale
-        h, kept = attend(q, k, _heads(cfg, v), place["window"], before)
-        x = _add(cfg, x, block_norm("attn_post_norm", linear("attn", "o_proj", layers.kept(h))))
-
-        own = (tree.get("mlp", {}) for tree in (p, adapted, probes))
-        h = _mlp(cfg, linear, _inside(block_norm("mlp_norm", x)), *own)
-        return _between(_add(cfg, x, block_norm("mlp_post_norm", h))), kept
-
+    alike, apart = attention.places(cfg)
     x = _between(embed(params["embed"], cfg, tokens, probe.get("embed")))
     adapted = adapter["layers"] if adapter else {}
-    stacked = (params["layers"], adapted, probe.get("layers", {}), past, apart)
+    stacked = (params["layers"], adapted, probe.get("layers", {}), past or {}, apart)
     # What all experts' products give is more than any memory: they are always recomputed.
+    layer = functools.partial(_layer, cfg, norm, alike, positions, segment_ids, attend)
     layer = layers.checkpointed(layer, remat or bool(cfg.num_experts))
-    x, kept = jax.lax.scan(layer, x, stacked)
+    scan = jax.lax.scan
+    if cfg.delta is not None:
+        from diq_jax.models import delta
+
+        scan = functools.partial(delta.scan, period=cfg.delta.period)
+    x, kept = scan(layer, x, stacked)
     return _inside(norm(params["final_norm"], x, probe=probe.get("final_norm"))), kept
+
+
+def _layer(cfg, norm, alike, positions, segment_ids, attend, x, stacked):
+    """Runs a layer on the residual stream x (B, T, D); `stacked` is its part of what is scanned."""
+    p, adapted, probes, before, place = (*stacked[:-1], alike | stacked[-1])
+    p = sharding.stored(p, "layers")
+
+    def linear(group, name, x):
+        beside = (tree.get(group, {}).get(name) for tree in (adapted, probes))
+        return _placed(cfg, name, layers.linear(p[group][name], x, *beside))
+
+    def block_norm(name, x):
+        if name in p:
+            return norm(p[name], x, probe=probes.get(name))
+        return x.astype(jax.tree.leaves(p["mlp"])[0].dtype)
+
+    def head_norm(name, x):
+        return norm(p["attn"][name], x, probe=probes.get("attn", {}).get(name))
+
+    h = _inside(block_norm("attn_norm", x))
+    if "delta" in p:
+        from diq_jax.models import delta
+
+        own = p["delta"], probes.get("delta", {})
+        h, kept = delta.mix(cfg, linear, *own, h, segment_ids, before)
+    else:
+        h, kept = _attention(cfg, linear, head_norm, h, positions, place, attend, before)
+    scale = 1.0 if cfg.residual_scale is None else cfg.residual_scale
+    x = x + block_norm("attn_post_norm", h) * scale
+    own = (tree.get("mlp", {}) for tree in (p, adapted, probes))
+    h = _mlp(cfg, linear, _inside(block_norm("mlp_norm", x)), *own)
+    return _between(x + block_norm("mlp_post_norm", h) * scale), kept
 
 
 def _heads(cfg, x, name="", norm=None):
@@ -215,11 +243,6 @@ def _heads(cfg, x, name="", norm=None):
     if not cfg.qk_norm or norm is None:
         return whole
     return norm(name, x if cfg.joint_qk_norm else whole).reshape(whole.shape)
-
-
-def _add(cfg, x, h):
-    """Adds what a block gave to the residual stream, scaled where the family does that."""
-    return x + (h if cfg.residual_scale is None else h * cfg.residual_scale)
 
 
 def _placed(cfg, name, y):
@@ -245,53 +268,30 @@ def _inside(x):
     return sharding.pinned(x, "data", None, None)
 
 
-def with_gathered_head(params: trees.Tree, cfg: config.DecoderConfig) -> trees.Tree:
-    """Returns the parameters with a head that is whole along the data axis: it is gathered once for
-    all blocks of tokens.
-    """
-    if cfg.tied_head:
-        table = sharding.pinned(params["embed"]["embedding"], "model", None)
-        return params | {"embed": params["embed"] | {"embedding": table}}
-    kernel = sharding.pinned(params["head"]["kernel"], None, "model")
-    return params | {"head": params["head"] | {"kernel": kernel}}
-
-
-def places(cfg: config.DecoderConfig) -> tuple[trees.Tree, trees.Tree]:
-    """Returns where a layer looks and how it rotates, {window, frequencies, amplitude}: the same
-    for all layers, and stacked over them where they differ.
-    """
-    dim = cfg.rotary_dim or cfg.head_dim
-
-    def turn(r):
-        return {"frequencies": rope.frequencies(r, dim), "amplitude": rope.amplitude(r)}
-
-    alike = {"window": cfg.sliding_window, **turn(cfg.rope)}
-    slides = cfg.sliding_layers or (cfg.sliding_window is not None,) * cfg.num_layers
-    apart = {}
-    if cfg.sliding_layers is not None and cfg.sliding_window is not None:
-        apart["window"] = jnp.where(jnp.array(slides), cfg.sliding_window, jnp.int32(2**31 - 1))
-    if cfg.sliding_rope is not None:
-        own = turn(cfg.sliding_rope)
-        by_layer = [own if slide else alike for slide in slides]
-        apart |= {name: jnp.stack([jnp.asarray(x[name]) for x in by_layer]) for name in own}
-    if cfg.rotated_layers is not None:
-        rotated = jnp.array(cfg.rotated_layers, jnp.float32)
-        apart["frequencies"] = rotated[:, None] * alike["frequencies"][None]
-    return alike, apart
-
-
-def _qkv(cfg, linear, h):
-    """Projects h (B, T, D) to queries, keys and values, each (B, T, heads * C)."""
-    if not cfg.fused:
-        return [linear("attn", f"{x}_proj", h) for x in "qkv"]
-    sizes = [cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim]
-    return jnp.split(linear("attn", "qkv_proj", h), [sizes[0], sum(sizes)], axis=-1)
+def _attention(cfg, linear, head_norm, h, positions, place, attend, past):
+    """Computes the attention of h (B, T, D), and what `attend` keeps."""
+    if cfg.fused:
+        sizes = [cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim]
+        q, k, v = jnp.split(linear("attn", "qkv_proj", h), [sizes[0], sum(sizes)], axis=-1)
+    else:
+        q, k, v = (linear("attn", f"{x}_proj", h) for x in "qkv")
+    gate = None
+    if cfg.delta is not None:
+        q, gate = jnp.split(q.reshape(*q.shape[:2], cfg.num_heads, -1), 2, axis=-1)
+    q, k = _heads(cfg, q, "q_norm", head_norm), _heads(cfg, k, "k_norm", head_norm)
+    q, k = (rope.rotate(y, positions, place["frequencies"], place["amplitude"]) for y in (q, k))
+    q = q if cfg.query_scale is None else q * cfg.query_scale
+    h, kept = attend(q, k, _heads(cfg, v), place["window"], past.get("attn"))
+    h = h if gate is None else h * jax.nn.sigmoid(gate.reshape(h.shape))
+    return linear("attn", "o_proj", layers.kept(h)), {"attn": kept}
 
 
 def _mlp(cfg, linear, h, *own):
     """Computes the MLP, or the mixture of experts in its place, of h (B, T, D)."""
     activation = ACTIVATIONS[cfg.activation]
     if cfg.num_experts:
+        from diq_jax.models import experts
+
         return _between(experts.mix(cfg, activation, h, *own))
     if cfg.fused:
         gate, up = jnp.split(linear("mlp", "gate_up_proj", h), 2, axis=-1)

@@ -13,6 +13,7 @@ Dims: B batch, T tokens, D model, F of one expert, E experts, M of them at a tim
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,25 @@ import jax.numpy as jnp
 from diq_jax.models import config, layers
 from diq_jax.run import sharding
 from diq_jax.trees import Tree
+
+
+def read(config: Any) -> dict[str, Any]:
+    """Reads how a token's experts are chosen, as fields of DecoderConfig.
+
+    Args:
+        config: a config._Reader.
+
+    Raises:
+        UserError: layers without experts, or fewer experts than a token has.
+    """
+    config.expect("decoder_sparse_step", (1,))
+    config.expect("mlp_only_layers", ([], None))
+    key = "num_local_experts" if "num_local_experts" in config.config else "num_experts"
+    count, chosen = config.size(key), config.size("num_experts_per_tok")
+    if chosen > count:
+        raise config.wrong("num_experts_per_tok", f"at most the {count} experts")
+    shares = {"experts_per_token": chosen, "norm_shares": config.flag("norm_topk_prob")}
+    return {"num_experts": count, **shares}
 
 
 def shapes(cfg: config.DecoderConfig) -> Tree:

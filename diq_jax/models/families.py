@@ -6,6 +6,18 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """Describes the gated delta layers of a model (delta.py)."""
+
+    period: int  # layers, the last with attention
+    key_heads: int
+    value_heads: int  # H, a multiple of the key heads
+    key_dim: int  # Ck
+    value_dim: int  # Cv
+    taps: int  # W
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Describes what the models of one model_type have, beside what each config.json says."""
 
@@ -28,6 +40,7 @@ class Family:
     partial_rotary: bool = False
     unrotated_every: int | None = None  # without no_rope_layers, which layers are not rotated
     experts: bool = False  # a mixture of them in each layer, in place of the MLP
+    delta: bool = False  # gated delta layers, and between them attention with a gate
     scales: Callable[[Any, int, int], dict[str, float]] | None = None
     unset: tuple[str, ...] = ()  # keys of parts that are not built here
 
@@ -65,6 +78,20 @@ DECODERS = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", {"rope_theta": 1e4, "num_key_value_heads": 4},
         output_bias=True, qk_norm=True, experts=True,
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM",
+        {
+            # As of Gemma 3 below.
+            "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288,
+            "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+            "head_dim": 256, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4, "partial_rotary_factor": 0.25, "full_attention_interval": 4,
+            "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+        },
+        output_bias=True, qk_norm=True, unit_offset=True, partial_rotary=True, delta=True,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -137,7 +164,6 @@ MISSING = {
     "llama4": "mixture of experts and chunked attention",
     "gpt_oss": "mixture of experts and attention sinks",
     "qwen3_next": "gated delta layers and mixture of experts",
-    "qwen3_5": "gated delta layers", "qwen3_5_text": "gated delta layers",
     "qwen3_5_moe": "gated delta layers and mixture of experts",
     "ministral3": "the growth of queries with position", "falcon_mamba": "state-space layers",
     "mamba": "state-space layers",

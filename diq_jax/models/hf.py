@@ -42,6 +42,14 @@ DECODER_NAMES |= {"layers/mlp/router/kernel": "model.layers.{i}.mlp.gate.weight"
     f"layers/mlp/experts/{module}/kernel": f"model.layers.{{i}}.mlp.experts.{{e}}.{module}.weight"
     for module in ("gate_proj", "up_proj", "down_proj")
 }
+DECODER_NAMES |= {
+    f"layers/delta/{ours}": f"model.layers.{{i}}.linear_attn.{theirs}"
+    for ours, theirs in (
+        *((f"{x}_proj/kernel", f"in_proj_{x}.weight") for x in ("qkv", "z", "a", "b")),
+        ("a_proj/bias", "dt_bias"), ("decay/scale", "A_log"), ("conv/taps", "conv1d.weight"),
+        ("out_norm/scale", "norm.weight"), ("o_proj/kernel", "out_proj.weight"),
+    )
+}  # fmt: skip
 # With norms after attention and MLP, alone (OLMo) or beside those before them (Gemma).
 POST_NORM_NAMES = DECODER_NAMES | {
     "layers/attn_post_norm/scale": "model.layers.{i}.post_attention_layernorm.weight",
@@ -88,7 +96,8 @@ ENCODER_PREFIXES = {"bert": "bert.", "roberta": "roberta.", "modernbert": "model
 OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 # Tensors of other heads, buffers that are recomputed, and the pooler, which nothing here reads.
-IGNORED = re.compile(r"rotary_emb\.inv_freq|position_ids$|^pooler\.|^cls\.|^classifier\.")
+IGNORED = re.compile(r"rotary_emb\.inv_freq|position_ids$|^pooler\.|^cls\.|^classifier\.|^mtp\.")
+TURNED = ("/kernel", "/taps")  # leaves whose axes are in the other order on their side
 ENCODER_HEADS = re.compile(r"lm_head\.|head\.(dense|norm)\.|decoder\.(weight|bias)$")
 
 
@@ -184,8 +193,8 @@ def _check(source, shapes, names, prefix, stored_as, ignored, field):
     for path, shape in wanted.items():
         found[path] = []
         part = shape[len(_stack(path, shape)) :]
-        part = part[::-1] if path.endswith("/kernel") else part
-        for name in tensor_names(names, path, shape).values():
+        part = part[::-1] if path.endswith(TURNED) else part
+        for name in tensor_names(names, path, shape, _period(shapes)).values():
             name = stored_as.get(prefix + name, prefix + name)
             found[path].append(name)
             used.add(name)
@@ -215,7 +224,7 @@ def _load(source, shapes, names, dtype, field, place):
 
     def leaf(path, shape):
         stack = _stack(path, shape)
-        turned = path.endswith("/kernel")
+        turned = path.endswith(TURNED)
 
         def read(part):
             chosen = np.asarray(np.reshape(names[path], stack)[part[: len(stack)]])
@@ -244,13 +253,22 @@ def _modern(name):
     return name
 
 
-def tensor_names(names: dict[str, str], path: str, shape: Sequence[int]) -> dict[tuple, str]:
+def tensor_names(
+    names: dict[str, str], path: str, shape: Sequence[int], period: int
+) -> dict[tuple, str]:
     """Returns {place: tensor name} of what is stacked in a leaf: () of one that is not stacked,
     (layer,), or (layer, expert).
+
+    Args:
+        period: of layers, as families.Delta has it; 1 where all are alike.
     """
     found = {}
     for place in np.ndindex(_stack(path, shape)):
         i, e = (*place, 0, 0)[:2]
+        if path.startswith("layers/attn/"):
+            i = (i + 1) * period - 1
+        elif path.startswith("layers/delta/"):
+            i += i // (period - 1)
         found[place] = names[path].format(i=i, e=e, next=i + 1)
     return found
 
@@ -260,8 +278,18 @@ def _stack(path, shape):
     return tuple(shape[: path.startswith("layers/") + path.startswith("layers/mlp/experts/")])
 
 
+def _period(tree):
+    """Returns the period of the layers of a tree of arrays or shapes."""
+    if "delta" not in tree["layers"]:
+        return 1
+    layers = tree["layers"]
+    leaves = layers["mlp_norm"]["scale"], layers["attn"]["o_proj"]["kernel"]
+    whole, some = (getattr(leaf, "shape", leaf)[0] for leaf in leaves)
+    return whole // some
+
+
 def _tensors(params, names):
     for path, leaf in trees.named_leaves(params).items():
-        for place, name in tensor_names(names, path, leaf.shape).items():
+        for place, name in tensor_names(names, path, leaf.shape, _period(params)).items():
             array = sharding.whole(leaf[place])
-            yield name, np.ascontiguousarray(array.T if path.endswith("/kernel") else array)
+            yield name, np.ascontiguousarray(array.T if path.endswith(TURNED) else array)

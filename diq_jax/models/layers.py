@@ -66,7 +66,7 @@ def linear(
         lambda signs, size: fold(fixed, signs, size),
     )
     if "bias" in params:
-        y = y + _vector(params["bias"], probe.get("bias"), y)
+        y = y + vector(params["bias"], probe.get("bias"), y)
     if adapter is not None:
         z = x
         if "dropout_keys" in adapter:
@@ -172,7 +172,7 @@ def rms_norm(
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = _vector(params["scale"], (probe or {}).get("scale"), x)
+    scale = vector(params["scale"], (probe or {}).get("scale"), x)
     if unit_offset:
         return (x32 * (1.0 + scale.astype(jnp.float32))).astype(scale.dtype)
     return x32.astype(scale.dtype) * scale
@@ -187,7 +187,7 @@ def layer_norm(params: Tree, x: jax.Array, eps: float) -> jax.Array:
     return x + _along_last(params["bias"], x) if "bias" in params else x
 
 
-def _vector(vector, probe, x):
+def vector(vector: jax.Array, probe: Tree | None, x: jax.Array) -> jax.Array:
     """Returns a gain or bias as it broadcasts along the last axis of x, its probe's core (B, out)
     added.
     """

@@ -125,7 +125,12 @@ def with_dropout(adapter: dict, keys: jax.Array, rate: jax.Array | float) -> dic
 
 
 def save_peft(
-    folder: str | os.PathLike, adapter: trees.Tree, alpha: float, dropout: float, base: str
+    folder: str | os.PathLike,
+    adapter: trees.Tree,
+    cfg: config.DecoderConfig,
+    alpha: float,
+    dropout: float,
+    base: str,
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, as PEFT's
     PeftModel.from_pretrained reads them.
@@ -143,7 +148,7 @@ def save_peft(
         if factor == "scale":
             continue
         rank = leaf.shape[-1] if factor == "a" else rank
-        for place, where in _peft_modules(linear, leaf.shape).items():
+        for place, where in _peft_modules(cfg, linear, leaf.shape).items():
             modules.add(where.rpartition(".")[2])
             matrix = sharding.whole(leaf[place]).astype(np.float32)
             tensors[f"{where}.lora_{factor.upper()}.weight"] = np.ascontiguousarray(matrix.T)
@@ -188,7 +193,7 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
     tensors = _peft_tensors(folder / "adapter_model.safetensors", field)
     tree: dict = {}
     for name, (*stack, n_in, n_out) in linear_shapes(cfg).items():
-        modules = _peft_modules(name, (*stack, n_in, n_out)).values()
+        modules = _peft_modules(cfg, name, (*stack, n_in, n_out)).values()
         keys = [[f"{where}.lora_{f}.weight" for where in modules] for f in "AB"]
         if keys[0][0] not in tensors:
             continue
@@ -211,9 +216,9 @@ def load_peft(folder: str | os.PathLike, cfg: config.DecoderConfig, field: str) 
     return tree
 
 
-def _peft_modules(linear, shape):
+def _peft_modules(cfg, linear, shape):
     """Returns {place in the stack of a linear's leaves of `shape`: its module's name in PEFT}."""
-    names = hf.tensor_names(hf.DECODER_NAMES, f"{linear}/kernel", shape)
+    names = hf.tensor_names(hf.DECODER_NAMES, f"{linear}/kernel", shape, cfg.period)
     return {place: PEFT_PREFIX + name.removesuffix(".weight") for place, name in names.items()}
 
 

@@ -56,6 +56,17 @@ def at_answers(hidden: jax.Array, batch: batches.Batch) -> jax.Array:
     return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
 
 
+def _with_gathered_head(params: trees.Tree, cfg: config.DecoderConfig) -> trees.Tree:
+    """Returns the parameters with a head that is whole along the data axis: it is gathered once for
+    all blocks of tokens.
+    """
+    if cfg.tied_head:
+        table = sharding.pinned(params["embed"]["embedding"], "model", None)
+        return params | {"embed": params["embed"] | {"embedding": table}}
+    kernel = sharding.pinned(params["head"]["kernel"], None, "model")
+    return params | {"head": params["head"] | {"kernel": kernel}}
+
+
 def answer_losses(
     params: trees.Tree,
     cfg: config.DecoderConfig,
@@ -64,7 +75,7 @@ def answer_losses(
     probe: trees.Tree | None = None,
 ) -> jax.Array:
     """Computes `token_losses` from hidden states (B, T, D) after the final norm."""
-    params = decoder.with_gathered_head(params, cfg)
+    params = _with_gathered_head(params, cfg)
 
     @jax.checkpoint
     def block(hidden_and_labels):

@@ -9,7 +9,7 @@ from diq_jax.models import stored
 from diq_jax.run import reading
 
 # model_type of the whole -> that of its text_config, where that is one of families.DECODERS.
-TEXT_TYPES = {"gemma3": "gemma3_text"}
+TEXT_TYPES = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 # Before and since transformers 4.52; the head stands beside the language model in both.
 PREFIXES = {
     "language_model.model.": "model.",
@@ -18,7 +18,7 @@ PREFIXES = {
 }
 OTHER_PARTS = (
     "vision_tower.", "multi_modal_projector.", "model.vision_tower.",
-    "model.multi_modal_projector.",
+    "model.multi_modal_projector.", "model.visual.",
 )  # fmt: skip
 # What the whole says about the text, too.
 KEPT = ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")

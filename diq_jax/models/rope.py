@@ -28,6 +28,7 @@ YARN_OPTIONS = (
 # The settings that are read apart, or that other kinds have.
 COMMON = {
     "rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings",
+    "mrope_section", "mrope_interleaved",  # of images; a text's three positions are one
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"  # config.json may give each its own
 

@@ -264,6 +264,6 @@ def ideal_flops(
     met = cfg.experts_per_token / cfg.num_experts if cfg.num_experts else 1
     matrices = sum(size * (met if "experts/" in name else 1) for name, size in kernels.items())
     products = 2 * B * (T * matrices + A * cfg.model_dim * cfg.vocab_size)
-    attention = 2 * B * cfg.num_heads * cfg.head_dim * T * T * cfg.num_layers
+    attention = 2 * B * cfg.num_heads * cfg.head_dim * T * T * (cfg.num_layers // cfg.period)
     times, attended = PASSES.get(name, (2, 3))
     return times * products + attended * attention

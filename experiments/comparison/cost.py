@@ -62,7 +62,7 @@ def example_flops(
     tokens, answers = np.asarray(tokens, np.float64), np.asarray(answers, np.float64)
     weights = sum(n * n_in * n_out for n, n_in, n_out in lora.linear_shapes(cfg).values())
     passes = np.add(PASSES[kind], REMAT if remat else 0)
-    heads = cfg.num_layers * cfg.num_heads * cfg.head_dim
+    heads = cfg.num_layers // cfg.period * cfg.num_heads * cfg.head_dim
     return (
         passes[0] * 2 * weights * tokens
         + passes[1] * 2 * heads * tokens**2

@@ -104,7 +104,7 @@ def save_random_inputs(workdir, order=None):
 def save_adapters(workdir, change=lambda adapter: adapter):
     for i, folder in enumerate(ARMS.values()):
         adapter = lora.init(jax.random.key(i), CFG, "(q|k|v)_proj", 2, 4.0, False, "test")
-        lora.save_peft(workdir / folder, change(adapter), 4.0, 0.0, "base")
+        lora.save_peft(workdir / folder, change(adapter), CFG, 4.0, 0.0, "base")
     return workdir
 
 
@@ -344,7 +344,7 @@ def test_a_merged_model_scores_as_its_adapter(tmp_path, model):
     save_random_inputs(tmp_path)
     context = make_context(tmp_path, model)
     adapter = lora.init(jax.random.key(0), CFG, "(q|k|v)_proj", 2, 4.0, False, "test")
-    lora.save_peft(tmp_path / "finetune/adapter", adapter, 4.0, 0.0, "base")
+    lora.save_peft(tmp_path / "finetune/adapter", adapter, CFG, 4.0, 0.0, "base")
     base = load.load(str(model), "float32", context.placement)
     merged = export.merge_adapter(base.params, adapter)
     hf.save_decoder(tmp_path / "finetune/model", merged, SETTINGS, 10**9)

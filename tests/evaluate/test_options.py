@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny
 import transformers
 from reference import torch
 
@@ -48,6 +49,7 @@ def make_questions(count=4, vocab=61):
 
 def score(model, questions, rows, tokens, answers):
     """Log-likelihoods of each question, from one packed batch of that shape."""
+    questions = options.as_read_by(questions, model.cfg)
     batch = options.pack(questions, rows, tokens, answers)
     losses = np.asarray(
         jax.jit(loss.token_losses, static_argnums=1)(model.params, model.cfg, batch)
@@ -56,14 +58,20 @@ def score(model, questions, rows, tokens, answers):
     return [options.scores(q, row)[0] for q, row in zip(questions, losses, strict=False)]
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3_5"])
 def models(request, tmp_path_factory):
-    """A tiny random model in jax and in torch (Mistral has a sliding window), and the first's
-    log-likelihoods of make_questions().
+    """A tiny random model in jax and in torch (Mistral has a sliding window, Qwen3.5 a state), and
+    the first's log-likelihoods of make_questions().
     """
     torch.manual_seed(0)
     if request.param == "llama":
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    elif request.param == "qwen3_5":
+        sizes = dict(
+            linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+            linear_value_head_dim=8, head_dim=8, full_attention_interval=2,
+        )  # fmt: skip
+        theirs = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**SHAPE | sizes))
     else:
         settings = transformers.MistralConfig(**SHAPE, sliding_window=WINDOW, head_dim=8)
         settings._attn_implementation = "eager"
@@ -73,7 +81,7 @@ def models(request, tmp_path_factory):
     placement = devices.make_placement(config.Parallel(data=1))
     ours = load.load(str(folder), "float32", placement)
     assert ours.cfg.sliding_window == (WINDOW if request.param == "mistral" else None)
-    return ours, theirs, score(ours, make_questions(), 4, 40, 20)
+    return ours, theirs, score(ours, make_questions(), 4, 64, 20)
 
 
 def test_packed_is_one_row_for_each_option(models):
@@ -108,7 +116,7 @@ def test_torch_gives_the_same_log_likelihoods(models):
 
 def test_order_padding_and_company_change_nothing(models):
     model, _, scores = models
-    padded = score(model, make_questions()[::-1], 6, 48, 24)[::-1]
+    padded = score(model, make_questions()[::-1], 6, 72, 24)[::-1]
     for a, b in zip(scores, padded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -148,6 +156,15 @@ def test_the_row_by_hand():
     assert batch.loss_labels[0].tolist() == [8, 9, 4, 1, 4, 0]
     assert batch.loss_mask[0].tolist() == [1, 1, 1, 1, 1, 0]
     assert batch.is_padding.tolist() == [False, True]
+    # Without a shared prompt each option has its own, and each token is read off the one before.
+    [alone] = options.as_read_by([question], tiny.decoder_config(**tiny.APART["delta"]))
+    batch = options.pack([alone], 2, 12, 6)
+    assert batch.tokens[0].tolist() == [5, 6, 7, 8, 9, 4, 5, 6, 7, 1, 4, 0]
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0]
+    assert batch.segment_ids[0].tolist() == [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0]
+    assert batch.parent_ids is None
+    assert batch.loss_positions[0].tolist() == [2, 3, 4, 8, 9, 0]
+    assert batch.loss_labels[0].tolist() == [8, 9, 4, 1, 4, 0]
     # The ends (0.3 and 0.7) are in the right answer's loss, (0.5 + 1.0 + 0.3) / 3, not in the sums.
     losses = np.array([0.5, 1.0, 0.3, 2.0, 0.7, 9.0], np.float32)
     sums, loss = options.scores(question, losses)

@@ -106,7 +106,7 @@ def test_loss_and_gradient_equal_the_formula_in_float64(params, tmp_path):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.HF_CONFIG))
     state = {name: torch.from_numpy(array.copy()) for name, array in hf.decoder_tensors(params)}
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
-    lora.save_peft(tmp_path, adapter, 6.0, 0.0, "tiny")
+    lora.save_peft(tmp_path, adapter, CFG, 6.0, 0.0, "tiny")
     model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True).double().eval()
 
     def answer(side):

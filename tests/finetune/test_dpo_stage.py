@@ -57,7 +57,7 @@ def prepared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("prepared")
     folders.decoder(workdir / "model")
     adapter = lora.init(jax.random.key(0), shape(workdir), "(q|v)_proj", 2, 4.0, False, "test")
-    lora.save_peft(workdir / "finetune/adapter", adapter, 4.0, 0.0, "tiny")
+    lora.save_peft(workdir / "finetune/adapter", adapter, shape(workdir), 4.0, 0.0, "tiny")
     folders.write(workdir / "pairs.jsonl", folders.preference_rows(PAIRS))
     return workdir
 
@@ -171,7 +171,7 @@ def test_an_adapter_of_another_model_is_refused(prepared, tmp_path):
     shutil.copytree(prepared, workdir)
     other = model_config.decoder_config(tiny.HF_CONFIG, "test")
     adapter = lora.init(jax.random.key(0), other, "q_proj", 2, 4.0, False, "test")
-    lora.save_peft(workdir / "finetune/adapter", adapter, 4.0, 0.0, "tiny")
+    lora.save_peft(workdir / "finetune/adapter", adapter, other, 4.0, 0.0, "tiny")
     with pytest.raises(errors.UserError, match=r"^finetune.dpo.start=sft: .* of another model"):
         dpo_stage.run(make_context(workdir, data=1))
 

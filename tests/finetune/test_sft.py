@@ -120,7 +120,7 @@ def test_five_steps_equal_peft_and_torch_adamw(params, placement, tmp_path):
     settings = dataclasses.replace(SETTINGS, epochs=5, batch_size=6)
     encoded = random_examples(6)
     adapter, losses = train(params, placement, settings, encoded)
-    lora.save_peft(tmp_path, init_adapter(settings), settings.alpha, 0.0, "tiny")
+    lora.save_peft(tmp_path, init_adapter(settings), CFG, settings.alpha, 0.0, "tiny")
     model = peft.PeftModel.from_pretrained(torch_llama(params), tmp_path, is_trainable=True).eval()
     np.testing.assert_allclose(losses, torch_train(model, settings, encoded), atol=1e-4)
     model.save_pretrained(tmp_path / "torch", save_embedding_layers=False)

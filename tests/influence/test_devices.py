@@ -84,11 +84,12 @@ for name, settings in ENGINES.items():
     if name == "exact":
         few = score(settings, rows[:3], data=8)
         np.testing.assert_allclose(few, one[:3], atol=1e-5 * largest, err_msg="3 rows")
-mixture = tiny.model(**tiny.APART["experts"])
-for name in ("exact", "factored"):
-    one = score(ENGINES[name], of=mixture, data=1)
-    found = score(ENGINES[name], of=mixture, data=4, model=2)
-    np.testing.assert_allclose(found, one, atol=1e-4 * np.abs(one).max(), err_msg="experts")
+for family in ("experts", "delta"):
+    other = tiny.model(**tiny.APART[family])
+    for name in ("exact", "factored"):
+        one = score(ENGINES[name], of=other, data=1)
+        found = score(ENGINES[name], of=other, data=4, model=2)
+        np.testing.assert_allclose(found, one, atol=1e-4 * np.abs(one).max(), err_msg=family)
 print("equal")
 """
 

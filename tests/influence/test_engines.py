@@ -143,7 +143,9 @@ def test_a_factored_projection_without_room_is_refused(dim, rank, message):
         factored.make_layout(shapes, influence_config.Projection(dim=dim, rank=rank))
 
 
-@pytest.mark.parametrize("family", ["tied", "untied-biases", "gemma", "phi-granite", "experts"])
+@pytest.mark.parametrize(
+    "family", ["tied", "untied-biases", "gemma", "phi-granite", "experts", "delta"]
+)
 def test_a_thin_direction_scores_as_its_own_product(family):
     """Rank 3: <g, A B> for matrices, gains and biases whole; full rank: the direction itself."""
     model = tiny.model(**FAMILIES[family])
@@ -196,7 +198,7 @@ def test_a_peft_adapter_is_a_direction(tmp_path):
     """Its score is minus the derivative of the loss along the adapter's update."""
     model = tiny.model()
     adapter = lora.init(jax.random.key(3), model.cfg, "(q|v)_proj|mlp", 2, 4.0, False, "test")
-    lora.save_peft(tmp_path, adapter, 4.0, 0.0, "tiny")
+    lora.save_peft(tmp_path, adapter, model.cfg, 4.0, 0.0, "tiny")
     space = make_space(model)
     got = score(space, direction.from_peft(str(tmp_path), model.cfg, space[0]), BATCH, model.cfg)
     update = jax.tree.map(jnp.zeros_like, space[0])

@@ -110,7 +110,7 @@ def test_the_warm_up_starts_at_the_base_model():
 def test_an_adapter_of_the_users_is_part_of_the_model(tmp_path):
     model = tiny.model()
     adapter = lora.init(jax.random.key(3), model.cfg, "q_proj", 2, 4.0, False, "test")
-    lora.save_peft(tmp_path, adapter, 4.0, 0.0, "tiny")
+    lora.save_peft(tmp_path, adapter, model.cfg, 4.0, 0.0, "tiny")
     settings = dataclasses.replace(SETTINGS, lora=influence_config.Lora(path=str(tmp_path)))
     space = direction.make_space(model, settings, tiny.placement())
     got = direction.losses(*space, BATCH, model.cfg, "mean")

@@ -27,7 +27,7 @@ SIZES = [
 ]  # fmt: skip
 
 EXPERTS = tiny.HF_CONFIG | {
-    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+    "model_type": "qwen3_moe", "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 24, "norm_topk_prob": True,
 }  # fmt: skip
 

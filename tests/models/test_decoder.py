@@ -51,18 +51,41 @@ def test_logits_equal_torch(name, tmp_path):
         np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
-def test_the_language_model_of_a_multimodal_checkpoint(prefix, tmp_path):
-    """Gemma 3 with an image encoder, as MedGemma is, by the names of new and old checkpoints."""
-    text = torch_model("gemma3").config.to_dict()
-    vision = dict(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        image_size=28, patch_size=14,
-    )  # fmt: skip
+MULTIMODAL = {
+    "gemma3": (
+        transformers.Gemma3ForConditionalGeneration, "vision_tower",
+        dict(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            image_size=28, patch_size=14,
+        ),
+        dict(mm_tokens_per_image=4),
+    ),
+    "qwen3_5": (
+        transformers.Qwen3_5ForConditionalGeneration, "model.visual",
+        dict(
+            depth=1, hidden_size=16, num_heads=2, intermediate_size=24, out_hidden_size=32,
+            patch_size=4, num_position_embeddings=16,
+        ),
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, prefix",
+    [
+        ("gemma3", "model.language_model."), ("gemma3", "language_model.model."),
+        ("qwen3_5", "model.language_model."),
+    ],
+)  # fmt: skip
+def test_the_language_model_of_a_multimodal_checkpoint(name, prefix, tmp_path):
+    """Gemma 3 with an image encoder, as MedGemma is, by the names of new and old checkpoints; and
+    Qwen3.5, which also has a head for several tokens at once.
+    """
+    text = torch_model(name).config.to_dict()
+    kind, images, vision, more = MULTIMODAL[name]
     torch.manual_seed(0)
-    model = transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    ).eval()
+    model = kind(kind.config_class(text_config=text, vision_config=vision, **more)).eval()
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "new")
@@ -70,14 +93,16 @@ def test_the_language_model_of_a_multimodal_checkpoint(prefix, tmp_path):
     settings = json.loads((tmp_path / "new" / "config.json").read_text())
     whole = checkpoint.open_weights(tmp_path / "new" / checkpoint.WEIGHTS)
     tensors = {k: t.read() for k, t in whole.items()}
-    assert any("vision_tower" in name for name in tensors)
+    assert any(images in name for name in tensors)
     named = {
         re.sub(r"^(model\.language_model|language_model\.model)\.", prefix, k): v
         for k, v in tensors.items()
     }
+    if name == "qwen3_5":
+        named["mtp.fc.weight"] = np.ones((32, 64), np.float32)
     checkpoint.save_checkpoint(tmp_path / "a", settings, named.items(), 10**9)
     params, cfg, hf_config = load(tmp_path / "a")
-    assert hf_config["model_type"] == source.config["model_type"] == "gemma3_text"
+    assert hf_config["model_type"] == source.config["model_type"] == f"{name}_text"
     tokens, mask = np.arange(20)[None] + 3, np.ones((1, 20), np.int64)
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
@@ -230,7 +255,8 @@ def test_causality_by_gradients():
 def test_every_parameter_has_one_partition_rule_and_every_rule_a_parameter():
     names = set()
     biases = {"tied_head": False, "qkv_bias": True, "output_bias": True, "qk_norm": True}
-    for extra in ({}, biases, {"fused": True, "norms": "around"}, tiny.APART["experts"]):
+    apart = (tiny.APART[name] for name in ("delta", "experts"))
+    for extra in ({}, biases, {"fused": True, "norms": "around"}, *apart):
         shapes = trees.named_leaves(
             decoder.shapes(tiny.decoder_config(**extra)), lambda x: type(x) is tuple
         )

@@ -78,7 +78,7 @@ def theirs(model, asked, count):
     "name",
     [
         "llama", "llama3-tied", "mistral-window", "qwen2-tied", "qwen3", "gemma3", "olmo3",
-        "phi4-partial", "smollm3", "granite",
+        "phi4-partial", "smollm3", "granite", "qwen3_5",
     ],
 )  # fmt: skip
 def test_greedy_equals_transformers_token_for_token(name, tmp_path):
@@ -226,8 +226,9 @@ DEVICES = """
 import sys
 sys.path[:0] = ["tests", "tests/models"]
 import test_generate as t, tiny
-model, asked = tiny.model(num_kv_heads=4), t.prompts(11)
-for settings in (t.GREEDY, t.DRAWN):
+asked = t.prompts(11)
+for of, settings in (({}, t.GREEDY), ({}, t.DRAWN), (tiny.APART["delta"], t.GREEDY)):
+    model = tiny.model(**of, num_kv_heads=4)
     one = t.answers(model, asked, settings, 3, ends=(4, 11, 17), parallel={"data": 1})
     for parallel in ({"data": 8}, {"strategy": "pmap"}, {"data": 4, "model": 2}):
         assert t.answers(model, asked, settings, 8, (4, 11, 17), parallel=parallel) == one, parallel

@@ -71,7 +71,7 @@ def test_zero_b_changes_nothing(params):
 
 
 def test_peft_reads_what_we_save(params, adapter, tmp_path):
-    lora.save_peft(tmp_path, adapter, alpha=6.0, dropout=0.1, base="tiny")
+    lora.save_peft(tmp_path, adapter, CFG, alpha=6.0, dropout=0.1, base="tiny")
     wrapped = peft.PeftModel.from_pretrained(torch_base(params), tmp_path)
     np.testing.assert_allclose(torch_logits(wrapped), logits(params, adapter), atol=1e-4)
     back = lora.load_peft(tmp_path, CFG, "test")
@@ -125,7 +125,7 @@ def test_variants_are_refused(params, tmp_path, settings, message):
     ],
 )
 def test_adapters_of_other_models_are_refused(adapter, tmp_path, change, message):
-    lora.save_peft(tmp_path, adapter, alpha=6.0, dropout=0.0, base="tiny")
+    lora.save_peft(tmp_path, adapter, CFG, alpha=6.0, dropout=0.0, base="tiny")
     other = config.decoder_config({**tiny.HF_CONFIG, **change}, "test")
     with pytest.raises(errors.UserError, match=f"^influence.lora.path: .*{message}"):
         lora.load_peft(tmp_path, other, "influence.lora.path")
@@ -137,7 +137,7 @@ def test_broken_folders_are_refused(adapter, tmp_path):
             lora.load_peft(tmp_path, CFG, "test")
 
     refused("has no adapter_config.json")
-    lora.save_peft(tmp_path, adapter, alpha=6.0, dropout=0.0, base="tiny")
+    lora.save_peft(tmp_path, adapter, CFG, alpha=6.0, dropout=0.0, base="tiny")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     for changed, message in (
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
@@ -170,7 +170,7 @@ def test_broken_folders_are_refused(adapter, tmp_path):
     ],
 )
 def test_weights_of_an_adapter_are_plain_and_finite(adapter, tmp_path, array, message):
-    lora.save_peft(tmp_path, adapter, alpha=6.0, dropout=0.0, base="tiny")
+    lora.save_peft(tmp_path, adapter, CFG, alpha=6.0, dropout=0.0, base="tiny")
     file = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     name = next(name for name in tensors if "lora_A" in name)
@@ -182,7 +182,7 @@ def test_weights_of_an_adapter_are_plain_and_finite(adapter, tmp_path, array, me
 def test_factors_that_are_not_finite_are_not_written(adapter, tmp_path):
     bad = jax.tree.map(lambda leaf: leaf / 0.0, adapter)
     with pytest.raises(errors.UserError, match=r"layers/.* is not finite"):
-        lora.save_peft(tmp_path / "new", bad, alpha=6.0, dropout=0.0, base="tiny")
+        lora.save_peft(tmp_path / "new", bad, CFG, alpha=6.0, dropout=0.0, base="tiny")
     assert not (tmp_path / "new").exists()
 
 
@@ -226,9 +226,15 @@ def test_dropout_differs_between_layers_linears_and_rows(adapter):
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * CFG.num_layers * 5
 
 
-@pytest.mark.parametrize("targets", ["experts", "router", "(q|down)_proj"])
-def test_an_adapter_of_experts_is_merged_saved_and_read(targets, tmp_path):
-    cfg = tiny.decoder_config(**tiny.APART["experts"])
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        *(("experts", targets) for targets in ("experts", "router", "(q|down)_proj")),
+        ("delta", "delta"), ("delta", "(q|k|v|o)_proj"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_layers_apart_is_merged_saved_and_read(family, targets, tmp_path):
+    cfg = tiny.decoder_config(**tiny.APART[family])
     params = decoder.init(jax.random.key(0), cfg, jnp.float32)
     params = trees.map_named(lambda name, x: 10 * x if "kernel" in name else x, params)
     own = lora.init(jax.random.key(1), cfg, targets, 3, 6.0, zero_b=False, field="test")
@@ -241,7 +247,7 @@ def test_an_adapter_of_experts_is_merged_saved_and_read(targets, tmp_path):
     adapted = hidden(params, own)
     assert np.abs(adapted - hidden(params, None)).max() > 0.1
     np.testing.assert_allclose(hidden(export.merge_adapter(params, own), None), adapted, atol=2e-5)
-    lora.save_peft(tmp_path, own, alpha=6.0, dropout=0.0, base="tiny")
+    lora.save_peft(tmp_path, own, cfg, alpha=6.0, dropout=0.0, base="tiny")
     jax.tree.map(np.testing.assert_array_equal, lora.load_peft(tmp_path, cfg, "test"), own)
     dropped = lora.with_dropout(own, jax.random.split(jax.random.key(0), 2), 0.5)
     assert np.abs(hidden(params, dropped) - adapted).max() > 0.01

@@ -115,7 +115,7 @@ def adapter(scale):
 def test_an_adapter_that_has_its_config_is_whole(tmp_path):
     folder, cfg = tmp_path / "finetune/adapter", tiny.decoder_config()
     with power.Disk(tmp_path) as disk:
-        lora.save_peft(folder, adapter(1.0), 4.0, 0.0, "base")
+        lora.save_peft(folder, adapter(1.0), cfg, 4.0, 0.0, "base")
         assert disk.lasting() == power.live(tmp_path)
     weights = (folder / "adapter_model.safetensors").read_bytes()
     for k, files in enumerate(disk.cuts):
