@@ -62,7 +62,7 @@ function facts(i) {
   for (const { name, title, fact } of index.numbers)
     if (fact && isFinite(rows.numbers[name][i])) add(title, digits(rows.numbers[name][i]));
   add("quadrant", `Q${choice.quadrant[i]} ${index.quadrants[choice.quadrant[i]]}`);
-  for (const { name } of index.groups) add(name, cell(name, i));
+  for (const { name } of index.groups) if (cell(name, i)) add(name, cell(name, i));
   add("rank", choice.rank[i].toLocaleString("en"));
   return list;
 }
@@ -94,7 +94,7 @@ function heat(row) {
   const strong = row.heat.map(Math.abs).sort((a, b) => b - a)[Math.floor(row.heat.length / 10)] || 1e-30;
   const shown = element("p", "text");
   row.pieces.forEach((piece, k) => {
-    const token = element("span", "", piece), share = Math.min(1, Math.abs(row.heat[k]) / strong);
+    const token = element("span", "", piece.replaceAll("\n", "⏎\n")), share = Math.min(1, Math.abs(row.heat[k]) / strong);
     token.style.background = `rgb(${row.heat[k] > 0 ? "213 94 0" : "0 114 178"} / ${(0.62 * share).toFixed(2)})`;
     token.title = digits(row.heat[k]);
     shown.append(token);
@@ -103,7 +103,7 @@ function heat(row) {
   const list = element("ol");
   for (const { said, sum } of sums) {
     const line = element("li");
-    line.append(element("b", "", digits(sum)), ` ${said.trim().slice(0, 200)}`);
+    line.append(element("b", "", digits(sum)), ` ${said.trim().slice(0, 200) || "⏎"}`);
     list.append(line);
   }
   return [element("h4", "", "Reasoning and answer, by influence of each token"),
@@ -118,7 +118,7 @@ function sentences(row) {
     last.sum += row.heat[k];
     if (/[.!?。]\s*$|\n/.test(piece)) out.push({ said: "", sum: 0 });
   });
-  return out.filter(({ said }) => said.trim());
+  return out.filter(({ said, sum }) => said.trim() || sum);
 }
 function targets(row) {
   return [["Targets that it helps most", row.helps], ["Targets that it hurts most", row.hurts]]
