@@ -28,7 +28,7 @@ def browser():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The report of a run over the sample, with the ranks of three methods."""
-    context = fabricate(tmp_path_factory.mktemp("run"), sample_rows())
+    context = fabricate(tmp_path_factory.mktemp("run"), quoted_rows())
     table = context.table("selection/selection.parquet")
     rank, n = table["rank"].to_numpy(), len(table)
     columns = {"example_id": table["example_id"], "diq": rank, "random": n + 1 - rank}
@@ -41,6 +41,12 @@ def run(tmp_path_factory):
 def page(browser, run):
     """The open page, which must end without an error."""
     yield from opened(browser, run.path("report/report.html").as_uri())
+
+
+def quoted_rows():
+    """The sample, one answer of which has what JSON escapes."""
+    first, *rest = sample_rows()
+    return [first | {"answer": first["answer"] + ' "Red\\flag"'}, *rest]
 
 
 def opened(browser, address, **options):
@@ -88,16 +94,26 @@ def saved(page, button):
 
 
 def test_search_and_filters_agree_with_the_rows(page, run):
-    rows = sample_rows()
+    rows = quoted_rows()
     assert shown(page) == (len(rows), 16)
     page.fill("#search", "Renal")
     until(page, "document.getElementById('progress').textContent === ''")
-    texts = (
-        " ".join(str(row.get(n, "")) for n in ("question", "reasoning", "answer")) for row in rows
-    )
+    texts = [
+        "\n".join(str(row.get(n, "")) for n in ("question", "reasoning", "answer")) for row in rows
+    ]
     expected = sum("renal" in text.lower() for text in texts)
     until(page, f"document.getElementById('count').textContent.startsWith('{expected} ')")
     assert 0 < expected < len(rows)
+    for query in (
+        "S01",
+        "renal",
+        '"red\\fl',
+        "é",
+        "no such words",
+    ):  # ids; again, by row; quotes; nothing
+        page.fill("#search", query)
+        found = [query.lower() in f"s{i:03}\n{text}".lower() for i, text in enumerate(texts)]
+        counts(page, sum(found))
     page.fill("#search", "")
     page.select_option("#only", "selected")
     counts(page, 16)
@@ -115,7 +131,7 @@ def test_a_row_is_read_in_full_and_linked(page, run):
     page.wait_for_selector("#reader:not([hidden])")
     ranks = run.table("selection/selection.parquet")["rank"].to_numpy()
     i = int(np.argwhere(ranks == 2)[0, 0])
-    row = sample_rows()[i]
+    row = quoted_rows()[i]
     read = page.inner_text("#reader")
     assert row["reasoning"].strip() in read and row["answer"].strip() in read
     assert page.evaluate("location.hash") == f"#row=s{i:03}"
@@ -211,7 +227,7 @@ def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
 
 def test_two_runs_stand_against_each_other(browser, run, tmp_path):
     other = np.random.default_rng(1).normal(size=160)
-    fabricate(tmp_path / "other", sample_rows(), influence=other)
+    fabricate(tmp_path / "other", quoted_rows(), influence=other)
     sides = compare.load(str(run.workdir), str(tmp_path / "other"), "diq view", verified=False)
     compare.write(tmp_path / "page", sides)
     who = compare.picked(*sides)

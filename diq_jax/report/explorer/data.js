@@ -10,7 +10,7 @@ const rows = {
   place: new Map(), // id -> row
 };
 const recent = new Map(); // chunk -> its rows, the last few that were read
-let lowered = null; // lower-case text of each row, kept while it is small
+const lowered = []; // what `search` read of each chunk, kept while it is small
 const KEPT_CHUNKS = 8, KEPT_CHARACTERS = 2e8;
 
 async function bytesOf(name) {
@@ -52,30 +52,34 @@ async function chunk(number) {
 }
 const record = async i => (await chunk(Math.floor(i / index.chunk_rows)))[i % index.chunk_rows];
 
-const searched = (row, i) =>
-  [rows.ids[i], row.question, row.reasoning, row.answer].join("\n").toLowerCase();
+// Text of each chunk in lower case: as the JSON that was unpacked, and from its first match on by row.
+const AHEAD = 6; // chunks that are unpacked before their turn
+const lower = async number => (await (await unpack(String(number))).text()).toLowerCase();
+const byRow = (json, first) => JSON.parse(json).map((row, k) =>
+  [rows.ids[first + k].toLowerCase(), row.question, row.reasoning, row.answer].join("\n"));
 
 // Calls found(mask, share of the rows read) as matches come in. A newer search ends an older one.
 let searching = 0;
 async function search(query, found) {
   const turn = ++searching, wanted = query.toLowerCase(), mask = new Uint8Array(rows.count);
   if (!wanted) return found(null, 1);
-  const keep = index.characters <= KEPT_CHARACTERS;
-  lowered ??= keep ? new Array(rows.count) : [];
-  let shown = performance.now();
+  const keep = index.characters <= KEPT_CHARACTERS, escaped = JSON.stringify(wanted).slice(1, -1), ahead = [];
+  let shown = performance.now(), asked = 0, pause = 30; // milliseconds: a first answer soon, the others at leisure
   for (let number = 0; number < index.chunks; number++) {
-    const first = number * index.chunk_rows, last = Math.min(first + index.chunk_rows, rows.count);
-    const missing = !keep || lowered[first] === undefined;
-    const texts = missing ? (await (await unpack(String(number))).json()) : null;
-    for (let i = first; i < last; i++) {
-      const text = missing ? searched(texts[i - first], i) : lowered[i];
-      if (keep) lowered[i] = text;
-      mask[i] = text.includes(wanted) ? 1 : 0;
-    }
-    if (performance.now() - shown > 80 && number < index.chunks - 1) {
+    for (; asked < Math.min(number + AHEAD, index.chunks); asked++) ahead.push(lowered[asked] ?? lower(asked));
+    const next = ahead.shift(), first = number * index.chunk_rows;
+    let texts = next instanceof Promise ? await next : next;
+    if (turn !== searching) return;
+    const last = Math.min(first + index.chunk_rows, rows.count), ids = rows.ids.slice(first, last);
+    if (typeof texts === "string" && (texts.includes(escaped) || ids.some(id => id.toLowerCase().includes(wanted))))
+      texts = byRow(texts, first);
+    if (keep) lowered[number] = texts;
+    if (typeof texts !== "string") texts.forEach((text, k) => { mask[first + k] = text.includes(wanted) ? 1 : 0; });
+    if (performance.now() - shown > pause && number < index.chunks - 1) {
       found(mask, last / rows.count);
-      await new Promise(requestAnimationFrame);
+      await new Promise(painted => requestAnimationFrame(() => setTimeout(painted)));
       shown = performance.now();
+      pause = 200;
     }
     if (turn !== searching) return;
   }
