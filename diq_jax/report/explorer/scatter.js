@@ -35,9 +35,9 @@ function axes() {
   };
 }
 // An outlier of a fenced column stands at the fence, as in the pictures.
-function value(name, i) {
-  const fence = index.fences[name], v = rows.numbers[name][i];
-  return fence ? Math.min(Math.max(v, fence[0]), fence[1]) : v;
+function valuesOf(name) {
+  const fence = index.fences[name], values = rows.numbers[name];
+  return fence ? i => Math.min(Math.max(values[i], fence[0]), fence[1]) : i => values[i];
 }
 
 // [labels with colours, the color number of each row]
@@ -83,8 +83,9 @@ function drawPoints(width, height, ratio) {
   cells.across = Math.ceil(width / SPAN) + 1;
   cells.first = new Int32Array(cells.across * (Math.ceil(height / SPAN) + 1)).fill(-1);
   const last = []; // the selected ones, to stand above
+  const xOf = valuesOf(plot.x), yOf = valuesOf(plot.y);
   const put = (i, k, r, alpha) => {
-    const px = x(value(plot.x, i)), py = y(value(plot.y, i));
+    const px = x(xOf(i)), py = y(yOf(i));
     if (!(px >= EDGE.left && px <= width - EDGE.right && py >= EDGE.top && py <= height - EDGE.bottom)) return;
     const cell = Math.floor(py / SPAN) * cells.across + Math.floor(px / SPAN);
     cells.next[i] = cells.first[cell];
@@ -165,7 +166,7 @@ function drawMarks() {
     context.strokeStyle = css(ring);
     context.lineWidth = 2.5;
     context.beginPath();
-    context.arc(x(value(plot.x, i)), y(value(plot.y, i)), 8, 0, 7);
+    context.arc(x(valuesOf(plot.x)(i)), y(valuesOf(plot.y)(i)), 8, 0, 7);
     context.stroke();
   }
   if (plot.lasso) {
@@ -206,24 +207,27 @@ function counts() {
 }
 
 function nearest(px, py) {
-  const { x, y } = axes();
+  const { x, y } = axes(), xOf = valuesOf(plot.x), yOf = valuesOf(plot.y);
   let best = -1, least = SPAN * SPAN;
   const column = Math.floor(px / SPAN), line = Math.floor(py / SPAN);
   for (let a = -1; a <= 1; a++) for (let b = -1; b <= 1; b++)
     for (let i = cells.first[(line + b) * cells.across + column + a] ?? -1; i >= 0; i = cells.next[i]) {
-      const d = (x(value(plot.x, i)) - px) ** 2 + (y(value(plot.y, i)) - py) ** 2;
+      const d = (x(xOf(i)) - px) ** 2 + (y(yOf(i)) - py) ** 2;
       if (d < least) { least = d; best = i; }
     }
   return best;
 }
-function inLasso(i) {
-  const px = value(plot.x, i), py = value(plot.y, i), ring = plot.lasso;
-  let inside = false;
-  for (let k = 0, j = ring.length - 1; k < ring.length; j = k++) {
-    const [ax, ay] = ring[k], [bx, by] = ring[j];
-    if (ay > py !== by > py && px < (bx - ax) * (py - ay) / (by - ay) + ax) inside = !inside;
-  }
-  return inside;
+function lassoTest() {
+  const xOf = valuesOf(plot.x), yOf = valuesOf(plot.y), ring = plot.lasso;
+  return i => {
+    const px = xOf(i), py = yOf(i);
+    let inside = false;
+    for (let k = 0, j = ring.length - 1; k < ring.length; j = k++) {
+      const [ax, ay] = ring[k], [bx, by] = ring[j];
+      if (ay > py !== by > py && px < (bx - ax) * (py - ay) / (by - ay) + ax) inside = !inside;
+    }
+    return inside;
+  };
 }
 function zoom(factor, px, py) {
   const { atX, atY } = axes(), centre = { x: atX(px), y: atY(py) };

@@ -39,6 +39,7 @@ function filterChanged() {
   const [groupName, code] = group ? group.split("=").map((v, k) => k ? Number(v) : v) : [];
   const at = (number && number !== "rank" && number !== "quadrant") ? rows.numbers[number]
     : number === "rank" ? choice.rank : choice.quadrant;
+  const inside = plot.lasso && lassoTest();
   const passes = i => {
     if (filtered.matches && !filtered.matches[i]) return false;
     if (wanted === "selected" && !choice.chosen[i]) return false;
@@ -48,7 +49,7 @@ function filterChanged() {
     if (wanted[0] === "Q" && choice.quadrant[i] !== Number(wanted[1])) return false;
     if (group && rows.groups[groupName].codes[i] !== code) return false;
     if (number && (at[i] < low || at[i] > high)) return false;
-    return !plot.lasso || inLasso(i);
+    return !inside || inside(i);
   };
   filtered.passes = new Uint8Array(rows.count);
   for (let i = 0; i < rows.count; i++) filtered.passes[i] = passes(i) ? 1 : 0;
