@@ -11,7 +11,7 @@ help:
 	@echo "make setup     install into .venv"
 	@echo "make demo      setup, then configs/quickstart.py:demo into $(WORKDIR)"
 	@echo "make test      setup, then the fast tests"
-	@echo "make test-all  setup, then all tests"
+	@echo "make test-all  setup, then all tests; those of the explorer where there is Chromium"
 	@echo "make test-newest  the fast tests with Python 3.13 and the newest packages; test-smoke a few"
 	@echo "make lint      ruff and pyright; make format mends what it can"
 	@echo "make docs      setup, then the documentation's pages into build/site"
@@ -62,8 +62,18 @@ PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 test: setup
 	$(PYTEST) -m "not slow"
 
+# The explorer is tested in a browser where there is one.
+ifeq ($(shell command -v chromium || command -v chromium-browser),)
 test-all: setup
+	@echo "There is no Chromium here (apt-get install chromium): the explorer's tests are skipped."
+else
+test-all: $(VENV)/.browser-installed
+endif
 	$(PYTEST)
+
+$(VENV)/.browser-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e '.[browser]' -c constraints.txt
+	touch $@
 
 # No constraints and no torch: what the tests compare with it is skipped. CI has no time for all of
 # them again, and takes those of SMOKE, which go from a pool to scores, training, questions and a
