@@ -111,7 +111,7 @@ def _levels(found):
     rows = []
     for model, means in found["models"].items():
         own = means["judges"] if len(means["judges"]) > 1 else {}
-        rows += [row(model, means), *(row(f"  by {name}", own[name]) for name in own)]
+        rows += [row(model, means), *(row(f"{model}, by {name}", own[name]) for name in own)]
     rows += [row(gap, means, sign=True) for gap, means in found["differences"].items()]
     return tables.Table(["level, 1 to 5", *criteria], rows)
 
@@ -123,7 +123,7 @@ def _pairs(found):
     for name, values in [("", found["all"]), *by_judge.items()]:
         for criterion, value in values.items():
             differ = value["disagree"]
-            plain = [f"  by {name}: {criterion}" if name else criterion]
+            plain = [f"{criterion}, by {name}" if name else criterion]
             plain += [f"{value[count]:,}" for count in counts]
             net, bias = (_mean(value[k], sign=True) for k in ("net", "position_bias"))
             p, share = f"{value['p']:.3g}", tables.number(differ and 100 * differ, 0)
