@@ -117,10 +117,13 @@ def as_markdown(found: Sequence[Mapping[str, Any]], title: str) -> str:
 
 def _cell(cell: Mapping[str, Any]) -> str:
     versus = cell.get("versus_random")
-    if versus is None:
-        return f"{cell['mean']:.4f}"
-    star = "*" if versus.get("p_holm", 1) < 0.05 else ""
-    return f"{versus['mean']:+.4f} ({versus['low']:+.4f} to {versus['high']:+.4f}){star}"
+    return f"{cell['mean']:.4f}" if versus is None else difference(versus, 4)
+
+
+def difference(cell: Mapping[str, float], digits: int) -> str:
+    """Writes a difference with its interval; * where Holm's p is below 0.05."""
+    mean, low, high = (f"{cell[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high}){'*' if cell.get('p_holm', 1) < 0.05 else ''}"
 
 
 def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Figure:
