@@ -1,0 +1,25 @@
+"""The selection that we would begin with, on top of another config.
+
+Run:     diq run --config=recommended:quickstart --workdir=runs/recommended, or
+         diq run --config=recommended:huatuo_llama31_8b --workdir=runs/recommended ..
+Cost:    beside the base config's: a LoRA training on the targets, two forward passes over the pool
+Result:  @@RESULT@@
+
+selection.method=color takes the rows whose loss falls most by training on the targets. Of 15
+methods and directions it is the one that lowered both the choice loss and the loss of the right
+answer, against random rows, at each budget on each split of the pool (docs/results.md, The
+selection lab: a model of 240,000 parameters, its accuracy at chance). Length needs no control and
+difficulty no band: neither helped there. Where the loss of the right answer alone counts,
+selection.method=influence with influence.direction=gauss_newton lowered it further on both splits,
+and raised the choice loss.
+"""
+
+from diq_jax import config_files
+
+
+def get_config(base="quickstart"):
+    c = config_files.load(base)
+    with c.unlocked():
+        c.selection.method = "color"
+        c.influence.tuned.color = True
+    return c
