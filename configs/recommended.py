@@ -3,7 +3,9 @@
 Run:     diq run --config=recommended:quickstart --workdir=runs/recommended, or
          diq run --config=recommended:huatuo_llama31_8b --workdir=runs/recommended ..
 Cost:    beside the base config's: a LoRA training on the targets, two forward passes over the pool
-Result:  @@RESULT@@
+Result:  minus as many random rows, split 0 and split 1 of the lab: choice loss -0.28 and -0.13 at
+         1 %, -0.29 and -0.14 at 5 %; test loss -0.22 and -0.14 at 1 %, -0.19 and -0.08 at 5 %;
+         loss on other reasoning +0.06 and +0.05 at 1 %
 
 selection.method=color takes the rows whose loss falls most by training on the targets. Of 15
 methods and directions it is the one that lowered both the choice loss and the loss of the right
