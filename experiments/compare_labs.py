@@ -129,7 +129,7 @@ def draw(rows: Sequence[Mapping[str, Any]], labs: Sequence[str]) -> matplotlib.f
 
 def main() -> None:
     """Reads, compares and writes."""
-    labs = read(LABS.value)
+    labs = read(LABS.value or [])
     rows = table(labs)
     if not rows:
         raise errors.UserError("--labs: no arm and budget is in every lab.")
