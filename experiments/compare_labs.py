@@ -136,8 +136,7 @@ def main() -> None:
     workdir, names = cli.folder(WORKDIR), list(labs)
     text = as_markdown(rows, names)
     artifacts.write_text(workdir / "labs.md", text)
-    plain = [row | {"holds": " ".join(row["holds"])} for row in rows]
-    pictures.write(workdir, "labs", plain, draw, rows, names)
+    pictures.write(workdir, "labs", rows, draw, rows, names)
     print(text)
 
 

@@ -1,5 +1,6 @@
 """A study's figure, in the report's style: NAME.png, NAME.svg and, with what it shows, NAME.csv."""
 
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,10 +22,11 @@ def write(
     """Draws `draw(*args)` and writes it, and the rows that it shows, atomically.
 
     Args:
-        rows: of any depth; a value in a mapping becomes a column "outer.inner".
+        rows: of any depth; a value in a mapping becomes a column "outer.inner", a list JSON.
     """
-    columns = pandas.json_normalize([dict(row) for row in rows]).to_dict("list")
-    for suffix, made in style.render(columns, draw, *args).files.items():
+    table = pandas.json_normalize([dict(row) for row in rows])
+    columns = table.map(lambda x: json.dumps(x) if isinstance(x, (list, tuple)) else x)
+    for suffix, made in style.render(columns.to_dict("list"), draw, *args).files.items():
         with artifacts.atomic(folder / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(made)
 
