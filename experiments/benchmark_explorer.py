@@ -1,6 +1,6 @@
 """How fast the explorer answers in headless Chromium, on a synthetic run.
 
-    python experiments/benchmark_explorer.py --workdir=/tmp/explorer [--rows=20000] [--json]
+    python experiments/benchmark_explorer.py --workdir=runs/explorer [--rows=20000] [--json]
 
 Makes the artifacts of a run of so many rows of --characters (words of the shipped sample in random
 order), writes its report, serves it, and times in the browser, from the event to the end of the

@@ -27,7 +27,7 @@ from lab import summary
 LABS = flags.DEFINE_list("labs", None, "Folders of selection_lab.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the table and the figure go.")
 MEASURES = ("choice_loss_letters", "test_loss_without_end")
-SURE = 0.05  # Holm's p
+APART = ("split", "width", "layers")  # the settings in which labs may differ
 Cell = Mapping[str, float]  # mean, low, high, p_holm of a difference to random
 
 
@@ -35,17 +35,24 @@ def read(folders: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Returns {what a lab is: its rows}.
 
     Raises:
-        UserError: there are fewer than two labs, or one is not finished or is there twice.
+        UserError: there are fewer than two labs, one is not finished or is there twice, or they
+            differ in a setting that is not of APART.
     """
     errors.check("--labs", len(folders) > 1, "at least two folders", ",".join(folders))
     found: dict[str, list[dict[str, Any]]] = {}
+    common: dict[str, Any] | None = None
     for folder in folders:
         file = pathlib.Path(folder) / "lab.json"
         if not file.is_file():
             raise errors.UserError(f"--labs: {file} does not exist; selection_lab.py writes it.")
         made = reading.read_record(file, {"settings": dict, "rows": list})
         settings = made["settings"]
-        name = f"split {settings['split']}, width {settings['width']}"
+        reading.check_record(settings, f"{file}: settings", dict.fromkeys(APART, int))
+        others = {key: value for key, value in settings.items() if key not in APART}
+        common = others if common is None else common
+        if wrong := [key for key in common | others if common.get(key) != others.get(key)]:
+            raise errors.UserError(f"--labs: {folders[0]} and {folder} differ in {wrong[0]}.")
+        name = f"split {settings['split']}, {settings['layers']} layers of {settings['width']}"
         errors.check("--labs", name not in found, "each split and size once", folder)
         found[name] = made["rows"]
     return found
@@ -74,7 +81,7 @@ def table(labs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any
 
 def better(cell: Cell) -> bool:
     """Tells whether an arm is below random in one lab."""
-    return cell["high"] < 0 and cell["p_holm"] < SURE
+    return cell["high"] < 0 and cell["p_holm"] < summary.SURE
 
 
 def mean_of(row: Mapping[str, Any]) -> float:

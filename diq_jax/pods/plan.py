@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from absl import logging
+
 from diq_jax import config, errors
 from diq_jax.pods import hlo, programs, topology
 
@@ -212,6 +214,8 @@ def _row(name, parts, ideal, job, place):
     costs = [part.cost for part in parts if part.cost]
     if len(costs) < len(parts):
         return row
+    if unknown := sum(cost.unknown_loops for cost in costs):
+        logging.warning("%s: %d loops of unknown length count once.", name, unknown)
     chips = place.data * place.model
     link = sum(cost.link_seconds(place.chip.link_bytes) for cost in costs)
     seconds = sum(cost.cycles for cost in costs) / place.chip.clock + link

@@ -4,7 +4,6 @@ agree, and where they do not.
 
 import dataclasses
 import itertools
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,9 +38,10 @@ class Opinions:
 
 def _files(context) -> dict[str, pathlib.Path]:
     judge = context.path(JUDGE)
-    labels = os.path.splitext(context.config.difficulty.source)[0]
     places = {"judge": judge, "verdicts": judge.with_suffix(VERDICTS)}
-    places["annotator"] = pathlib.Path(labels + SUMMARY)
+    labels = pathlib.Path(context.config.difficulty.source)
+    if labels.is_file():  # not `sample`, `columns` or a classifier's folder
+        places["annotator"] = labels.with_suffix(SUMMARY)
     return {name: path for name, path in places.items() if path.is_file()}
 
 

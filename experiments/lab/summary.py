@@ -23,6 +23,7 @@ PANELS = {
     "held_out_loss": "loss on held-out reasoning (nats/token)",
 }
 MORE = {"choice_loss": "choice loss, whole options (nats)", "test_loss": "test loss (nats/token)"}
+SURE = 0.05  # Holm's p, where a star stands
 COLORS = (style.SELECTED, style.ARMS[0], style.ARMS[1], style.MUTED)
 Values = Mapping[str, np.ndarray]
 
@@ -121,9 +122,9 @@ def _cell(cell: Mapping[str, Any]) -> str:
 
 
 def difference(cell: Mapping[str, float], digits: int) -> str:
-    """Writes a difference with its interval; * where Holm's p is below 0.05."""
+    """Writes a difference with its interval; * where Holm's p is below SURE."""
     mean, low, high = (f"{cell[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high}){'*' if cell.get('p_holm', 1) < 0.05 else ''}"
+    return f"{mean} ({low} to {high}){'*' if cell.get('p_holm', 1) < SURE else ''}"
 
 
 def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Figure:

@@ -7,7 +7,7 @@ import pytest
 import scripts
 
 
-def write(folder, split, **arms):
+def write(folder, split, changed=(), **arms):
     """A lab.json; {arm: (choice loss and its Holm p, test loss and its)}, intervals of +-0.1."""
 
     def cell(mean, p):
@@ -20,7 +20,8 @@ def write(folder, split, **arms):
         for arm, (choice, test) in arms.items()
     ]  # fmt: skip
     folder.mkdir()
-    made = {"settings": {"split": split, "width": 64}, "rows": rows}
+    changed = dict(changed)
+    made = {"settings": {"split": split, "width": 64, "layers": 2, **changed}, "rows": rows}
     (folder / "lab.json").write_text(json.dumps(made))
     return folder
 
@@ -56,11 +57,13 @@ def test_an_arm_holds_where_it_is_below_random_in_every_lab(tmp_path):
 @pytest.mark.parametrize(
     ("labs", "message"),
     [(["a"], "at least two folders"), (["a", "a"], "each split and size once"),
-     (["a", "c"], "lab.json does not exist"), (["a", "b"], "no arm and budget is in every lab")],
+     (["a", "c"], "lab.json does not exist"), (["a", "b"], "no arm and budget is in every lab"),
+     (["a", "d"], "differ in candidates")],
 )  # fmt: skip
 def test_labs_that_cannot_be_compared_are_one_sentence(labs, message, tmp_path):
     write(tmp_path / "a", 0, one=((0.1, 0.1), (0.1, 0.1)))
     write(tmp_path / "b", 1, other=((0.1, 0.1), (0.1, 0.1)))
+    write(tmp_path / "d", 2, {"candidates": 9}, one=((0.1, 0.1), (0.1, 0.1)))
     folders = ",".join(str(tmp_path / lab) for lab in labs)
     ended = scripts.script("compare_labs", f"--labs={folders}", f"--workdir={tmp_path / 'out'}")
     assert ended.returncode == 2 and message in ended.stderr, ended.stderr

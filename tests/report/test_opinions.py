@@ -49,6 +49,7 @@ def opine(context):
         "kappa": annotate.agreement(drawn), "apart": annotate.apart(list(DRAWS), drawn, 3),
     })  # fmt: skip
     source = str(context.path("labels.jsonl"))
+    context.path("labels.jsonl").touch()
     difficulty = dataclasses.replace(context.config.difficulty, source=source)
     return dataclasses.replace(
         context, config=dataclasses.replace(context.config, difficulty=difficulty)
