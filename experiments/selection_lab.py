@@ -13,7 +13,8 @@ The pool is split at random (--split): --candidates rows to select from, --held_
 nothing trains on, and the rest, which trains a tokenizer and a small decoder (the base). The
 stages of `diq run` score the candidates at the base, for each direction; every arm (lab/arms.py)
 then trains the base on its rows with --seeds orders of them, several at once as one program, at the
-settings of --config.finetune. `random` is drawn anew for each seed. Measured: on multiple-choice
+settings of --config.finetune. `random` is drawn anew for each seed, and so is `the targets`: as
+many of the targets as a selection has rows, or all. Measured: on multiple-choice
 tests minus the log of the right option's share among the options (choice loss), accuracy and the
 right answer's loss with and without the end of turn; the loss on held-out rows of the pool, and on
 the targets.
@@ -109,13 +110,14 @@ def read_lab(cfg: config.Config, workdir: pathlib.Path) -> trainings.Lab:
 
 
 def predict(lab: trainings.Lab, count: int) -> list[tuple[str, float]]:
-    """Returns (what, FLOPs) of `count` arms, random among them, and of the whole pool."""
+    """Returns (what, FLOPs) of `count` arms, random and the targets among them, and of the pool."""
     cfg, settings = lab.model.cfg, lab.settings
     kind = "thin_gradient" if settings.trains_adapter else "gradient"
-    epoch = cost.total_flops(cfg, lab.pool, kind, settings.remat)
+    pool = lab.candidates
+    epoch = cost.total_flops(cfg, pool, kind, settings.remat)
     asked = [row for part in lab.asked for row in part.rows]
     tested = cost.total_flops(cfg, asked, "forward")
-    shares = [select.budget(b, len(lab.pool)) / len(lab.pool) for b in budgets()]
+    shares = [select.budget(b, len(pool)) / len(pool) for b in budgets()]
     trained = settings.epochs * epoch
     return [
         (f"{count} arms x {100 * b:g} % x {SEEDS.value}", count * SEEDS.value * share * trained)
@@ -136,14 +138,18 @@ def work(
     workdir: pathlib.Path,
 ) -> None:
     """Trains and measures every arm, the cheapest budgets first, and writes after each budget."""
-    seeds, ids = range(SEEDS.value), [row.example_id for row in lab.pool]
+    seeds, ids = range(SEEDS.value), [row.example_id for row in lab.candidates]
     drawn = [arms.random_ranks(ids, seed) for seed in seeds]
-    plan = [(name, b) for b in budgets() for name in (arms.RANDOM, *ranks)] + [(arms.FULL, 1.0)]
+    names = (arms.RANDOM, arms.TARGETS, *ranks)
+    plan = [(name, b) for b in budgets() for name in names] + [(arms.FULL, 1.0)]
     found, about = {}, {}
     nothing = trainings.measure_base(lab, AT_ONCE.value)
     for number, (name, budget) in enumerate(plan, start=1):
         if name == arms.RANDOM:
             rows = [arms.chosen(order, budget) for order in drawn]
+        elif name == arms.TARGETS:
+            keep = select.budget(budget, len(ids))
+            rows = [arms.drawn_targets(len(ids), lab.targets, keep, seed) for seed in seeds]
         elif name == arms.FULL:
             rows = [tuple(range(len(ids)))] * len(seeds)
         else:
@@ -172,7 +178,7 @@ def work(
 def write(cfg: config.Config, workdir: pathlib.Path, lab: trainings.Lab, rows: list[dict]) -> None:
     """Writes lab.json, lab.md and the figure."""
     title = (
-        f"{len(lab.pool):,} candidates (split {SPLIT.value}), {LAYERS.value} layers of "
+        f"{len(lab.candidates):,} candidates (split {SPLIT.value}), {LAYERS.value} layers of "
         f"{WIDTH.value}, {len(lab.questions)} questions of {len(set(lab.tasks))} tasks, "
         f"{SEEDS.value} seeds"
     )
@@ -197,7 +203,7 @@ def main() -> None:
             errors.check_choice("--arms", name, ranks)
         ranks = {k: v for k, v in ranks.items() if not ARMS.value or k in ARMS.value}
         lab = read_lab(cfg, workdir)
-        predicted = predict(lab, len(ranks) + 1)
+        predicted = predict(lab, len(ranks) + 2)
         for what, flops in predicted:
             print(f"{what:<40}{flops:>12.3g} FLOPs")
         print(f"{'together':<40}{sum(f for _, f in predicted):>12.3g} FLOPs", flush=True)

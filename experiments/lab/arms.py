@@ -16,6 +16,7 @@ from diq_jax import config, pipeline, prepare
 from diq_jax.selection import methods, select, stage
 
 RANDOM, FULL, BASE = "random", "full", "base"
+TARGETS = "the targets"  # trained on themselves, drawn anew for each seed: nothing is selected
 MEAN = "mean"  # the folder of the mean direction, which has all scores
 BY_INFLUENCE = ("diq", "influence")  # the methods that are arms of every direction
 DIRECTIONS: dict[str, dict[str, Any]] = {
@@ -99,6 +100,14 @@ def random_ranks(ids: list[str], seed: int) -> np.ndarray:
     """Returns the ranks of `random` with selection.seed = seed, (n,) from 1."""
     scores = {"id_order": methods.id_order(ids)}
     return np.asarray(methods.ranks(RANDOM, scores, methods.OrderSettings(seed=seed)))
+
+
+def drawn_targets(candidates: int, targets: int, count: int, seed: int) -> tuple[int, ...]:
+    """Returns as many of the targets as a selection has rows, or all, as ascending indices into
+    the candidates with the targets after them.
+    """
+    order = np.random.default_rng(seed).permutation(targets)[:count]
+    return tuple(sorted((candidates + order).tolist()))
 
 
 def chosen(ranks: np.ndarray, budget: float) -> tuple[int, ...]:

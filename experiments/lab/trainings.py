@@ -40,6 +40,7 @@ class Lab:
     """What all trainings share.
 
     Attributes:
+        pool: the candidates, and after them the targets, which are an arm as well.
         batch: the whole pool on the device.
         asked: of targets and held-out rows in one list, and of questions; for S models at once.
         targets: how many of that list are targets.
@@ -56,13 +57,17 @@ class Lab:
     shared: str
 
     @property
+    def candidates(self) -> list[example.Encoded]:
+        return self.pool[: len(self.pool) - self.targets]
+
+    @property
     def tasks(self) -> list[str]:
         return [question.task for question in self.questions]
 
 
 def make_lab(
     cfg: config.Config,
-    pool: Sequence[example.Encoded],
+    candidates: Sequence[example.Encoded],
     targets: Sequence[example.Encoded],
     held_out: Sequence[example.Encoded],
     questions: Sequence[options.Question],
@@ -77,7 +82,7 @@ def make_lab(
         errors.check(f"finetune.{name}", found == wanted, f"{wanted} in the lab", found)
     placement = devices.make_placement(cfg.parallel)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
-    rows = [*targets, *held_out]
+    pool, rows = [*candidates, *targets], [*targets, *held_out]
     asked = measure.ask(rows, questions, model.cfg, placement, cfg.evaluate.batch_tokens)
     decided = [
         {name: getattr(cfg.finetune, name) for name in DECISIVE}, len(targets), METRICS,
@@ -86,7 +91,7 @@ def make_lab(
         [[question.example_id, question.row.input_ids.tolist()] for question in questions],
     ]  # fmt: skip
     return Lab(
-        model, cfg.finetune, list(pool), lay_out(pool),
+        model, cfg.finetune, pool, lay_out(pool),
         tuple(for_seeds(part, cfg.finetune.trains_adapter) for part in asked),
         list(questions), len(targets), hashlib.sha256(json.dumps(decided).encode()).hexdigest(),
     )  # fmt: skip

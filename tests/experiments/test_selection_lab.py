@@ -92,6 +92,13 @@ def test_budgets_nest_and_random_is_the_seed_s_own():
     assert not np.array_equal(ranks, arms.random_ranks(ids, 4))
 
 
+def test_targets_are_drawn_from_what_follows_the_candidates():
+    some = [arms.drawn_targets(10, 6, 4, seed) for seed in range(3)]
+    assert all(len(set(rows)) == 4 and set(rows) <= set(range(10, 16)) for rows in some)
+    assert len(set(some)) > 1
+    assert arms.drawn_targets(10, 6, 9, 0) == tuple(range(10, 16))
+
+
 def test_difference_to_random_is_paired():
     rng = np.random.default_rng(0)
     values = {m: rng.normal(size=(4, 6)) for m in trainings.METRICS}
