@@ -79,14 +79,16 @@ def attend(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(q, k, v, queries, keys, start):
-        *heads, Q, _ = q.shape
+        # A query's places are told again for each head of a group: laid out as the scores are, what
+        # is hidden is made where it is added, not written out for all heads (on TPUs).
         rows = q.reshape(B, K, -1, C)
         scores = jnp.einsum("bkqc,bksc->bkqs", rows, k, preferred_element_type=jnp.float32)
-        seen = _seen(queries, keys, start if causal else None, window)
-        hidden = jnp.where(seen, 0.0, UNSEEN)[:, None, None]
-        weights = jax.nn.softmax(scores.reshape(*heads, Q, -1) + hidden, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkqs,bksc->bkqc", weights.reshape(*rows.shape[:3], -1), v)
-        return out.reshape(*heads, Q, C)
+        queries = {name: jnp.tile(ids, (1, H // K)) for name, ids in queries.items()}
+        index = start + jnp.arange(q.shape[3]) if causal else None
+        seen = _seen(queries, keys, index if index is None else jnp.tile(index, H // K), window)
+        hidden = jnp.where(seen, 0.0, UNSEEN)[:, None]
+        weights = jax.nn.softmax(scores + hidden, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkqs,bksc->bkqc", weights, v).reshape(q.shape)
 
     positions = None if window is None else positions
     places = {"segment_ids": segment_ids, "parent_ids": parent_ids, "positions": positions}
@@ -136,22 +138,21 @@ def _loop(block, q, k, v, queries, keys, start):
     return jnp.moveaxis(out, 0, 3).reshape(q.shape)
 
 
-def _seen(queries, keys, start, window):
+def _seen(queries, keys, index, window):
     """Marks which keys each query sees, (B, Q, S) bool, by the places of both; see `attend`.
 
     Args:
-        start: the place of the first query among the keys where none sees a later one, else None.
+        index: the places (Q,) of the queries among the keys where none sees a later one, else None.
     """
     key_segments = keys["segment_ids"][:, None, :]
     seen = queries["segment_ids"][:, :, None] == key_segments
     if "parent_ids" in queries:
         seen = seen | (queries["parent_ids"][:, :, None] == key_segments)
-    if start is not None:
-        index = start + jnp.arange(queries["segment_ids"].shape[1])[:, None]
-        seen = seen & (jnp.arange(keys["segment_ids"].shape[1])[None, :] <= index)[None]
+    if index is not None:
+        seen = seen & (jnp.arange(keys["segment_ids"].shape[1])[None] <= index[:, None])[None]
     if window is not None:
         distance = queries["positions"][:, :, None] - keys["positions"][:, None, :]
-        distance = distance if start is not None else jnp.abs(distance)
+        distance = distance if index is not None else jnp.abs(distance)
         seen = seen & (distance < window)
     return seen
 

@@ -138,6 +138,9 @@ def _closing(text, start):
 def _visit(computations, name, times, fused, cost):
     """Adds a computation that runs `times` times; inside a fusion only FLOPs count."""
     types = {line.name: line.type for line in computations[name]}
+    # On TPUs the slice of an all-reduce that a fusion ends with is one collective.
+    last = computations[name][-1]
+    scattered = last.operands[0] if fused and last.op == "dynamic-slice" else ""
     for line in computations[name]:
         if line.op in ("convolution", "dot"):
             sides = [types[operand] for operand in line.operands[:2]]
@@ -145,6 +148,8 @@ def _visit(computations, name, times, fused, cost):
         kind = line.op.removesuffix("-start")
         if kind in COLLECTIVES:
             one = kind, _chips(line.attributes), times, _moved(line, kind)
+            if kind == "all-reduce" and line.name == scattered:
+                one = "reduce-scatter", *one[1:3], _moved(last, "reduce-scatter")
             if "chain_id=" in line.attributes:
                 channel = re.findall(r"channel_id=\d+", line.attributes)[0]
                 cost.chains[channel] = min(one, cost.chains.get(channel, one), key=lambda x: x[2])

@@ -75,6 +75,28 @@ def test_a_collective_in_pieces_counts_once():
     assert dict(hlo.read(pieces).collectives) == {("all-reduce", 4): [1, 8 * 16 * 4]}
 
 
+def test_a_slice_of_a_sum_is_scattered():
+    """A fusion that keeps two of the eight rows of a sum of four chips: 128 of 512 bytes stay."""
+    fused = PROGRAM.replace(
+        "%body (state",
+        """%scattered (p: f32[8,16]) -> f32[2,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %summed = f32[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[2,16]{1,0} dynamic-slice(%summed, %zero, %zero), dynamic_slice_sizes={2,16}
+}
+
+%body (state""",
+    ).replace(
+        "  %z = f32[8,16]{1,0} all-reduce(%y), replica_groups={{0,1,2,3}}, to_apply=%add",
+        "  %z = f32[2,16]{1,0} fusion(%y), kind=kCustom, calls=%scattered",
+    )
+    cost = hlo.read(fused)
+    assert dict(cost.collectives) == {("reduce-scatter", 4): [3, 3 * 128]}
+    # A ring passes three pieces of 128 bytes.
+    assert cost.link_seconds(1000) == pytest.approx(3 * 3 * 0.128)
+
+
 def test_a_convolution_counts_no_padding():
     """A window of 3 over 4 places with one of padding on each side has 2 + 3 + 3 + 2 products, for
     each of 2 batches, 5 input and 7 output features.
