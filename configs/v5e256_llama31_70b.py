@@ -1,8 +1,8 @@
-"""DIQ with Llama-3.1-70B-Instruct on 256 TPU v5e chips, 64 hosts of four.
+r"""DIQ with Llama-3.1-70B-Instruct on 256 TPU v5e chips, 64 hosts of four.
 
-Run:     diq run --config=v5e256_llama31_70b --workdir=/shared/v5e256 \\
+Run:     diq run --config=v5e256_llama31_70b --workdir=/shared/v5e256 \
              --config.difficulty.source=LABELS.jsonl
-Plan:    diq plan --config=v5e256_llama31_70b --shape=llama31_70b --topology=v5e:16x16 \\
+Plan:    diq plan --config=v5e256_llama31_70b --shape=llama31_70b --topology=v5e:16x16 \
              --mesh=16x16 --programs=exact16,lora_step
          not compiled with these settings yet; docs/pods.md has exact16 on this slice, and lora_step
          on v5e:8x8.

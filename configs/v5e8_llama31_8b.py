@@ -1,8 +1,8 @@
-"""DIQ with Llama-3.1-8B-Instruct on one host of eight TPU v5e chips.
+r"""DIQ with Llama-3.1-8B-Instruct on one host of eight TPU v5e chips.
 
-Run:     diq run --config=v5e8_llama31_8b --workdir=runs/v5e8 \\
+Run:     diq run --config=v5e8_llama31_8b --workdir=runs/v5e8 \
              --config.difficulty.source=LABELS.jsonl
-Plan:    diq plan --config=v5e8_llama31_8b --shape=llama31_8b --topology=v5e:2x4 \\
+Plan:    diq plan --config=v5e8_llama31_8b --shape=llama31_8b --topology=v5e:2x4 \
              --mesh=1x8 --programs=exact,lora_step
              program    GiB of 16  est ms  of that link  tokens/s a chip  collectives
              exact      3.83       228     54            2,247            525

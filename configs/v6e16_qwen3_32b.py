@@ -1,8 +1,8 @@
-"""DIQ with Qwen3-32B on sixteen TPU v6e chips, four hosts of four.
+r"""DIQ with Qwen3-32B on sixteen TPU v6e chips, four hosts of four.
 
-Run:     diq run --config=v6e16_qwen3_32b --workdir=/shared/v6e16 \\
+Run:     diq run --config=v6e16_qwen3_32b --workdir=/shared/v6e16 \
              --config.difficulty.source=LABELS.jsonl
-Plan:    diq plan --config=v6e16_qwen3_32b --shape=qwen3_32b --topology=v6e:4x4 \\
+Plan:    diq plan --config=v6e16_qwen3_32b --shape=qwen3_32b --topology=v6e:4x4 \
              --mesh=2x8 --programs=exact,lora_step
          not compiled yet
 Cost:    not measured

@@ -1,5 +1,4 @@
-"""The configuration of a run: every field once, with its default, range, meaning, and the stages
-whose results it can change (fields.py).
+"""The configuration of a run: every field once, and the stages it can change (fields.py).
 
 A config file calls `default()`, sets fields, and returns the locked ConfigDict; `resolve` turns
 that into the dataclasses. Flags override fields: `--config.selection.retention_ratio=0.01`.
@@ -31,6 +30,8 @@ ENCODING = ("prepare", "dpo")  # stages that encode rows
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel(fields.Section, section="model"):
+    """Says which model is scored and trained, in which dtype."""
+
     path: str = field(
         "",
         "The base model: a hub id, a folder or a .gguf file, of this machine or a URL (gs://, "
@@ -59,11 +60,14 @@ class BaseModel(fields.Section, section="model"):
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields a missing path."""
         yield not self.path, "model.path must be a model; got ''."
 
 
 @dataclasses.dataclass(frozen=True)
 class Data(fields.Section, section="data", decides=("prepare",)):
+    """Says which rows are read, and how they are written as chats."""
+
     pool: str = field(
         SAMPLE,
         "The rows to choose from: a path, a glob, a URL (gs://, s3://, https://), several of "
@@ -111,6 +115,7 @@ class Data(fields.Section, section="data", decides=("prepare",)):
     seed: int = field(0, "The seed of the draws of targets and tests.", fields.SEED)
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields a date or a pool that is none."""
         yield not _is_date(self.date), f"data.date must be a day as YYYY-MM-DD; got {self.date!r}."
         pool = "data.pool must be a path, glob, hub:NAME or sample; got ''."
         yield not self.pool.strip(), pool
@@ -118,6 +123,8 @@ class Data(fields.Section, section="data", decides=("prepare",)):
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "classifier")):
+    """Says where levels of difficulty come from."""
+
     source: str = field(
         "",
         "Labelled rows to train on (path, glob, hub:NAME, sample), columns[:knowledge=A,...], or a "
@@ -178,6 +185,8 @@ class Difficulty(fields.Section, section="difficulty", decides=("difficulty", "c
 
 @dataclasses.dataclass(frozen=True)
 class Parallel(fields.Section, section="parallel"):
+    """Says how work is spread over devices."""
+
     strategy: str = field(
         "mesh",
         "mesh: jit over a (data, model) mesh; pmap: data-parallel over local devices.",
@@ -198,6 +207,7 @@ class Parallel(fields.Section, section="parallel"):
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields what pmap cannot do."""
         pmap = self.strategy == "pmap"
         yield (
             pmap and self.model != 1,
@@ -209,6 +219,8 @@ class Parallel(fields.Section, section="parallel"):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Holds a checked section for each part of a run."""
+
     model: BaseModel
     data: Data
     difficulty: Difficulty
@@ -248,9 +260,7 @@ def decided_by(stage: str) -> frozenset[str]:
 
 
 def describe(section: str = "") -> str:
-    """Describes the fields of a section, or all, for --help. Raises UserError for an unknown
-    section.
-    """
+    """Describes the fields of a section, or all, for --help; UserError for an unknown section."""
     return fields.describe(Config, section)
 
 
@@ -270,9 +280,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def _with_sample(cfg: Config) -> Config:
-    """Fills in the shipped targets, tests and labels where nothing is named, for the shipped pool
-    alone.
-    """
+    """Fills in the shipped targets, tests and labels not named, for the shipped pool alone."""
     if cfg.data.pool.strip() != SAMPLE:
         return cfg
     data, source = cfg.data, cfg.difficulty.source or SAMPLE

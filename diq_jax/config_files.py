@@ -1,6 +1,4 @@
-"""Loads a config file, which is Python that others wrote: whatever goes wrong in it is one sentence
-that names the file and, where there is one, the line.
-"""
+"""Loads a config file, Python that others wrote: a mistake is one sentence with file and line."""
 
 import importlib.machinery
 import pathlib
@@ -17,9 +15,11 @@ class Parser(flags.ArgumentParser):
     """Reads a --config flag as `load` does."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
+        """Returns the config of the flag's value."""
         return load(argument)
 
     def flag_type(self) -> str:
+        """Returns what absl's help calls the flag's type."""
         return "config file"
 
 
@@ -34,7 +34,6 @@ def shipped() -> dict[str, pathlib.Path]:
 
 def load(argument: str) -> ml_collections.ConfigDict:
     """Returns what get_config() of FILE, or get_config(ARGUMENT) of FILE:ARGUMENT, returns, locked.
-    FILE may be the name of a shipped config.
 
     Raises:
         UserError: the file is missing, cannot be run or raises anything; or its config has other

@@ -10,9 +10,7 @@ URL = re.compile(r"(?:\w+:)?[A-Za-z][A-Za-z0-9+.-]+://\S*")
 
 
 class UserError(ValueError):
-    """Reports bad input from outside: what is wrong, where (file and line, or config field), and
-    what was expected.
-    """
+    """Reports bad input from outside: what is wrong, where, and what was expected."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

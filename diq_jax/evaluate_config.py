@@ -9,6 +9,8 @@ from diq_jax.fields import field
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
+    """Says how models are measured on data.tests."""
+
     batch_tokens: int = field(
         4096,
         "Tokens of one evaluation batch on each of the devices that share it (parallel.data), "
@@ -52,6 +54,7 @@ class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields settings of generation that exclude each other."""
         yield (  # logits are divided by it
             0 < self.temperature < 0.001,
             f"evaluate.temperature must be 0 or at least 0.001; got {self.temperature!r}.",
@@ -65,6 +68,7 @@ class Evaluate(fields.Section, section="evaluate", decides=("evaluate",)):
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
+        """Returns the texts that end an answer."""
         return tuple(filter(None, self.stop.split("|")))
 
     @property

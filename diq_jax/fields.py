@@ -1,5 +1,4 @@
-"""How the configuration is declared: a frozen dataclass for each section, whose fields say their
-default, range, meaning, and which stages' results they decide.
+"""How the configuration is declared: a frozen dataclass a section, whose fields say all of them.
 
 Checks, the settings that a stage records and --help come from here.
 """
@@ -55,9 +54,7 @@ UNIT = Span(0, 1)
 
 
 def or_none(span: Span) -> Span:
-    """Returns the same range with 0, which turns the field off or leaves the choice to the
-    program.
-    """
+    """Returns the same range with 0, which turns the field off or leaves the choice to us."""
     return span._replace(least=0)
 
 

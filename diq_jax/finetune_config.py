@@ -17,6 +17,7 @@ class Steps(fields.Section, section="finetune"):
     accumulation_steps: int
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields a batch that does not split into its microbatches."""
         yield (
             self.batch_size % self.accumulation_steps > 0,
             f"{self.section}.accumulation_steps must divide batch_size {self.batch_size}, got "
@@ -26,8 +27,7 @@ class Steps(fields.Section, section="finetune"):
 
 @dataclasses.dataclass(frozen=True)
 class Dpo(Steps, section="finetune.dpo", decides=("dpo",)):
-    """Trains the adapter on by direct preference optimization (arXiv 2305.18290), after
-    fine-tuning.
+    """Trains the adapter on by direct preference optimization (arXiv 2305.18290).
 
     weight_decay, clip_norm, remat and checkpoint_every_steps are finetune's; there is no dropout,
     so that the policy and its reference are compared as they are.
@@ -64,6 +64,8 @@ class Dpo(Steps, section="finetune.dpo", decides=("dpo",)):
 
 @dataclasses.dataclass(frozen=True)
 class Finetune(Steps, section="finetune", decides=("finetune",)):
+    """Says what is trained on the selected rows, and how."""
+
     baselines: str = field(
         "random",
         "Also trains on as many rows by these selection methods, separated by commas; empty = "
@@ -138,6 +140,7 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
     dpo: Dpo = dataclasses.field(default_factory=Dpo)
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields what needs an adapter where none is trained."""
         yield from super().conflicts()
         yield (
             self.dropout > 0 and not self.trains_adapter,
@@ -152,6 +155,7 @@ class Finetune(Steps, section="finetune", decides=("finetune",)):
 
     @property
     def baseline_methods(self) -> tuple[str, ...]:
+        """Returns the methods whose selections are trained on as well."""
         return tuple(m.strip() for m in self.baselines.split(",") if m.strip())
 
     @property

@@ -12,6 +12,8 @@ DECIDES = ("influence",)
 
 @dataclasses.dataclass(frozen=True)
 class Lora(fields.Section, section="influence.lora", decides=DECIDES):
+    """Says which adapter's factors the gradients are of."""
+
     path: str = field(
         "",
         "A PEFT adapter folder, which is then part of the model; empty = a fresh adapter by the"
@@ -32,6 +34,8 @@ class Lora(fields.Section, section="influence.lora", decides=DECIDES):
 
 @dataclasses.dataclass(frozen=True)
 class Projection(fields.Section, section="influence.projection", decides=DECIDES):
+    """Says how gradients are projected to store rows."""
+
     kind: str = field(
         "rademacher",
         "The random matrix: dense signs (rademacher) or normal numbers (gaussian) as in TRAK, "
@@ -57,6 +61,7 @@ class Projection(fields.Section, section="influence.projection", decides=DECIDES
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields an odd `dim` for two buckets."""
         yield (
             self.kind == "sparse" and self.dim % 2 == 1,
             "influence.projection.dim must be even with kind=sparse (two buckets); got "
@@ -66,6 +71,8 @@ class Projection(fields.Section, section="influence.projection", decides=DECIDES
 
 @dataclasses.dataclass(frozen=True)
 class Store(fields.Section, section="influence.store", decides=DECIDES):
+    """Says how a gradient store is written."""
+
     dtype: str = field(
         "float32", "The dtype of the stored rows.", choices=("float32", "bfloat16", "float16")
     )
@@ -97,9 +104,7 @@ class Warmup(fields.Section, section="influence.warmup", decides=DECIDES):
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton(fields.Section, section="influence.gauss_newton", decides=DECIDES):
-    """Sets how direction=gauss_newton solves (G + lambda)^-1 of the target gradient, by conjugate
-    gradients.
-    """
+    """Solves (G + lambda)^-1 by conjugate gradients, for direction=gauss_newton."""
 
     examples: int = field(
         64,
@@ -124,9 +129,7 @@ class GaussNewton(fields.Section, section="influence.gauss_newton", decides=DECI
 
 @dataclasses.dataclass(frozen=True)
 class Tuned(fields.Section, section="influence.tuned", decides=DECIDES):
-    """Scores by losses before and after a short LoRA training, for selection.method=color or temp;
-    influence.lora says which adapter.
-    """
+    """Scores by losses before and after a short LoRA training, for methods color and temp."""
 
     color: bool = field(
         False,
@@ -165,6 +168,8 @@ class Tuned(fields.Section, section="influence.tuned", decides=DECIDES):
 
 @dataclasses.dataclass(frozen=True)
 class Influence(fields.Section, section="influence", decides=DECIDES):
+    """Says how examples are scored against the targets."""
+
     engine: str = field(
         "exact",
         "How the product of an example's gradient and the direction is computed.",

@@ -1,6 +1,4 @@
-"""The stages in order: prepare, difficulty, influence, selection, finetune, dpo, evaluate and
-report.
-"""
+"""The stages in order."""
 
 import contextlib
 import dataclasses
@@ -43,9 +41,7 @@ def check_difficulty(context: stages.Context) -> None:
 
 
 def _existing(*names: str):
-    """Returns a function that lists those artifacts that exist, for a stage that shows or compares
-    what has been made so far.
-    """
+    """Returns what lists those artifacts that exist, for stages that show what is made so far."""
     return lambda context: tuple(name for name in names if context.path(name).exists())
 
 
@@ -158,9 +154,7 @@ def parse_stages(text: str) -> list[str]:
 
 
 def wanted(cfg: config.Config, names: Sequence[str]) -> list[str]:
-    """Returns the stages to run of those that are named: all but dpo where it has no
-    preferences.
-    """
+    """Returns the stages to run of those that are named: no dpo without preferences."""
     skipped = ["dpo"] if not cfg.finetune.dpo.data and list(names) == list(STAGES) else []
     return [name for name in names if name not in skipped]
 
@@ -193,8 +187,10 @@ def run(
     verify: bool = True,
     track: Sequence[str] = (),
 ) -> None:
-    """Runs the named stages in `workdir`, one run at a time. With parallel.distributed every
-    process calls this after processes.join(); the workdir is on a file system that all see.
+    """Runs the named stages in `workdir`, one run at a time.
+
+    With parallel.distributed every process calls this after processes.join(); the workdir is on a
+    file system that all see.
 
     Args:
         verify: whether artifacts are held against the records of the stages that made them.

@@ -24,9 +24,10 @@ GIB = 2**30
 
 
 def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> str:
-    """Reads and checks all rows, opens the models, tries the chat template, and looks at the
-    workdir. Where influence is to do, times three of its batches on these devices, after the one
-    that compiles. Writes nothing.
+    """Reads and checks all rows, opens the models, tries the chat template. Writes nothing.
+
+    Where influence is to do, times three of its batches on these devices, after the one that
+    compiles.
 
     Returns:
         Lines to print: each input with its rows, each stage with what would become of it, and of

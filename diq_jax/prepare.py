@@ -29,6 +29,7 @@ ONE_TEXT = ("text",)  # the name of the only option of a test without options
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
+    """Fingerprints the model, its tokenizer and the rows' files."""
     cfg = context.config
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
     tokens = tokenizer.fingerprints(cfg.model.path, "model.path")
@@ -85,9 +86,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def check_tests(tests: Sequence[example.Example], protocol: str) -> None:
-    """Raises UserError where some tests are questions with options and others are not, or none is
-    where options are needed.
-    """
+    """Raises UserError where only some tests have options, or none does where the protocol asks."""
     texts = [test for test in tests if test.options is None]
     if texts and (protocol == "generate" or len(texts) < len(tests)):
         other = next((test for test in tests if test.options is not None), None)
@@ -190,8 +189,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def open_layout(cfg: config.Config) -> chat.Layout:
-    """Returns how the model's tokenizer lays out a conversation, with a warning where that may
-    surprise.
+    """Returns how the model's tokenizer lays out a conversation; warns where that surprises.
 
     Raises:
         UserError: no tokenizer that can be used, or a chat template (chat.make_layout).

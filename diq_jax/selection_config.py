@@ -9,6 +9,8 @@ from diq_jax.fields import field
 
 @dataclasses.dataclass(frozen=True)
 class Selection(fields.Section, section="selection", decides=("selection",)):
+    """Says how the pool is ordered, and how much of it is kept."""
+
     method: str = field(
         "diq",
         "The method that orders the pool: diq, or another one to compare it with "
@@ -85,6 +87,7 @@ class Selection(fields.Section, section="selection", decides=("selection",)):
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
+        """Yields orders and budgets that are none."""
         yield (
             sorted(self.quadrant_order.split(",")) != ["1", "2", "3", "4"],
             "selection.quadrant_order must be 1, 2, 3 and 4 in some order, separated by commas; "

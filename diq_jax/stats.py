@@ -19,9 +19,7 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def quadratic_kappa(labels: ArrayLike, predictions: ArrayLike, levels: int) -> float:
-    """Cohen's kappa with quadratic weights, for integers 1..levels; nan where both sides are one
-    same constant.
-    """
+    """Computes Cohen's kappa, quadratic weights, for 1..levels; nan where both are one constant."""
     observed = np.zeros((levels, levels))
     np.add.at(observed, (np.asarray(labels) - 1, np.asarray(predictions) - 1), 1)
     expected = np.outer(observed.sum(1), observed.sum(0)) / observed.sum()
@@ -31,8 +29,7 @@ def quadratic_kappa(labels: ArrayLike, predictions: ArrayLike, levels: int) -> f
 
 
 def krippendorff_alpha(ratings: ArrayLike, scale: str) -> float:
-    """Computes the agreement of any number of raters, 1 - observed / expected disagreement
-    (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011).
+    """Computes the agreement of raters, 1 - observed / expected disagreement (Krippendorff 2011).
 
     Args:
         ratings: (raters, units), nan where a rater gave none. Units with fewer than two ratings do
@@ -58,8 +55,7 @@ def krippendorff_alpha(ratings: ArrayLike, scale: str) -> float:
 
 
 def bootstrap_spearman(columns: ArrayLike, y: ArrayLike, samples: int, seed: int) -> np.ndarray:
-    """Computes Spearman of each column (n, C) with y (n,) over rows drawn with replacement:
-    (samples, C).
+    """Computes Spearman of each column (n, C) with y (n,) over resampled rows: (samples, C).
 
     The rows are the same for all columns, so that differences of columns are paired. nan where
     either side is constant.

@@ -1,6 +1,6 @@
-"""Which projection, which dimension? Agreement of projected scores with the exact ones, and cost.
+r"""Which projection, which dimension? Agreement of projected scores with the exact ones, and cost.
 
-    python experiments/ablate_projection.py --config=configs/quickstart.py --workdir=runs/ablate \\
+    python experiments/ablate_projection.py --config=configs/quickstart.py --workdir=runs/ablate \
         --config.influence.parameters=lora [--kinds=rademacher,sparse] [--dims=256,1024,4096]
 
 The exact engine scores the pool first (stages prepare and influence in --workdir). Then every
@@ -75,9 +75,7 @@ def read_variants(parameters: str) -> list[Variant]:
 def score_variants(
     problem: problems.Problem, space, v, variants: list[Variant], workdir: pathlib.Path
 ) -> dict[str, np.ndarray]:
-    """Returns {name: (rows,) scores by that projection}, and "squares", each gradient's squared
-    norm.
-    """
+    """Returns {name: (rows,) scores by that projection}, and "squares", squared norms."""
     sketched = [x for x in variants if x.kind != "factored"]
     passes = [[x] for x in variants if x.kind == "factored"] + ([sketched] if sketched else [])
     out = {}
@@ -96,9 +94,7 @@ def score_variants(
 
 
 def gradient_step(space, v, variants: list[Variant], problem: problems.Problem):
-    """Compiles placed batch -> (B, variants + 1): each gradient through all projections; its
-    square.
-    """
+    """Compiles placed batch -> (B, variants + 1): gradients by all projections; its square."""
     placement, settings, cfg = problem.placement, problem.settings, problem.model.cfg
     ends = [projection.project(jax.tree.map(lambda x: x[None], v), x.settings)[0] for x in variants]
     ends = placement.replicate(ends)

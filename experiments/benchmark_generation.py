@@ -43,7 +43,7 @@ PEER = pathlib.Path(__file__).parent / "peers/run_transformers.py"
 class Transformers:
     """The other process: one request at a time."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path) -> None:
         # Spinning OpenMP threads would slow whatever shares the machine.
         self._process = subprocess.Popen(
             [sys.executable, str(PEER), str(folder), str(THREADS.value)],

@@ -59,9 +59,7 @@ def read(folders: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(labs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns a row for each arm and budget that every lab has: {arm, budget, holds, and for each
-    measure {lab: Cell}}, the arms that hold in most measures first.
-    """
+    """Returns a row for each arm and budget that every lab has, the arms that hold most first."""
     by_lab = {
         lab: {
             (row["arm"], row["budget"]): {m: row["metrics"][m]["versus_random"] for m in MEASURES}

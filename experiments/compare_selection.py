@@ -1,8 +1,8 @@
-"""Does selection help? Methods x budgets x seeds: fine-tune, evaluate, one table and one picture.
+r"""Does selection help? Methods x budgets x seeds: fine-tune, evaluate, one table and one picture.
 
     python experiments/compare_selection.py --preset=mini --workdir=runs/mini
-    python experiments/compare_selection.py --config=configs/quickstart.py --workdir=runs/compare \\
-        --methods=diq,influence --budgets=0.01,0.05,0.1,1 --seeds=3 [--rankings=less=runs/less] \\
+    python experiments/compare_selection.py --config=configs/quickstart.py --workdir=runs/compare \
+        --methods=diq,influence --budgets=0.01,0.05,0.1,1 --seeds=3 [--rankings=less=runs/less] \
         [--directions=adam,less] [--units=rows,tokens] [--dry_run]
 
 The stages up to selection run first in --workdir, so that scores are made once. `random` is always
@@ -69,9 +69,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the cells and their pr
 
 
 def with_preset(arguments: list[str]) -> list[str]:
-    """The user's flags and, of the preset's, those that the user's do not name. A config
-    file must stand before the fields that it holds.
-    """
+    """Returns the user's flags, and the preset's that they do not name; configs come first."""
     found = re.search(r"(?:^| )--?preset[= ](\w+)", " ".join(arguments))
     given = {argument.split("=")[0].lstrip("-") for argument in arguments}
     extra = PRESETS.get(found[1], []) if found else []

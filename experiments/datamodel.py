@@ -1,6 +1,7 @@
-"""Does a score predict what training on a subset does? The linear datamodeling score (LDS, arXiv
-2303.14186): models are trained on random subsets of the pool, and each subset's measured target
-loss is compared with the sum of its rows' scores.
+"""Does a score predict what training on a subset does? The linear datamodeling score (LDS).
+
+Models are trained on random subsets (arXiv 2303.14186), and each subset's measured target loss is
+compared with the sum of its rows' scores.
 
 For models that train in seconds: the whole pool is one batch on the device, and a training run is
 one compiled scan over its optimiser steps.
@@ -29,9 +30,7 @@ def draw_subsets(count: int, pool: int, share: float, seed: int) -> np.ndarray:
 
 
 def order_of(members, epochs: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of each optimiser step, (steps, batch_size) int32; an epoch's last rows that fill no
-    step are left out.
-    """
+    """Returns the rows of each optimizer step, (steps, batch_size) int32; full steps alone."""
     rng = np.random.Generator(np.random.PCG64(seed))
     rows, per_epoch = np.flatnonzero(members), int(np.sum(members)) // batch_size
     each = [rng.permutation(rows)[: per_epoch * batch_size] for _ in range(epochs)]
@@ -87,8 +86,7 @@ def lds(scores, subsets, measured) -> np.ndarray:
 
 
 def reliability(measured) -> float:
-    """How well the mean losses over K seeds would agree with those of K other seeds: the mean rank
-    correlation of two seeds over subsets, carried to K by the Spearman-Brown formula.
+    """Computes how well means over K seeds agree with K others', by the Spearman-Brown formula.
 
     Args:
         measured: (S, K, M), K at least 2.

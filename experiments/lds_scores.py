@@ -104,8 +104,7 @@ def target_gradients(setting: Setting, space) -> list:
 
 
 def score_peers(setting: Setting, names: Sequence[str], folder: pathlib.Path) -> Found:
-    """Scores by other tools, each in a process of its own; what is there of the same model and rows
-    is read.
+    """Scores by other tools, each in its own process; reads what is there of model and rows.
 
     Raises:
         UserError: `make peers` was not run, or a tool failed: its output is in the folder.

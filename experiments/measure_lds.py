@@ -1,7 +1,7 @@
-"""Do scores predict what training does? The linear datamodeling score of each way of scoring.
+r"""Do scores predict what training does? The linear datamodeling score of each way of scoring.
 
-    python experiments/measure_lds.py --config=configs/quickstart.py --workdir=runs/lds \\
-        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--vocab=2048] \\
+    python experiments/measure_lds.py --config=configs/quickstart.py --workdir=runs/lds \
+        [--rows=400] [--subsets=64] [--width=64] [--layers=2] [--vocab=2048] \
         [--dims=256,1024,4096] [--peers=kronfluence,bergson]
 
 With --peers the influence functions of other tools (after `make peers`) stand beside ours, on the
@@ -64,9 +64,7 @@ BOOTSTRAP = 500
 
 
 def encode(cfg: config.Config) -> tuple[list, list, list]:
-    """(base rows, pool rows, targets). The most frequent tokens are numbered from 1, all others 0:
-    nearly all of a tiny model's cost is its vocabulary.
-    """
+    """Returns (base rows, pool rows, targets), frequent tokens from 1 and all others 0: cheaper."""
     tok = tokenizer.load_tokenizer(cfg.model.path, "model.path")
     layout = chat.make_layout(tok, len(tok), cfg.data.date, "model.path")
     found = sources.load_examples(cfg.data.pool, cfg.data.columns, cfg.data.pool_limit)
@@ -132,9 +130,7 @@ def make_setting(cfg: config.Config) -> lds_scores.Setting:
 
 
 def train_subsets(setting: lds_scores.Setting, subsets, workdir: pathlib.Path) -> np.ndarray:
-    """Measures the target losses after training on each subset with each seed, (subsets, seeds,
-    targets). What was trained by an earlier call, of fewer subsets or seeds too, is read.
-    """
+    """Measures target losses after each subset and seed, (subsets, seeds, targets), once each."""
     key = zlib.crc32(repr(settings_of()).encode())
     for leaf in jax.tree.leaves(setting.params):
         key = zlib.crc32(np.asarray(leaf).tobytes(), key)

@@ -1,9 +1,9 @@
-"""How many targets does a ranking need? Ranks and the chosen 1 % from few targets against many.
+r"""How many targets does a ranking need? Ranks and the chosen 1 % from few targets against many.
 
-    python experiments/run_diq.py --config=.. --workdir=runs/targets --stages=prepare,influence \\
-        --config.influence.engine=projected --config.influence.targets=example \\
+    python experiments/run_diq.py --config=.. --workdir=runs/targets --stages=prepare,influence \
+        --config.influence.engine=projected --config.influence.targets=example \
         --config.data.targets_per_task=75
-    python experiments/measure_targets.py --workdir=runs/targets [--sizes=20,45,90,180,225,360] \\
+    python experiments/measure_targets.py --workdir=runs/targets [--sizes=20,45,90,180,225,360] \
         [--draws=200] [--budget=0.01]
 
 Reads the influence of every row on every target, which one gradient store gave. Of each size, sets

@@ -1,12 +1,11 @@
-"""Which selection helps? Every method x budgets x many seeds with a small model that trains in
-seconds, on a real pool.
+r"""Which selection helps? Every method x budgets x many seeds with a small model, on a real pool.
 
-    diq train-classifier --config=quickstart --workdir=runs/classifier \\
-        --config.difficulty.source=../shared/data/difficulty/mmlu_pro_items.jsonl \\
+    diq train-classifier --config=quickstart --workdir=runs/classifier \
+        --config.difficulty.source=../shared/data/difficulty/mmlu_pro_items.jsonl \
         --config.difficulty.words=True
-    python experiments/selection_lab.py --workdir=runs/lab --split=0 \\
-        --config.difficulty.source=runs/classifier/classifier \\
-        [--general=../shared/data/pool/medquad_no_reasoning.jsonl] [--seeds=20] [--width=64] \\
+    python experiments/selection_lab.py --workdir=runs/lab --split=0 \
+        --config.difficulty.source=runs/classifier/classifier \
+        [--general=../shared/data/pool/medquad_no_reasoning.jsonl] [--seeds=20] [--width=64] \
         [--dry_run]
 
 The pool is split at random (--split): --candidates rows to select from, --held_out rows that

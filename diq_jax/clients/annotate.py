@@ -53,9 +53,7 @@ SYSTEM = {"role": "system", "content": RUBRIC.format(fields=", ".join(SCHEMA["re
 
 
 def messages(question: str) -> tuple[dict[str, str], ...]:
-    """Writes the messages of a question: the rubric, the same each time so that a server may cache
-    it, then the fenced question.
-    """
+    """Writes a question's messages: the rubric first, so that a server may cache it."""
     asked = f"Rate this question.\n\n<question>\n{question.strip()}\n</question>"
     return SYSTEM, {"role": "user", "content": asked}
 
@@ -96,9 +94,7 @@ def agreement(found: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, float]:
 def apart(
     questions: Sequence[str], found: Sequence[Sequence[Mapping[str, int]]], most: int
 ) -> list[dict[str, Any]]:
-    """Lists the questions whose draws are farthest apart, {question, perspective, levels}: at most
-    `most`, the widest first.
-    """
+    """Lists `most` questions {question, perspective, levels}, draws farthest apart first."""
     rows = [
         {"question": question, "perspective": p, "levels": [answer[p] for answer in mine]}
         for question, mine in zip(questions, found, strict=True)

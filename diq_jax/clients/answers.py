@@ -45,9 +45,7 @@ class Request:
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def retry(self, number: int) -> "Request":
-        """Returns the same question asked again with another seed; number 0 is the request
-        itself.
-        """
+        """Returns the same question asked again with another seed; 0 is the request itself."""
         return dataclasses.replace(self, seed=self.seed + number * SEED_STRIDE)
 
 
@@ -85,9 +83,7 @@ def choices_schema(choices: Mapping[str, Sequence]) -> dict[str, Any]:
 
 
 def body(request: Request, structured: bool) -> dict:
-    """Returns the fields of a chat-completions request; the schema goes in as response_format, or
-    in words.
-    """
+    """Returns a chat-completions request's fields; the schema as response_format or in words."""
     fields = {"model": request.model, "seed": request.seed}
     if request.temperature is not None:
         fields["temperature"] = request.temperature
@@ -126,9 +122,7 @@ def settle(request: Request, cache: replies.Cache, tries: int) -> Outcome | Requ
 def split(
     requests: Iterable[Request], cache: replies.Cache, tries: int
 ) -> tuple[dict[str, Outcome], list[Request]]:
-    """Splits requests into what the cache decides, by key, and those that it does not, equal ones
-    once.
-    """
+    """Splits requests into what the cache decides, by key, and the others, equal ones once."""
     outcomes, missing = {}, []
     for key, request in {request.key: request for request in requests}.items():
         found = settle(request, cache, tries)
@@ -154,8 +148,7 @@ def judge(reply: replies.Reply, schema: Mapping[str, Any]) -> Outcome:
 
 
 def parse_object(text: str) -> Any:
-    """Parses the JSON from the first brace to the last, after any reasoning that a model wrote
-    before it.
+    """Parses the JSON from the first brace to the last, after any reasoning before it.
 
     Raises:
         ValueError: there is none, or more than one.

@@ -156,19 +156,18 @@ def _first_interrupt(session) -> Iterator[None]:
 class _Fault(Exception):
     """Says why a request got no reply; `status`: the server's, `again`: whether to ask again."""
 
-    def __init__(self, sentence: str, status: int = 0, again: bool = False):
+    def __init__(self, sentence: str, status: int = 0, again: bool = False) -> None:
         super().__init__(answers.shorten(sentence))
         self.status, self.again = status, again
 
 
 class _Session(logging.Handler):
-    """Runs requests over one endpoint: holds its cache, what is known of the server, and whether to
-    stop.
+    """Runs requests over one endpoint: its cache, what is known of the server, whether to stop.
 
     It handles the client's log, where alone the client says that it tries again.
     """
 
-    def __init__(self, client, settings, cache, say):
+    def __init__(self, client, settings, cache, say) -> None:
         super().__init__()
         self.client, self.settings, self.cache, self.say = client, settings, cache, say
         self.stopped: BaseException | None = None

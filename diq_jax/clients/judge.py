@@ -75,8 +75,7 @@ at most thirty words, then first, second or tie. Answer with a JSON object of th
 
 
 def single_messages(question: str, text: str, reference: str) -> tuple[dict[str, str], ...]:
-    """Writes the messages of a single judgment: the rubric, the same each time so that a server may
-    cache it, then the fenced texts.
+    """Writes the messages of a single judgment: the rubric, then the fenced texts.
 
     Args:
         reference: the right answer, or "" where it is not known.
@@ -208,8 +207,7 @@ def _summary(values: np.ndarray, samples: int, seed: int) -> Mapping[str, float 
 
 
 def _agreement(found: np.ndarray, judges: Sequence[str], lowest: int) -> dict[str, Any]:
-    """Measures the agreement of (J, units, criteria): {criterion: {alpha, kappa by pair}}; empty
-    for one judge.
+    """Measures the agreement of (J, units, criteria), {criterion: {alpha, kappa by pair}}.
 
     Both weigh by squared distance; alpha's distance is ordinal. What is not defined is None.
     """

@@ -1,6 +1,6 @@
-"""Labels the difficulty of a pool by a language model behind any OpenAI-compatible endpoint.
+r"""Labels the difficulty of a pool by a language model behind any OpenAI-compatible endpoint.
 
-    diq annotate --rows=pool.jsonl --sample=500 --out=labels.jsonl \\
+    diq annotate --rows=pool.jsonl --sample=500 --out=labels.jsonl \
         --base_url=http://localhost:8000/v1 --model=NAME [--price_in=0.5 --price_out=2] [--dry_run]
 
 Prints an estimate, asks whether to start (--yes: do not ask), and writes the rows as they came with
@@ -121,6 +121,7 @@ def summarise(
 
 
 def main() -> None:
+    """Asks for every question's levels and writes them."""
     if REPEAT.value > 1 and asking.TEMPERATURE.value == 0:
         raise errors.UserError("--repeat asks for different answers: --temperature must not be 0.")
     beside = (asking.FAILED, opinions.SUMMARY)

@@ -1,6 +1,4 @@
-"""What the scripts that ask a language model share: their flags, the estimate, the go-ahead, the
-progress bar. To import it defines the flags.
-"""
+"""What scripts that ask a language model share; importing it defines their flags."""
 
 import collections
 import dataclasses
@@ -96,6 +94,7 @@ def output(path: str, extension: str, beside: Sequence[str] = (FAILED,)) -> path
 
 
 def cache_of(out: pathlib.Path) -> pathlib.Path:
+    """Returns where the replies of an output file are kept."""
     return out.with_suffix(".cache.jsonl")
 
 
@@ -221,6 +220,7 @@ def print_failures(done: str, failed: Sequence[Mapping[str, Any]], cached: int) 
 
 
 def print_usage(answered: Answered) -> None:
+    """Prints the replies, tokens, seconds and cost."""
     replies, tokens_in, tokens_out, uncounted = answered.usage
     print(
         f"{replies:,} replies in {answered.seconds:.1f} s: {tokens_in:,} tokens in, "

@@ -1,6 +1,4 @@
-"""Cards of models and data sets: what one was made from, by which selection, with which numbers and
-license.
-"""
+"""Cards of models and data sets: the source, the selection, the numbers and the license."""
 
 import pathlib
 from collections.abc import Mapping

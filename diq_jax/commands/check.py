@@ -1,6 +1,6 @@
-"""Checks a pool alone, without a model: rows that repeat each other, a target or a test.
+r"""Checks a pool alone, without a model: rows that repeat each other, a target or a test.
 
-    diq check --pool=pool.jsonl --against='tasks/*/*.jsonl' \\
+    diq check --pool=pool.jsonl --against='tasks/*/*.jsonl' \
         --output=pairs.jsonl
 
 Prints the pairs by kind and the first of each kind side by side; writes them all as JSONL

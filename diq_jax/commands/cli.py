@@ -1,5 +1,4 @@
-"""Starts the jobs of `diq NAME`, and ends every script: a mistake of the user is one sentence on
-standard error and exit code 2.
+"""Starts `diq NAME`, and ends every script: a user's mistake is one sentence and exit code 2.
 
 A job is a module of this folder that defines its flags and main(). What takes seconds to import it
 imports inside its functions, so that --help and a mistyped flag are answered at once.
@@ -68,8 +67,7 @@ def main(job: str = "") -> None:
 
 
 def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
-    """Parses the flags, calls main() and exits: 0 done, 1 a fault of diq_jax, 2 a mistake of the
-    user, 130 Ctrl-C, 143 SIGTERM.
+    """Parses the flags, calls main() and exits: 0 done, 1 our fault, 2 the user's, 130 or 143.
 
     --help prints the docstring of main's module, its flags and the config's fields instead, and
     --help=SECTION the fields of a section. What was finished before stays; the same command
@@ -190,9 +188,7 @@ def _check_config_flags(arguments: list[str]) -> None:
 
 
 def _check_local(beside: Sequence[str]) -> None:
-    """Raises UserError where a flag, or what stands beside the flags, is a URL that nothing reads:
-    it would be taken for the name of a folder here.
-    """
+    """Raises UserError for a URL that nothing reads: it would be taken for a folder here."""
     given = [(repr(text), text) for text in beside]
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value

@@ -44,6 +44,7 @@ def read(specs: list[str]) -> tuple[list[str], list[predictions.ById], list[str]
 
 
 def measure(rows: list[predictions.ById], ids: list[str]) -> dict[str, Any]:
+    """Compares the two models on the questions `ids`: the JSON that --out writes."""
     hits, unread = (
         np.stack([of(model, ids, METRIC.value) for model in rows], axis=1)
         for of in (compare.correct, compare.unparsable)
@@ -66,11 +67,13 @@ def measure(rows: list[predictions.ById], ids: list[str]) -> dict[str, Any]:
 
 
 def points(value: dict[str, float], sign: bool = False) -> tables.Cell:
+    """Writes a share and its interval in points of percent."""
     mean, low, high = (tables.number(100 * value[e], 1, sign) for e in ("mean", "low", "high"))
     return tables.Cell(mean, f"{low} to {high}")
 
 
 def table(title: str, groups: dict[str, dict], names: list[str]) -> tables.Table:
+    """Tables each group's accuracies, their difference and its p-values."""
     headers = [title, "questions", f"{names[0]} (%)", f"{names[1]} (%)", "difference (points)"]
     headers += [f"only {name}" for name in names] + ["p", "p (Holm)", "better"]
     any_unread = any(any(value["unparsable"]) for value in groups.values())
@@ -89,6 +92,7 @@ def table(title: str, groups: dict[str, dict], names: list[str]) -> tables.Table
 
 
 def proper_table(found: dict[str, dict], names: list[str]) -> tables.Table:
+    """Tables the proper scores of both models."""
     headers = ["less is better", *names, "difference"]
     return tables.Table(
         headers,
@@ -102,11 +106,13 @@ def proper_table(found: dict[str, dict], names: list[str]) -> tables.Table:
 
 
 def number(value: dict[str, float], sign: bool = False) -> tables.Cell:
+    """Writes a value and its interval."""
     mean, low, high = (tables.number(value[e], 3, sign) for e in ("mean", "low", "high"))
     return tables.Cell(mean, f"{low} to {high}")
 
 
 def calibration_table(name: str, found: dict[str, Any]) -> tables.Table:
+    """Tables how often a model is right, by how sure it is."""
     headers = [f"{name} is sure (%)", "questions", "mean (%)", "right (%)"]
     rows = []
     for row in found["reliability"]:
@@ -117,6 +123,7 @@ def calibration_table(name: str, found: dict[str, Any]) -> tables.Table:
 
 
 def print_all(found: dict[str, Any], names: list[str]) -> None:
+    """Prints all tables of `measure`."""
     print(table("task", found["tasks"] | {"all": found["overall"]}, names).plain())
     if found["subjects"]:
         print("\n" + table("subject", found["subjects"], names).plain())

@@ -1,5 +1,4 @@
-"""Merges a LoRA adapter into its base model: a folder that any trainer or server loads; or writes
-what a run selected as a data set.
+"""Merges a LoRA adapter into its base model, or writes what a run selected as a data set.
 
     diq export --adapter=runs/mine/finetune/adapter --output=merged
     diq export --selection=runs/mine --output=chosen

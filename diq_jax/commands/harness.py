@@ -1,7 +1,7 @@
-"""Runs tasks of the lm-eval harness on a model of ours, with or without a LoRA adapter.
+r"""Runs tasks of the lm-eval harness on a model of ours, with or without a LoRA adapter.
 
     pip install -e '.[harness]'
-    diq harness --model=PATH --tasks=medmcqa,pubmedqa \\
+    diq harness --model=PATH --tasks=medmcqa,pubmedqa \
         [--adapter=RUN/finetune/adapter]
 
 Tasks are the harness's names; --include_path adds a folder of your own task files. A task that

@@ -1,6 +1,6 @@
-"""Judges answers by language models behind any OpenAI-compatible endpoint.
+r"""Judges answers by language models behind any OpenAI-compatible endpoint.
 
-    diq judge --answers=runs/a:selected,runs/a:random --out=judge.json \\
+    diq judge --answers=runs/a:selected,runs/a:random --out=judge.json \
         --base_url=http://localhost:8000/v1 --models=NAME[,NAME] [--pairwise] [--dry_run]
 
 Differential diagnosis, safety check and evidence citation, each from 1 to 5 with its reason, of
@@ -45,8 +45,7 @@ VERDICTS = opinions.VERDICTS  # beside --out
 
 
 def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
-    """Reads the rows by model, and the questions to judge: those that any model answered, or with
-    --pairwise both.
+    """Reads the rows by model, and the questions that any model, or with --pairwise both, answered.
 
     Raises:
         UserError: a row without question or text, questions that differ between the models, or not
@@ -83,9 +82,7 @@ def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
 def make_requests(
     found: dict[str, predictions.ById], ids: Sequence[str]
 ) -> list[tuple[dict[str, str], tuple[answers.Request, ...]]]:
-    """Makes pairs (what is judged, by whom; its requests: one, or with --pairwise one for each
-    order).
-    """
+    """Makes pairs (what is judged, by whom; its requests: one, or one for each order)."""
 
     def reference(row):
         return str(row.get("reference") or "")
@@ -160,6 +157,7 @@ def write(
 
 
 def main() -> None:
+    """Asks the judges about every answer and writes their verdicts."""
     settings, out = asking.settings(), asking.output(OUT.value, ".json", (asking.FAILED, VERDICTS))
     for flag in (ANSWERS, MODELS):
         if not flag.value or not all(flag.value):

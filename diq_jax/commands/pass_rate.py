@@ -1,6 +1,6 @@
-"""How often the model itself answers each labelled question right: labels for difficulty.source.
+r"""How often the model itself answers each labelled question right: labels for difficulty.source.
 
-    diq pass-rate --config=quickstart --rows=labelled.jsonl --out=rates.jsonl [--samples=8] \\
+    diq pass-rate --config=quickstart --rows=labelled.jsonl --out=rates.jsonl [--samples=8] \
         [--config.evaluate.temperature=0.7]
 
 A row holds question, options {A: ...} and answer_idx. Each is answered --samples times, as

@@ -1,7 +1,7 @@
-"""Says what a run needs of a TPU slice, from the TPU's own compiler, without a TPU.
+r"""Says what a run needs of a TPU slice, from the TPU's own compiler, without a TPU.
 
     diq plan --shape=llama31_8b --topology=v5e:2x4 --mesh=1x8 --rows=4 --tokens=1024
-    diq plan --config=huatuo_llama31_8b --topology=v6e:4x4 --mesh=16x1 --rows=4 --tokens=1024 \\
+    diq plan --config=huatuo_llama31_8b --topology=v6e:4x4 --mesh=16x1 --rows=4 --tokens=1024 \
         --programs=projected_lora,lora_step --examples=19000 --json
 
 Nothing is executed: every program takes about a minute of one core and 1.5 GB, whatever the number

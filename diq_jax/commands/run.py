@@ -1,7 +1,7 @@
-"""The main job: score a pool, select, fine-tune, evaluate, report.
+r"""The main job: score a pool, select, fine-tune, evaluate, report.
 
     diq run --config=quickstart --workdir=runs/quickstart
-    diq run --config=configs/quickstart.py --workdir=runs/one_percent \\
+    diq run --config=configs/quickstart.py --workdir=runs/one_percent \
         --stages=prepare,influence --config.data.pool=my_pool.jsonl
     diq run --from=runs/one_percent --stages=selection --workdir=runs/again
 

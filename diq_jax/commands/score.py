@@ -1,6 +1,6 @@
-"""Scores a pool against new targets from the gradient store of a finished run, in seconds.
+r"""Scores a pool against new targets from the gradient store of a finished run, in seconds.
 
-    diq score --workdir=runs/mine --targets=new_targets.jsonl \\
+    diq score --workdir=runs/mine --targets=new_targets.jsonl \
         --output=new_scores.parquet
 
 The run must have been made with influence.engine=projected or factored: only the new targets are

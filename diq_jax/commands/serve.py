@@ -1,4 +1,4 @@
-"""Serves a model of ours to clients of the OpenAI API, such as lm-eval, Inspect or your own script.
+r"""Serves a model of ours to clients of the OpenAI API, such as lm-eval or Inspect.
 
     diq serve --model=PATH [--adapter=RUN/finetune/adapter] [--port=8000]
 
@@ -6,7 +6,7 @@ Answers GET /v1/models, POST /v1/completions (also with echo and logprobs, by wh
 score options) and POST /v1/chat/completions, on the loopback address, one request at a time and
 without streaming or a key. A bad request gets the API's error object. For example:
 
-    lm_eval run --model local-completions --tasks medmcqa --model_args \\
+    lm_eval run --model local-completions --tasks medmcqa --model_args \
         base_url=http://127.0.0.1:8000/v1/completions,model=NAME,tokenizer=PATH,num_concurrent=1
 """
 

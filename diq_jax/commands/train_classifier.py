@@ -1,6 +1,6 @@
-"""Trains a difficulty classifier once, to score any pool with.
+r"""Trains a difficulty classifier once, to score any pool with.
 
-    diq train-classifier --config=quickstart --workdir=runs/classifier \\
+    diq train-classifier --config=quickstart --workdir=runs/classifier \
         --config.difficulty.source=my_labels.jsonl [--config.difficulty.words=True]
 
 Prints how well it agrees with the labels, cross-validated, then trains on all of them and writes

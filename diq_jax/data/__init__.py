@@ -1,0 +1,1 @@
+"""Rows: read, checked, tokenised, batched, and kept as gradients."""

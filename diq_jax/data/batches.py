@@ -23,9 +23,7 @@ SHAPE_TOKENS = 2048  # a further shape must save so many tokens: about what its 
 
 @flax.struct.dataclass
 class Batch:
-    """Holds B rows of T tokens, of which at most A positions are scored. Padding is 0
-    everywhere.
-    """
+    """Holds B rows of T tokens, of which at most A positions are scored; padding is 0."""
 
     tokens: Array  # (B, T) int32
     positions: Array  # (B, T) int32, from 0 at an example's first token
@@ -41,9 +39,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Lists the examples of one batch, row by row, as indices into the list that was planned, and
-    gives its shape.
-    """
+    """Lists the examples of a batch, as indices into the list that was planned, and its shape."""
 
     members: tuple[tuple[int, ...], ...]
     rows: int  # B, at least the number of member rows
@@ -53,6 +49,7 @@ class Group:
 
     @property
     def indices(self) -> tuple[int, ...]:
+        """Returns the examples of all rows."""
         return tuple(itertools.chain.from_iterable(self.members))
 
     @property
@@ -222,8 +219,7 @@ def _fill(
 
 
 def _batch_rows(count: int, most: int, multiple: int, is_last: bool) -> int:
-    """Returns the rows of each batch in a bucket of `count` examples, at most `most` for each of
-    `multiple` shards; 0 puts all of them into the next bucket.
+    """Returns the rows of a bucket's batches, at most `most` for each of `multiple` shards.
 
     The last bucket spreads its examples evenly, for few padding rows. The others take one batch
     where all fit, or else the size from 3/4 of `most` up that leaves the fewest.

@@ -241,8 +241,10 @@ def convert(
 
 
 def _check_counting(name: str, rows: list[tuple[dict, str]]) -> None:
-    """Raises UserError unless the rows show that their answers are counted from 0: one is 0, or -1,
-    the hub's word for a withheld one, or most agree with the letter that the row tells elsewhere.
+    """Raises UserError unless the rows show that their answers are counted from 0.
+
+    One is 0, or -1, the hub's word for a withheld one, or most agree with the letter told
+    elsewhere.
     """
     benchmark, numbers, gaps = BENCHMARKS[name], set(), []
     for row, _ in rows:

@@ -267,9 +267,7 @@ def pairs(
     layout: Layout,
     template: str = "plain",
 ) -> list[tuple[list[int], list[list[int]]]]:
-    """Tokenises the prompt of each example, and each of its completions without the end.
-    `template` is that of earlier answers that are scored.
-    """
+    """Tokenises each example's prompt, and each of its completions without the end."""
     prompts = _prompts([wording.before_answer(example, template) for example in examples], layout)
     written = [[_completion(text, layout) for text in texts] for texts in completions]
     wholes = [

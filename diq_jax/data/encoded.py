@@ -1,6 +1,4 @@
-"""Token ids with a loss mask: made from examples, and to and from parquet tables, so that every
-stage reads what `prepare` wrote.
-"""
+"""Token ids with a loss mask: made from examples, and to and from parquet tables."""
 
 import collections
 from collections.abc import Sequence

@@ -60,6 +60,7 @@ class Encoded:
 
     @property
     def answer_tokens(self) -> int:
+        """Returns how many tokens have a label, the first aside, which nothing predicts."""
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
@@ -135,9 +136,7 @@ def has_options(row: Mapping[str, Any]) -> bool:
 
 
 def options_of(row: Mapping[str, Any]) -> Any:
-    """Returns what a row says of its options: the column options or choices (a list, an object, or
-    ARC's lists of texts and labels), or MedMCQA's opa, opb, ..; None without any.
-    """
+    """Returns a row's options: of options, choices (list, object, ARC's) or opa, ..; or None."""
     for name in ("options", "choices"):
         options = row.get(name)
         if isinstance(options, dict) and options.keys() == {"text", "label"}:
@@ -245,9 +244,7 @@ def row_id(row: dict, where: str, position: int, column: str = "id") -> str:
 
 
 def _text(row: dict, columns: str, where: str, required: bool = True) -> str:
-    """Reads the text of a column, or of "a+b" joined by a blank line, of which the first may be
-    required.
-    """
+    """Reads the text of a column, or of "a+b" joined by a blank line; the first may be required."""
     parts = []
     for column in columns.split("+"):
         value = row.get(column)

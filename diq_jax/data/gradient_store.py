@@ -80,9 +80,7 @@ class GradientStore:
         return rows
 
     def scores(self, targets: np.ndarray, normalize: str = "dot") -> np.ndarray:
-        """Computes the inner products, or cosines, of all rows with `targets` (Q, dim): (rows, Q)
-        float32.
-        """
+        """Computes inner products, or cosines, of rows with `targets` (Q, dim): (rows, Q)."""
         targets = np.asarray(targets, np.float32)
         if targets.ndim != 2 or targets.shape[1] != self.dim:
             raise errors.UserError(
@@ -166,9 +164,7 @@ def _check_manifest(manifest, path) -> None:
 def products(
     blocks: Iterable[tuple[int, np.ndarray]], count: int, targets: np.ndarray, unit_rows: bool
 ) -> np.ndarray:
-    """Computes <row, target>, (count, Q), for rows that come in blocks, scaled to length 1 where
-    asked.
-    """
+    """Computes <row, target>, (count, Q), for blocks of rows, scaled to length 1 where asked."""
     out = np.zeros((count, len(targets)), np.float32)
     for first, rows in blocks:
         out[first : first + len(rows)] = (unit(rows) if unit_rows else rows) @ targets.T
@@ -193,9 +189,7 @@ def to_stored(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def fits(rows: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns whether each row (n, dim) float32 can be kept in `dtype`, (n,) bool: none of its
-    numbers overflows, and they do not all vanish.
-    """
+    """Returns which rows (n, dim) float32 `dtype` can keep, (n,) bool: finite, and not all 0."""
     kept = from_stored(to_stored(rows, dtype), dtype)
     finite = np.isfinite(kept).all(axis=1)
     return np.logical_and(finite, kept.any(axis=1) | ~rows.any(axis=1))

@@ -120,8 +120,7 @@ def from_messages(
 
 
 def read_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """Reads a list of messages as {role, content[, reasoning]}, whichever of the usual names they
-    have.
+    """Reads a list of messages as {role, content[, reasoning]}, by any of the usual names.
 
     Raises:
         UserError: it is no list, or a message is not as it must be.
@@ -306,9 +305,7 @@ def check_columns(layout: RowLayout, rows: Sequence[dict], where: str) -> None:
 
 
 def check_questions(examples: Sequence[example_lib.Example], where: str) -> None:
-    """Refuses a column of questions that says the same in most rows: an instruction, not a
-    question.
-    """
+    """Refuses a column of questions that says the same in most rows: an instruction."""
     asked = [
         (e.question, *(m["content"] for m in e.context), *(e.options or {}).values())
         for e in examples

@@ -21,17 +21,17 @@ class PreferencePair:
 
     @property
     def sides(self) -> tuple[example_lib.Encoded, example_lib.Encoded]:
+        """Returns chosen, then rejected."""
         return self.chosen, self.rejected
 
     @property
     def tokens(self) -> int:
+        """Returns the tokens of both sides."""
         return sum(len(side.input_ids) for side in self.sides)
 
     @property
     def longer(self) -> example_lib.Encoded:
-        """Returns the side whose shape both fit, under the pair's id, by which steps are
-        planned.
-        """
+        """Returns the side whose shape both fit, under the pair's id: steps are planned by it."""
         side = max(self.sides, key=lambda side: (len(side.input_ids), side.answer_tokens))
         return dataclasses.replace(side, example_id=self.example_id)
 

@@ -29,9 +29,7 @@ SPLIT_NAMES = {"target", "targets", "test", "tests", "train", "dev", "val", "val
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Holds one entry of a spec: a path or `hub:` name, and the benchmark that publishes
-    such rows.
-    """
+    """Holds one entry of a spec: a path or `hub:` name, and the benchmark of such rows."""
 
     place: str
     benchmark: str = ""

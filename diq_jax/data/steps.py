@@ -24,15 +24,14 @@ class Microbatch:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Describes one optimizer step: its epoch, from 0, and its microbatches as indices and
-    shapes.
-    """
+    """Describes an optimizer step: its epoch, from 0, and its microbatches (indices, shapes)."""
 
     epoch: int
     groups: tuple[batches.Group, ...]
 
     @property
     def indices(self) -> tuple[int, ...]:
+        """Returns the examples of all microbatches."""
         return tuple(itertools.chain.from_iterable(group.indices for group in self.groups))
 
 

@@ -1,6 +1,4 @@
-"""What is asked of a tokenizer beside a text's token ids, with the types that transformers leaves
-open.
-"""
+"""What is asked of a tokenizer beside token ids, with the types that transformers leaves open."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,1 @@
+"""How hard an example is: trained or given levels, and what the base model says."""

@@ -34,8 +34,7 @@ def nll(log_p: np.ndarray, shares: np.ndarray) -> float:
 
 
 def reliability(log_p: np.ndarray, shares: np.ndarray) -> list[dict[str, float]]:
-    """Counts for each bin of the confidence that has rows: rows, mean confidence, share that was
-    right.
+    """Counts for each bin of the confidence that has rows: rows, mean confidence, share right.
 
     The confidence is the probability of the likeliest level; right is the label's share in it.
     """

@@ -1,5 +1,4 @@
-"""The difficulty classifier: a BERT encoder, every layer mean-pooled, and a head over the 5 levels
-for each perspective.
+"""The difficulty classifier: a BERT encoder, mean-pooled in every layer, and heads over 5 levels.
 
 Parameters are {"encoder": models.encoder's tree, "heads": see heads.py}, in float32. The heads
 are fitted first, on the frozen encoder; then everything is fine-tuned together (linear probing
@@ -77,9 +76,7 @@ def _pooled(encoder_params, cfg, batch):
 
 
 def expected_level(probabilities: np.ndarray) -> np.ndarray:
-    """Returns sum(level * p(level)) over the last axis, in [1, 5]; float64 inside, float32
-    returned.
-    """
+    """Returns sum(level * p(level)) over the last axis, in [1, 5]: float32, summed in float64."""
     p = np.asarray(probabilities, np.float64)
     # Float32 probabilities sum to 1 +- 1e-7, which would let a sure level 5 pass 5.
     levels = np.arange(1, p.shape[-1] + 1)
@@ -99,9 +96,7 @@ def collate(
     size: int,
     max_tokens: int,
 ) -> TextBatch:
-    """Pads texts[rows] to the width of the longest and to `size` rows; levels (n, 3) and offsets
-    (n, 3, 5) may be None.
-    """
+    """Pads texts[rows] to the longest and to `size` rows; levels (n, 3), offsets (n, 3, 5)."""
     T = width(max(len(texts[row]) for row in rows), max_tokens)
     tokens, mask = np.zeros((2, size, T), np.int32)
     weights = np.zeros(size, np.float32)
@@ -188,9 +183,7 @@ def features(
     rows: Sequence[int],
     placement: devices.Placement,
 ) -> np.ndarray:
-    """Returns every layer's mean-pooled hidden states, (len(rows), N * D) float32, of one batch of
-    `scoring_batches`.
-    """
+    """Returns every layer's mean-pooled hidden states of a batch, (len(rows), N * D) float32."""
     T = width(max(len(texts[row]) for row in rows), settings.max_tokens)
     size = _round_up(_scoring_rows(T), placement.rows_multiple)
     batch = placement.batch(collate(texts, None, None, rows, size, settings.max_tokens))

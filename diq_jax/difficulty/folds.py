@@ -52,8 +52,7 @@ def score(
     pooled: np.ndarray | None = None,
     given: dict | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Trains the model of each fold and scores its texts. With what a killed call left in `folder`
-    it continues after the last finished batch.
+    """Trains each fold's model and scores its texts; `folder` keeps what a killed call had done.
 
     Args:
         pooled: features from `pool`, where they are known.
@@ -94,9 +93,7 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """Describes a fold with texts to score: the labelled rows to train on (n,) bool, batches of
-    texts, and where the trained model is kept until they are scored.
-    """
+    """Describes a fold: the rows to train on (n,) bool, batches of texts, its model's place."""
 
     index: int
     chosen: np.ndarray
@@ -105,9 +102,7 @@ class _Fold:
 
 
 def _plan(task, pretrained, folder, done) -> tuple[list[_Fold], int, int, int]:
-    """Returns (folds that are not done, examples to train on and to score, those left, tokens of
-    those that are done).
-    """
+    """Returns (folds left, examples to train on and to score, those left, tokens of those done)."""
     settings, lengths = pretrained.settings, np.array([len(text) for text in task.texts])
     plan, examples, left, resumed = [], 0, 0, 0
     for fold in np.unique(task.folds):
@@ -138,9 +133,7 @@ def _check_finite(found, task, batch) -> None:
 
 
 def pool(task: CrossValidation, pretrained: Pretrained) -> np.ndarray:
-    """Returns features (texts, F) by the pretrained encoder, where all folds start: of the labelled
-    texts; 0 for others.
-    """
+    """Returns the pretrained encoder's features (texts, F) of the labelled texts; 0 for others."""
     p = pretrained
     out = np.zeros((len(task.texts), p.cfg.num_layers * p.cfg.model_dim), np.float32)
     rows = set(task.labelled.tolist())
@@ -162,8 +155,7 @@ def fit(
     bar: progress.Progress,
     shown: dict[str, Any],
 ) -> dict:
-    """Trains on the labelled rows that are `chosen` (n,): {"encoder", "heads"} and, with
-    difficulty.words, "words" (words.to_arrays, and "kernel" (V, 3, 5)).
+    """Trains on `chosen` rows (n,): {"encoder", "heads"} and, with difficulty.words, "words".
 
     Raises:
         UserError: training leaves parameters that are not finite.
@@ -201,9 +193,7 @@ def sound(model: dict) -> dict:
 
 
 def word_scores(model: dict, task: CrossValidation, batches: list[list[int]]) -> np.ndarray | None:
-    """Returns what words add to the scores of the batches' texts, (texts, 3, 5), 0 for other texts;
-    None for a model without words.
-    """
+    """Returns what words add to the batches' texts, (texts, 3, 5); None for a model without."""
     if "words" not in model:
         return None
     mine = [text for batch in batches for text in batch]

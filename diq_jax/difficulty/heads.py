@@ -1,5 +1,4 @@
-"""Heads: from scores that are linear in the features to probabilities of the 5 levels, for each
-perspective, and their fit on fixed features.
+"""Heads: from scores linear in the features to probabilities of 5 levels for each perspective.
 
 A head is {"kernel" (F, 3, 5), "bias" (3, 5)}, a softmax over the levels. The features are those of
 an encoder, dense, and with difficulty.words also those of words.py, sparse. The words' kernel
@@ -26,9 +25,7 @@ STEPS = 100  # of L-BFGS, at most
 
 
 def apply(heads: dict, features: Array, offsets: Array | None = None) -> jax.Array:
-    """Returns log-probabilities of the levels, (B, 3, 5), from features (B, F) and, where there are
-    any, scores (B, 3, 5) to add.
-    """
+    """Returns log-probabilities (B, 3, 5) from features (B, F) and scores (B, 3, 5) to add."""
     scores = jnp.einsum("bf,fps->bps", features, heads["kernel"])
     if offsets is not None:
         scores = scores + offsets
@@ -109,8 +106,6 @@ def _fit(x, words, levels):
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
 def _losses(bias, scores, levels):
-    """Returns ((sum, each row's (n,)), gradients). The sum is for the gradients alone: the rows'
-    losses are added up in float64.
-    """
+    """Returns ((sum, only for gradients; each row's (n,), to add up in float64), gradients)."""
     losses = -jnp.sum(shares(levels) * jax.nn.log_softmax(scores + bias[None]), axis=-1)
     return jnp.sum(losses), losses

@@ -54,8 +54,7 @@ def column_scores(
 
 
 def labelled_rows(source: str) -> tuple[list[str], np.ndarray]:
-    """Reads questions and their levels (n, 3) float32 in [1, 5], in the order of
-    config.PERSPECTIVES.
+    """Reads questions and their levels (n, 3) float32 in [1, 5], ordered as config.PERSPECTIVES.
 
     A row holds the columns difficulty_knowledge, difficulty_reasoning and difficulty_overall
     (integers), or `p_correct`, the share of those asked (people or models) who answered right: its
@@ -121,8 +120,7 @@ def fingerprint(source: str) -> str:
 def assign_folds(
     labelled: Sequence[int] | np.ndarray, texts: int, folds: int, seed: int
 ) -> np.ndarray:
-    """Returns the fold (texts,) that scores each text: 0..folds-1 for labelled texts, `folds` for
-    others.
+    """Returns the fold (texts,) that scores each text: 0..folds-1 if labelled, else `folds`.
 
     The model of a fold is trained on the labelled rows of all other folds, so that no text is
     scored by a model that saw it; that of fold `folds`, which has no labelled text, on every one.
@@ -146,8 +144,7 @@ def assign_folds(
 
 
 def column_names(source: str, needed: str) -> dict[str, str]:
-    """Reads difficulty.source=columns..: {perspective: column}, which is COLUMNS where none is
-    named.
+    """Reads difficulty.source=columns..: {perspective: column}, COLUMNS where none is named.
 
     Raises:
         UserError: it is not written as it must be, or leaves out the perspective `needed`.

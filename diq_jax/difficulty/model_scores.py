@@ -1,5 +1,4 @@
-"""What the base model says of each pool example: its loss, what the prompt is worth to it (IFD),
-and how near it lies to the targets. Two forward passes over the pool, one over the targets.
+"""What the base model says of pool examples: loss, the prompt's worth (IFD), nearness to targets.
 
 - **Similarity.** An example's embedding is the mean of the last hidden states (after the final
   norm) of all its tokens, prompt and completion, the token at place t = 1..T weighted by t: the
@@ -43,7 +42,7 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
 
 
 def run(context: stages.Context) -> dict[str, int]:
-    """Writes difficulty/model_scores.parquet, one row for each of the pool, in its order:
+    """Writes difficulty/model_scores.parquet, one row for each of the pool, in its order.
 
     - loss, perplexity: mean negative log-likelihood of the completion's tokens, in nats, and its
       exp (float64, as is ifd, since float32 ends at a loss of 88);
@@ -105,9 +104,7 @@ def run(context: stages.Context) -> dict[str, int]:
 
 
 def embeddings(hidden: jax.Array, batch: batches.Batch) -> jax.Array:
-    """Returns the mean of hidden states (B, T, D) with weight 1 on an example's first token, T on
-    its last: (B, D) float32, 0 for a padding row.
-    """
+    """Returns means of hidden states (B, T, D), weights 1..T: (B, D) float32, padding rows 0."""
     weights = jnp.where(batch.segment_ids > 0, batch.positions + 1, 0).astype(jnp.float32)
     total = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     return jnp.einsum("bt,btd->bd", weights, hidden.astype(jnp.float32)) / total
@@ -137,9 +134,9 @@ def conditional(
 
 
 def target_directions(found: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
-    """Turns targets' embeddings (Q, D) into (2, D): the mean of their unit rows, and the mean over
-    tasks of each task's. The product of a unit row with a mean of unit rows is its mean cosine with
-    them.
+    """Turns targets' embeddings (Q, D) into (2, D): the mean unit row, and the mean over tasks.
+
+    The product of a unit row with a mean of unit rows is its mean cosine with them.
     """
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
     names = np.array(tasks)
@@ -148,9 +145,7 @@ def target_directions(found: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
 
 
 def without_prompt(row: example.Encoded, bos: int | None) -> example.Encoded | None:
-    """Returns the completion alone, after the beginning-of-sequence token `bos` where the row
-    begins with it; None where that leaves nothing to score.
-    """
+    """Returns the completion alone, after `bos` if the row has it; None if nothing is left."""
     first = 1 + int(np.flatnonzero(row.labels[1:] != example.IGNORED)[0])
     ids, labels = row.input_ids[first:], row.labels[first:]
     if int(row.input_ids[0]) == bos:
@@ -161,9 +156,7 @@ def without_prompt(row: example.Encoded, bos: int | None) -> example.Encoded | N
 
 
 def reasoning_tokens(texts: Sequence[str], layout: chat.Layout, template: str) -> np.ndarray:
-    """Counts the tokens of each text, (n,) int32, as inside of another; 0 where the template has no
-    {reasoning}.
-    """
+    """Counts each text's tokens, (n,) int32, as inside of another; 0 without {reasoning}."""
     if "{reasoning}" not in wording.TEMPLATES.get(template, template):
         return np.zeros(len(texts), np.int32)
     return np.array(chat.count_tokens(texts, layout), np.int32)
@@ -214,9 +207,7 @@ def _finish(context, name, rows, step: Callable) -> tuple[dict[str, np.ndarray],
 
 
 def _run(context, name, rows, step, done):
-    """Yields (indices, outputs as numpy arrays) of the batches that hold a row which is not done;
-    the next is dispatched before the last is fetched.
-    """
+    """Yields (indices, outputs in numpy) of batches with rows not done, one dispatched ahead."""
     placement = context.placement
     planned = batches.plan(rows, context.config.influence.batch_tokens, placement.rows_multiple)
     groups = [group for group in planned if not done.issuperset(group.indices)]

@@ -39,9 +39,7 @@ PARTIAL = "difficulty/partial"  # what a killed run continues from; removed at t
 
 
 def fingerprints(context: stages.Context) -> dict[str, str]:
-    """Fingerprints what the stage reads beside artifacts: the encoder and the label files, and for
-    the model's scores its weights.
-    """
+    """Fingerprints what is read beside artifacts: encoder, label files, the model's weights."""
     settings = context.config.difficulty
     found = model_scores.fingerprints(context) if settings.model_scores else {}
     if labels.is_columns(settings.source):
@@ -56,8 +54,7 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
 
 
 def check(context: stages.Context, needed: Sequence[tuple[str, str]] = ()) -> None:
-    """Raises UserError for what would end the stage, or what reads its levels, later: labels or an
-    encoder that cannot be read, a perspective without labels.
+    """Raises UserError for labels or an encoder that cannot be read, or a perspective unlabelled.
 
     Args:
         needed: (what needs it, perspective) of what reads the levels.
@@ -98,8 +95,7 @@ def _column_scores(settings, pool) -> dict[str, np.ndarray]:
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes difficulty/difficulty.parquet (example_id, knowledge, reasoning, overall),
-    metrics.json and, with difficulty.model_scores, model_scores.parquet.
+    """Writes difficulty.parquet, metrics.json and, where asked for, model_scores.parquet.
 
     A killed run continues after the last finished batch and gives identical bytes where training is
     deterministic, as on a CPU; a trained model waits on disk until its texts are scored.
@@ -133,8 +129,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 
 
 def train(context: stages.Context) -> dict[str, Any]:
-    """Runs the stage of `diq train-classifier`: cross-validates, trains on all labelled rows, and
-    writes classifier/, a folder for difficulty.source (trained.py), with metrics.json.
+    """Runs `diq train-classifier`: cross-validates, trains on all labelled rows, writes its folder.
 
     Returns:
         rows, tokens and resumed_tokens, and the cross-validation's metrics.
@@ -257,9 +252,7 @@ def _load(settings, placement) -> tuple[folds.Pretrained, dict[str, Any]]:
 def _task(
     pretrained, questions: Sequence[str], levels, pool: Sequence[str]
 ) -> folds.CrossValidation:
-    """Treats texts that the encoder cannot tell apart, since their tokens are the same, as one
-    text, and takes the words of the first.
-    """
+    """Treats texts that the encoder cannot tell apart as one, and takes the words of the first."""
     settings = pretrained.settings
     encode = tokenizer.load_tokenizer(settings.encoder, FIELD)
     asked = [*questions, *pool]

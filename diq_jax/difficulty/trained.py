@@ -1,5 +1,4 @@
-"""A trained classifier as a folder: what `diq train-classifier` makes and
-difficulty.source takes.
+"""A trained classifier's folder: `diq train-classifier` makes it, difficulty.source takes it.
 
 config.json, model.safetensors and the tokenizer's files are those of the encoder, up to the last
 layer that is used; transformers' AutoModel loads them. difficulty.safetensors holds the heads and
@@ -54,8 +53,7 @@ def save(
     max_tokens: int,
     temperatures: Mapping[str, float],
 ) -> None:
-    """Writes the folder; difficulty.json comes last, so that a killed run leaves none that passes
-    for one.
+    """Writes the folder; difficulty.json comes last, so that a killed run leaves none that passes.
 
     Args:
         model: {"encoder", "heads"} and "words" if used, as folds.fit makes it.

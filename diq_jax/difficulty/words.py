@@ -17,9 +17,7 @@ def fit(texts: Sequence[str]) -> text.TfidfVectorizer:
 
 
 def to_arrays(vectorizer: text.TfidfVectorizer) -> dict[str, np.ndarray]:
-    """Returns {"terms": UTF-8 bytes, one term a line; "idf": (V,) float32}, in the order of the
-    columns.
-    """
+    """Returns {"terms": UTF-8, one a line; "idf": (V,) float32}, in the order of the columns."""
     terms = "\n".join(vectorizer.get_feature_names_out())
     return {
         "terms": np.frombuffer(terms.encode(), np.uint8),
@@ -35,9 +33,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> text.TfidfVectorizer:
 
 
 def scores(arrays: Mapping[str, np.ndarray], texts: Sequence[str]) -> np.ndarray:
-    """Computes what words add to a head's scores, (n, 3, S) float32, by `to_arrays` and their
-    "kernel".
-    """
+    """Computes what words add to a head's scores, (n, 3, S) float32; `arrays` has "kernel" too."""
     kernel = arrays["kernel"]
     found = from_arrays(arrays).transform(texts) @ kernel.reshape(len(kernel), -1)
     return found.reshape(len(texts), *kernel.shape[1:])

@@ -1,0 +1,1 @@
+"""How good models are at the test questions, and how sure that is."""

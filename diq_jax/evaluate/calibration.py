@@ -12,9 +12,7 @@ BINS = 10  # of equal width
 
 
 def confidence(log_likelihoods: Sequence[float]) -> float:
-    """Computes the likeliest option's share of the softmax over the options' log-likelihoods, in
-    nats.
-    """
+    """Computes the likeliest option's share of the softmax over log-likelihoods in nats."""
     values = np.asarray(log_likelihoods, np.float64)
     return float(1 / np.exp(values - values.max()).sum())
 
@@ -41,9 +39,7 @@ def reliability(confidences: ArrayLike, correct: ArrayLike) -> list[dict[str, fl
 
 
 def error(table: Sequence[dict[str, float]]) -> float:
-    """Computes the mean of |accuracy - confidence| over the questions of a `reliability` table (Guo
-    et al., arXiv 1706.04599, equation 3).
-    """
+    """Computes the mean |accuracy - confidence| of `reliability` (arXiv 1706.04599, eq. 3)."""
     total = sum(row["questions"] for row in table)
     gaps = (row["questions"] * abs(row["accuracy"] - row["confidence"]) for row in table)
     return sum(gaps) / total

@@ -36,8 +36,7 @@ def common(first: predictions.ById, second: predictions.ById) -> list[str]:
 
 
 def correct(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.ndarray:
-    """Marks right answers, (Q,) float64: 1 where the model's choice is right; no choice is a wrong
-    one.
+    """Marks right answers, (Q,) float64: 1 where the model's choice is right; no choice is wrong.
 
     Raises:
         UserError: a row without the columns.
@@ -57,9 +56,9 @@ def unparsable(rows: predictions.ById, ids: Sequence[str], metric: str) -> np.nd
 
 
 def paired(hits: np.ndarray, unread: np.ndarray, samples: int, seed: int) -> dict[str, Any]:
-    """Compares (Q, 2) right answers: both accuracies and first - second with intervals; the
-    questions that only one of the two gets right, McNemar's exact p, and how many of each are
-    unparsable.
+    """Compares (Q, 2) right answers: accuracies, first - second, and McNemar's exact p.
+
+    Also what only one of the two gets right, and how many of each are unparsable.
 
     Args:
         unread: (Q, 2) of `unparsable`.
@@ -80,8 +79,9 @@ def paired(hits: np.ndarray, unread: np.ndarray, samples: int, seed: int) -> dic
 def proper(
     models: Sequence[predictions.ById], ids: Sequence[str], samples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Compares two models by each of PROPER that all rows have: `means` of both and `difference`,
-    first - second, with 95 % intervals. These move long before an accuracy does.
+    """Compares two models by PROPER: `means` and `difference`, with 95 % intervals.
+
+    These move long before an accuracy does. Only what all rows have.
     """
     found = {}
     for metric in PROPER:
@@ -107,9 +107,7 @@ def by_group(
 
 
 def winner(value: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Names the better model where the p-value, Holm's where there is one, is below LEVEL;
-    else "".
-    """
+    """Names the better model where p, Holm's where there is one, is below LEVEL; else ""."""
     if value.get("p_holm", value["p"]) >= LEVEL:
         return ""
     return names[0 if value["difference"]["mean"] > 0 else 1]
@@ -134,9 +132,7 @@ def sentence(value: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def calibrated(rows: predictions.ById, ids: Sequence[str]) -> dict[str, Any] | None:
-    """Returns `ece` and its table, of the choice by summed log-likelihood; None where a row has
-    none, or its choice was read off generated answers.
-    """
+    """Returns `ece` and its table; None unless all rows were chosen by summed log-likelihood."""
     given = [rows[name].get("log_likelihoods") for name in ids]
     if not all(given) or any("answers" in rows[name] for name in ids):
         return None

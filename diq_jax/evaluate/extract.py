@@ -1,6 +1,6 @@
-"""The option that a generated answer chooses, or None: never a guess.
+r"""The option that a generated answer chooses, or None: never a guess.
 
-The plainest kind of statement that a text has decides: \\boxed{B}; then "the answer is B",
+The plainest kind of statement that a text has decides: \boxed{B}; then "the answer is B",
 "Answer: B"; then "option B is correct", "I choose B", "therefore, B."; then a line that is nothing
 but an option; then the only option that the last sentence names. Within a kind the last mention
 counts, since reasoning may change its mind. What is ruled out ("not A", "A is wrong") or doubted
@@ -157,9 +157,7 @@ def _last_sentence(text, options) -> set[str]:
 
 
 def _leading(span, options) -> set[str]:
-    """Finds the options that a span begins with: a letter (or several, joined), or an option's
-    text.
-    """
+    """Finds the options that a span begins with: a letter, several joined, or an option's text."""
     texts = _leading_text(span, options)
     match = LETTER.match(span)
     if match is None or match["letter"].upper() not in options:
@@ -181,9 +179,7 @@ def _leading(span, options) -> set[str]:
 
 
 def _leading_text(span, options) -> set[str]:
-    """Finds the option whose text a span begins with, the longest if one is the beginning of
-    another.
-    """
+    """Finds the longest option whose text a span begins with."""
     span = _normal(span) + " "
     found = [
         letter

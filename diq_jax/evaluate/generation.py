@@ -148,9 +148,7 @@ def from_table(table: pa.Table) -> list[example.Example]:
 
 
 def end_tokens(model: load.Model, layout: chat.Layout) -> tuple[int, ...]:
-    """Returns the tokens that end an answer: the model's and the tokenizer's end tokens, and that
-    of a turn.
-    """
+    """Returns the tokens that end an answer: the model's, the tokenizer's, and that of a turn."""
     eos = model.hf_config.get("eos_token_id")
     found = [token_ids.eos_id(layout.tokenizer), *(eos if isinstance(eos, list) else [eos])]
     found += layout.end_ids[-1:]
@@ -188,9 +186,7 @@ def prediction(
 
 
 def add_answers(answers: Answers, rows: Sequence[dict], columns: measure.Columns) -> None:
-    """Puts what a model wrote into its rows of predictions.jsonl, in the place of the option that
-    likelihood chose.
-    """
+    """Puts a model's answers into its rows of predictions.jsonl, in the choice's place."""
     written = list(zip(*(columns[name] for name in ("text", "tokens", "finish")), strict=True))
     for i, row in enumerate(rows):
         del row["prediction_norm"]
@@ -199,9 +195,7 @@ def add_answers(answers: Answers, rows: Sequence[dict], columns: measure.Columns
 
 
 def unparsable(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Counts questions without a readable answer, and answers that cannot be read: both are
-    wrong.
-    """
+    """Counts questions without a readable answer, and unreadable answers: both are wrong."""
     return {
         "unparsable": sum(p["prediction"] is None for p in predictions),
         "unparsable_answers": sum(a["letter"] is None for p in predictions for a in p["answers"]),

@@ -114,6 +114,7 @@ class HarnessModel(lm_model.TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Returns the token that ends a text."""
         return self._eos
 
     @property
@@ -123,12 +124,11 @@ class HarnessModel(lm_model.TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """Returns the name under which the harness keeps requests."""
         return self.model.path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Tokenizes a text; one that begins with the BOS token, as chat templates write it, gets no
-        second one.
-        """
+        """Tokenizes a text; one that begins with the BOS token, as templates do, gets no other."""
         ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         chat.check_tokens(ids, self.layout, f"A text that begins with {string[:40]!r}")
         first = [] if add_special_tokens is False or ids[:1] == self._bos else self._bos
@@ -137,6 +137,7 @@ class HarnessModel(lm_model.TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """Writes a conversation as the model's layout does."""
         return chat.write_conversation(chat_history, self.layout, add_generation_prompt)
 
     def loglikelihood_rolling(
@@ -194,9 +195,7 @@ class HarnessModel(lm_model.TemplateLM):
         return found
 
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        """Computes for each pair the log-likelihood in nats, and whether greedy decoding
-        gives it.
-        """
+        """Computes each pair's log-likelihood in nats, and whether greedy decoding gives it."""
         questions, places = share_contexts([self._cut(*pair) for pair in pairs])
         questions = options.as_read_by(questions, self.model.cfg)
         out = [(0.0, True)] * len(pairs)  # of nothing that follows
@@ -248,8 +247,7 @@ def token_scores(
     batch: batches.Batch,
     adapter: trees.Tree | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes for each scored token its negative log-likelihood in nats, and whether it is the
-    likeliest.
+    """Computes each scored token's negative log-likelihood in nats, and if it is the likeliest.
 
     Returns:
         (B, A) float32, 0 at padding, and (B, A) bool.
@@ -259,8 +257,9 @@ def token_scores(
 
 
 def share_contexts(pairs: Sequence[Pair]) -> tuple[list[options.Question], list[list[int]]]:
-    """Groups pairs into one question for each context, with what follows it as options, and returns
-    for each question the pairs that its options are. A pair with nothing that follows is in none.
+    """Groups pairs into a question for each context; returns also the pairs that are its options.
+
+    A pair with nothing that follows is in none.
     """
     members: dict[tuple[int, ...], list[int]] = {}
     for i, (context, follows) in enumerate(pairs):

@@ -31,8 +31,7 @@ def make_generate(
     seed: int,
     adapter: trees.Tree | None,
 ) -> Generate:
-    """Makes the function that HarnessModel generates with. A context that is too long is cut at its
-    beginning.
+    """Makes what HarnessModel generates with; it cuts a context that is too long at its beginning.
 
     A drawn text depends on (seed, context, how often that context came before in the call).
 

@@ -21,8 +21,7 @@ HIGHER_IS_BETTER = ("accuracy", "accuracy_norm", "margin")  # of all others less
 
 
 def estimates(values: ArrayLike, samples: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Computes the mean over questions, then its value in each resampling: (Q, ...) -> (1 + S, ...)
-    float64.
+    """Computes the mean over questions, then in each resampling: (Q, ...) -> (1 + S, ...) float64.
 
     Questions are drawn with replacement, the same for every column; so the difference of two
     columns is the paired bootstrap of their difference.
@@ -114,8 +113,7 @@ def averages(
     seed: int,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Averages every accuracy over the tasks of each group, drawn as `estimates`: {group: {metric:
-    (1 + S, M)}}.
+    """Averages accuracies over each group's tasks: {group: {metric: (1 + S, M)}} as `estimates`.
 
     Each task's questions are drawn apart from every other task's, as they were collected.
     """

@@ -124,7 +124,6 @@ def ask(
         letter_log_likelihoods (of each option) and loss (of the right one); see options.scores and
         options.letter_scores.
     """
-
     questions = options.as_read_by(questions, cfg)
 
     # A target's loss is the very function that the influence direction differentiates.

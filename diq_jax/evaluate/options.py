@@ -66,9 +66,7 @@ class Question:
 
 
 def as_read_by(questions: Sequence[Question], cfg: model_config.DecoderConfig) -> list[Question]:
-    """Returns the questions as a model of `cfg` reads them: one with delta layers reads the prompt
-    for each option.
-    """
+    """Returns the questions as `cfg` reads them: with delta layers the prompt once an option."""
     return [dataclasses.replace(question, shared=cfg.delta is None) for question in questions]
 
 
@@ -149,8 +147,9 @@ def scores(question: Question, losses: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def letter_scores(question: Question, losses: np.ndarray) -> np.ndarray:
-    """Sums the log-likelihood of the first tokens of each option, as few as tell the options apart:
-    of options "A. text" those of the letters. An option's length does not touch it.
+    """Sums each option's log-likelihood over its first tokens, as few as tell the options apart.
+
+    Of options "A. text" those are the letters'. An option's length does not touch it.
 
     Args:
         losses: as for `scores`.
@@ -175,9 +174,7 @@ def choice_loss(log_likelihoods: np.ndarray, answer: int) -> float:
 
 
 def brier(log_likelihoods: np.ndarray, answer: int) -> float:
-    """Computes the squared distance of the options' shares from 1 for the right one and 0 for the
-    others, in [0, 2] (Brier 1950).
-    """
+    """Computes the squared distance of shares from the right one's 1, in [0, 2] (Brier 1950)."""
     scores = np.asarray(log_likelihoods, np.float64)
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
@@ -185,18 +182,14 @@ def brier(log_likelihoods: np.ndarray, answer: int) -> float:
 
 
 def margin(log_likelihoods: np.ndarray, answer: int) -> float:
-    """Computes how far the right option's log-likelihood is above the best other one's, in nats; 0
-    without another.
-    """
+    """Computes the right option's log-likelihood above the best other's, in nats; 0 without one."""
     scores = np.asarray(log_likelihoods, np.float64)
     others = np.delete(scores, answer)
     return float(scores[answer] - others.max()) if len(others) else 0.0
 
 
 def choose(log_likelihoods: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-    """Chooses the likeliest option, by the sum and by the mean of a token. Ties go to the first
-    option.
-    """
+    """Chooses the likeliest option, by the sum and by the mean of a token; the first of equals."""
     return int(np.argmax(log_likelihoods)), int(np.argmax(log_likelihoods / lengths))
 
 
@@ -237,9 +230,7 @@ def predictions(
 
 
 def outcomes(predictions: Sequence[dict[str, Any]], metrics: Sequence[str]) -> np.ndarray:
-    """Returns the metrics (intervals.METRICS) of rows of `predictions`, (Q, len(metrics)) float64:
-    an accuracy is 1 where the option that it looks at is the right one.
-    """
+    """Returns rows' metrics (intervals.METRICS), (Q, M) float64: an accuracy is 1 where right."""
     values = [[_outcome(row, metric) for metric in metrics] for row in predictions]
     return np.array(values, np.float64)
 

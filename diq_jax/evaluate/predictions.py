@@ -80,9 +80,7 @@ def _file(path: str, field: str) -> pathlib.Path:
 
 
 def _text(row: dict[str, Any]) -> dict[str, str]:
-    """Returns the first answer that chooses what was predicted, or the first; {} without
-    answers.
-    """
+    """Returns the first answer that chooses what was predicted, or the first; {} without any."""
     answers = row.get("answers")
     if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
         return {}
@@ -92,9 +90,7 @@ def _text(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _tests(file: pathlib.Path, verified: bool) -> ById:
-    """Returns what the run's tests say of each question: its text with the options, and the right
-    one.
-    """
+    """Returns the run's tests by question: its text with the options, and the right one."""
     path = file.parent.parent / "prepare" / "tests.parquet"
     if file.parent.name != "evaluate" or not path.is_file():
         return {}

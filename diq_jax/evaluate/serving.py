@@ -1,5 +1,4 @@
-"""Requests of the OpenAI API, answered by a model of ours: completions, with the log-likelihood of
-their tokens, and chats. No streaming.
+"""Answers OpenAI API requests by a model of ours: completions and chats, no streaming.
 
 A request is refused, never bent: an unknown field, one that asks for what is not built, or a prompt
 that does not fit is a UserError.
@@ -227,9 +226,7 @@ class Served:
         )
 
     def _told(self, ids: Sequence[int], start: int, top: int) -> dict[str, list]:
-        """Returns the tokens from `start` on as the API writes them, with `top` likeliest ones;
-        the first of a row has no likelihood.
-        """
+        """Returns tokens from `start` as the API writes them; a row's first has no likelihood."""
         spell = [self._spell(i) for i in ids]
         values, best, likeliest = self._scored(ids)
         own: list[float | None] = [None, *values]

@@ -16,9 +16,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: the chance of any false alarm among them stays below the level
-    at which an adjusted p-value is read.
-    """
+    """Adjusts by Holm's steps: the chance of any false alarm stays below the level read at."""
     ordered = sorted(p_values, key=p_values.__getitem__)
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(ordered):

@@ -21,8 +21,7 @@ TARGETS, TESTS = "prepare/targets.parquet", "prepare/tests.parquet"
 
 
 def arms(context: stages.Context) -> list[tuple[str, pathlib.Path | None]]:
-    """Lists the models by name: `base` (None), `selected`, the baselines, and `dpo` where asked
-    for; each with its PEFT folder, or its own model folder where finetune trained parameters.
+    """Lists the models by name, `base` (None), `selected`, baselines, `dpo`, each with its folder.
 
     Only `base` where the finetune stage never ran in this workdir.
 
@@ -134,9 +133,7 @@ def groups(settings: evaluate_config.Evaluate, tasks: Collection[str]) -> dict[s
 
 
 def _weights(models, model, context) -> Iterator[tuple[str, tuple[dict, dict | None]]]:
-    """Yields each model's (parameters, adapter), placed. With adapters the base gets zeros of the
-    same shape, which add exactly 0: so one compiled program serves all models.
-    """
+    """Yields each model's (parameters, adapter), placed; the base gets zeros, for one program."""
     placement, settings = context.placement, context.config
     folders = [folder for _, folder in models if folder is not None]
     for name, folder in models:

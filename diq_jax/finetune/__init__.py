@@ -1,0 +1,1 @@
+"""Training on what was selected: SFT, DPO, and the states of a run."""

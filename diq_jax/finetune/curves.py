@@ -10,8 +10,7 @@ from diq_jax.run import processes
 
 @contextlib.contextmanager
 def open_log(folder: pathlib.Path, wanted: bool) -> Iterator[Callable | None]:
-    """Yields `loop.Upkeep.log`, which writes each record's values into `folder`; None if not
-    wanted, or where another process writes.
+    """Yields `loop.Upkeep.log`, which writes into `folder`; None if unwanted, or not ours to write.
 
     A resumed run adds a file that replaces the steps which the killed one had not kept.
 

@@ -24,9 +24,7 @@ from diq_jax.run import sharding
 
 @flax.struct.dataclass
 class PairRows:
-    """Holds a microbatch of P pairs in 2 P rows, chosen and rejected in turn, so that devices which
-    share the rows never part a pair.
-    """
+    """Holds P pairs in 2 P rows, chosen and rejected in turn, so that devices part no pair."""
 
     batch: batches.Batch
     reference: Any  # (2 P,) float32: the reference's log-probability of each row's answer
@@ -60,8 +58,9 @@ def log_probabilities(
 def example_sums(
     cfg: model_config.DecoderConfig, settings: finetune_config.Dpo, remat: bool
 ) -> Callable:
-    """Makes a function (params, factors, frozen, key, PairRows) -> sums over the pairs, for
-    training.make_train_step: loss, margin, accuracy (the margin is above 0), gradient, examples.
+    """Makes (params, factors, frozen, key, PairRows) -> sums over the pairs, for a train step.
+
+    Of loss, margin, accuracy (the margin is above 0), gradient, examples.
     """
 
     def sums(params, factors, frozen, key, rows):

@@ -153,8 +153,7 @@ def _alpha(adapter) -> float:
 
 
 def _reference(context, model, adapter, pairs) -> dict[str, list[float]]:
-    """Computes {pair: the reference's log-probabilities (chosen, rejected)} once, and keeps them on
-    disk.
+    """Computes {pair: the reference's log-probabilities (chosen, rejected)} once, kept on disk.
 
     A killed run continues after the last finished batch.
     """

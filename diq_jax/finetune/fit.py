@@ -39,6 +39,7 @@ class Fitted:
 
     @property
     def adapter(self) -> dict:
+        """Returns the whole adapter: trained and frozen leaves."""
         return trees.combine(self.factors, self.frozen)
 
 
@@ -92,9 +93,7 @@ def fit(
 def make_train_step(
     model: load.Model, settings: finetune_config.Finetune, placement: devices.Placement
 ) -> Callable:
-    """Returns a step that serves every training of a model by these settings: whatever its rows,
-    seed and number of steps.
-    """
+    """Returns a step that serves every training by these settings: any rows, seed, length."""
     optimizer = training.adamw(settings.weight_decay, settings.clip_norm)
     return training.make_train_step(sft.example_sums(model.cfg, settings), optimizer, placement)
 
@@ -102,8 +101,9 @@ def make_train_step(
 def learning_rates(
     settings: finetune_config.Finetune | finetune_config.Dpo, steps: int
 ) -> np.ndarray:
-    """Returns the rate of every step, (steps,) float32: a linear warm-up over ceil(warmup_ratio *
-    steps) steps, the last one aside, then a cosine to 0.
+    """Returns each step's rate, (steps,) float32: a linear warm-up, then a cosine to 0.
+
+    The warm-up takes ceil(warmup_ratio * steps) steps, the last one aside.
     """
     warmup = min(math.ceil(settings.warmup_ratio * steps), steps - 1)
     return training.learning_rates(settings.learning_rate, steps, warmup)

@@ -1,6 +1,4 @@
-"""The loop of every fine-tuning, which a kill does not hurt: its state goes to disk every few
-steps, and where SIGTERM comes, and the same call goes on from there to the same numbers.
-"""
+"""The loop of every fine-tuning: killed, the same call goes on to the same numbers."""
 
 import contextlib
 import dataclasses

@@ -60,8 +60,7 @@ def split_adapter(adapter: dict) -> tuple[Any, Any]:
 def init_weights(
     params: dict, pattern: str, optimizer: optax.GradientTransformation
 ) -> training.TrainState:
-    """Returns the state before the first step of training parameters themselves: float32 copies of
-    them, since an update of 1e-4 vanishes in bfloat16.
+    """Returns the first state of training parameters: float32, since bfloat16 loses 1e-4 updates.
 
     Args:
         pattern: finetune.parameters, `all` or a regex over parameter paths; UserError where it

@@ -24,8 +24,7 @@ SELECTED = "selected"
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Trains every arm and writes finetune/adapter (or model, where parameters are trained),
-    finetune/baselines/METHOD and losses.jsonl; with eval_every_steps the best of each beside them.
+    """Trains every arm; writes adapter or model, baselines/METHOD, losses.jsonl, the best ones.
 
     Returns:
         rows: examples of all arms; tokens: those processed, padding not counted, resumed_tokens
@@ -68,9 +67,7 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
 
 
 def _subsets(context) -> tuple[list[example.Encoded], dict[str, list[int]]]:
-    """Returns the examples of all arms, and each arm's as indices into them: the selected ones, and
-    the first as many by each baseline's rank.
-    """
+    """Returns all arms' examples, and each arm's as indices: selected, or a baseline's first."""
     selection = context.table("selection/selection.parquet", "example_id", "selected")
     ids = np.array(selection["example_id"].to_pylist())
     chosen = {SELECTED: set(ids[selection["selected"].to_numpy()])}

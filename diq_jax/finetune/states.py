@@ -1,5 +1,4 @@
-"""Train states on disk: two are kept, each with the checksums of its files, and the newest that is
-whole is taken.
+"""Train states on disk: two are kept, with checksums, and the newest whole one is taken.
 
     finetune/state/selected/120/{state, records}/..     by orbax
     finetune/state/selected/120/checksums.json          written last: a state without it is no state
@@ -44,9 +43,10 @@ class States:
         self._writing: pathlib.Path | None = None
 
     def save(self, state: Any, records: list[dict[str, float]]) -> None:
-        """Begins to keep the state after len(records) steps, once the one before is on the disk; it
-        may be changed and donated when this returns. Of arrays that are spread over processes each
-        writes its part.
+        """Begins to keep the state after len(records) steps, once the one before is on the disk.
+
+        It may be changed and donated when this returns. Arrays spread over processes are written by
+        each in part.
         """
         self.finish()
         steps = cast(Any, records)  # declared as a mapping, but any JSON value does

@@ -1,0 +1,1 @@
+"""How much an example lowers the targets' loss: directions, engines, scores."""

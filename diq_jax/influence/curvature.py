@@ -87,8 +87,7 @@ def make_product(
     reduction: str,
     placement: devices.Placement,
 ) -> Callable[[trees.Tree], trees.Tree]:
-    """Makes a function v -> G v, the mean over the examples of `make_batches`; leaves (1, ...)
-    both.
+    """Makes v -> G v, the mean over the examples of `make_batches`; leaves (1, ...) both.
 
     Args:
         make_batches: gives (number of examples, placed batch) pairs anew at each call.

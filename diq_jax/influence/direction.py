@@ -109,8 +109,7 @@ def from_peft(folder: str, cfg: config.DecoderConfig, chosen: trees.Tree) -> Dir
 def make_space(
     model: load.Model, settings: influence_config.Influence, placement: devices.Placement
 ) -> Space:
-    """Makes the space that influence.parameters names: `all`, `lora`, or a regex over parameter
-    paths.
+    """Makes the space influence.parameters names: `all`, `lora`, or a regex over parameter paths.
 
     Whatever the space, the function that is differentiated is the model itself: a fresh LoRA
     adapter changes no output (lora.with_origin).
@@ -155,9 +154,7 @@ def losses(
 
 
 def _adapter(model, settings):
-    """Returns the adapter whose factors are differentiated: a fresh one around the model as it is,
-    or one of the user's, which is then part of the model.
-    """
+    """Returns the adapter to differentiate: a fresh one, or the user's, part of the model."""
     from diq_jax.models import lora
 
     if settings.path:

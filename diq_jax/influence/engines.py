@@ -1,5 +1,4 @@
-"""The interface of engines (open one on a space, score batches, join what they gave), and the exact
-one, which scores along the directions and keeps nothing of a gradient. features.py has the others.
+"""The interface of engines, and the exact one, which keeps no gradient (features.py has others).
 
 influence/kinds.py has the table of influence.engine.
 """

@@ -1,5 +1,4 @@
-"""The factored engine: two-sided random projections of every example's gradient from one backward
-pass.
+"""The factored engine: two-sided projections of every example's gradient by one backward pass.
 
 Each chosen matrix W (in, out) gets a probe, y = x W + x L C R with C = 0 (P, P) for each example:
 the gradient of C is Lt G Rt, where G is the example's own gradient of W, which is never formed. L
@@ -46,6 +45,7 @@ class ProbeLayout:
 
     @property
     def matrix_dim(self) -> int:
+        """Returns the numbers of all matrices' cores."""
         return self.rank**2 * self.count
 
     @property
@@ -55,6 +55,7 @@ class ProbeLayout:
 
     @property
     def dim(self) -> int:
+        """Returns the numbers of an example's feature."""
         return self.matrix_dim + (self.sketch.dim if self.sketch else 0)
 
 
@@ -97,9 +98,7 @@ def make_layout(
 
 
 def make_maps(layout: ProbeLayout) -> dict[str, dict[str, jax.Array]]:
-    """Makes {matrix path: {left (in,), right (out,)}} of signs, stacked over layers where the
-    matrix is.
-    """
+    """Makes {matrix path: {left (in,), right (out,)}} of signs, stacked where the matrix is."""
     maps = {}
     for name, (*stack, n_in, n_out) in layout.matrices.items():
         key = jax.random.fold_in(jax.random.key(layout.seed), zlib.crc32(name.encode()))

@@ -1,8 +1,7 @@
-"""The engine of features: each example's gradient as a row of numbers, kept in a gradient store,
-whose inner products stand for the gradients'.
+"""The engine of features: gradients as rows of a store, whose inner products stand for theirs.
 
-    projected   each example's gradient, projected
-    factored    two-sided projections from one backward pass
+projected   each example's gradient, projected
+factored    two-sided projections from one backward pass
 """
 
 import dataclasses

@@ -1,5 +1,4 @@
-"""The tables of influence.direction and influence.engine: a row of one holds all that there is to
-say of its kind, and a new row is a new kind.
+"""The tables of influence.direction and influence.engine: a row says all of its kind.
 
 The configuration reads names, sentences and conflicts here, and --help shows them. So what takes
 seconds to import (JAX, the engines) is imported inside the functions.

@@ -50,9 +50,9 @@ def map_gradients(
     settings: influence_config.Influence,
     shards: int,
 ) -> tuple:
-    """Computes apply(gradients of some rows) for all rows: those gradients in microbatches, then
-    `apply` on as many as gradient_bytes hold. (A dense projection costs the same for one gradient
-    as for a hundred.)
+    """Computes apply(gradients) for all rows: in microbatches, joined as gradient_bytes hold.
+
+    A dense projection costs the same for one gradient as for a hundred.
 
     Args:
         apply: maps a tree of leaves (b, ...) to an array (b, ...).
@@ -77,9 +77,7 @@ def map_gradients(
 def in_microbatches(
     fn: Callable, batch: batches.Batch, settings: influence_config.Influence, shards: int
 ) -> Any:
-    """Computes fn(batch), of outputs (B, ...), on as many rows at a time as `microbatch_tokens`
-    hold.
-    """
+    """Computes fn(batch), of outputs (B, ...), on as many rows as `microbatch_tokens` hold."""
     rows, tokens = batch.tokens.shape[0] // shards, batch.tokens.shape[1]
     return _in_parts(
         fn, batch, _divisor(rows, problems.microbatch_tokens(settings) // tokens), shards

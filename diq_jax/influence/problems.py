@@ -109,9 +109,9 @@ def placed(
 
 
 def microbatch_tokens(settings: influence_config.Influence) -> int:
-    """Returns the tokens whose activations a device holds at once for a backward pass: the
-    setting's, or by backend. A CPU gains nothing from more, a GPU or TPU is fastest while its
-    products are large.
+    """Returns a device's tokens in one backward pass, the setting's or by backend.
+
+    A CPU gains nothing from more, a GPU or TPU is fastest while its products are large.
     """
     few = jax.default_backend() == "cpu"
     return settings.microbatch_tokens or (1024 if few else MICROBATCH_TOKENS)
@@ -122,9 +122,7 @@ def fit_microbatches(
     cfg: model_config.DecoderConfig,
     placement: devices.Placement,
 ) -> influence_config.Influence:
-    """Returns the settings with the microbatch_tokens whose activations take half of the memory of
-    a device of the placement, where the settings leave that open and the memory is known.
-    """
+    """Returns settings with microbatch_tokens that fill half of a device's memory, if left open."""
     if settings.microbatch_tokens or not placement.memory:
         return settings
     room = placement.memory // 2 * placement.mesh.shape["model"]
@@ -137,9 +135,7 @@ def fit_microbatches(
 def check_finite(
     problem: Problem, what: str, indices: Sequence[int], values: trees.Array, losses: trees.Array
 ) -> None:
-    """Raises UserError naming the first of these examples whose values (B, ..) or loss are not
-    finite.
-    """
+    """Raises UserError naming the first example whose values (B, ..) or loss are not finite."""
     for i, row, loss in zip(indices, values, losses, strict=True):
         if not (np.isfinite(loss) and np.isfinite(row).all()):
             raise errors.UserError(

@@ -28,11 +28,17 @@ class Kept(Protocol):
     """Keeps the columns of finished rows: parts.Memory, parts.Parts, store.Writer."""
 
     @property
-    def done(self) -> set[int]: ...
+    def done(self) -> set[int]:
+        """Returns the rows that have been scored."""
+        ...
 
-    def add(self, rows: Sequence[int], columns: Mapping[str, Any]) -> None: ...
+    def add(self, rows: Sequence[int], columns: Mapping[str, Any]) -> None:
+        """Keeps the scores of a batch of rows."""
+        ...
 
-    def columns(self) -> dict[str, Any]: ...
+    def columns(self) -> dict[str, Any]:
+        """Returns all scores, in the order of the rows."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

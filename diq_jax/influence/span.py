@@ -1,5 +1,4 @@
-"""The span of the targets' gradients: its leading directions, and how well each row's gradient
-aligns with the targets inside it (after GIST, arXiv 2602.18584).
+"""The span of the targets' gradients, and each row's alignment inside it (after arXiv 2602.18584).
 
 By the singular vectors V (P, k) of the targets' gradients G (Q, P), a row's gradient g has the
 coordinates V'g, and its score is the mean cosine of these with those of the targets. G itself is

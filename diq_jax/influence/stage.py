@@ -23,6 +23,7 @@ PARTIAL = "influence/partial"  # finished batches of a run that goes on
 
 
 def fingerprints(context: stages.Context) -> Mapping[str, str]:
+    """Fingerprints the model, and the adapters that the settings name."""
     settings = context.config.influence
     found = {"model.path": _weights(context)}
     if settings.parameters == "lora":
@@ -41,9 +42,7 @@ def fingerprints(context: stages.Context) -> Mapping[str, str]:
 
 
 def check(context: stages.Context) -> None:
-    """Raises UserError for what would end the stage later: an adapter that does not fit the model,
-    parameters that match nothing.
-    """
+    """Raises UserError for an adapter that does not fit, or parameters that match nothing."""
     settings = context.config.influence
     opened = checkpoint.open_checkpoint(context.config.model.path, "model.path")
     cfg = model_config.decoder_config(opened.config, "model.path")
@@ -65,8 +64,7 @@ def gradients_at(settings: influence_config.Influence) -> str:
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes influence/influence.parquet (_write_table), tuned.parquet with influence.tuned, and
-    store/ by the engines that keep gradients.
+    """Writes influence.parquet (_write_table), tuned.parquet if asked, store/ of gradient engines.
 
     A killed run continues after the last finished batch and gives identical bytes: which examples
     share a batch depends on the pool alone, and the directions are computed again.
@@ -129,9 +127,7 @@ def _write_tuned(context, model, pool, targets) -> None:
 
 
 def _write_table(path: pathlib.Path, scores: score.Scores, settings) -> None:
-    """Writes example_id, influence, loss, tokens; with `targets` task or example also
-    influence_by_target (and alignment, of several groups), with `per_token` token_influence.
-    """
+    """Writes example_id, influence, loss, tokens, and what `targets` and `per_token` ask for."""
     columns = {
         "example_id": pa.array(scores.example_ids),
         "influence": pa.array(scores.influence),
@@ -159,9 +155,7 @@ def _record(scores: score.Scores, settings) -> dict[str, Any]:
 
 
 class EpochFiles:
-    """Keeps the epochs of a warm-up in a folder, one file each, with a checksum of its numbers
-    (warmup.Epochs).
-    """
+    """Keeps a warm-up's epochs in a folder, a file each, with a checksum (warmup.Epochs)."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder

@@ -135,7 +135,7 @@ class Writer:
 class _Slices:
     """Reads slices of rows that lie in several shards."""
 
-    def __init__(self, shards: Sequence[np.ndarray], shard_rows: int):
+    def __init__(self, shards: Sequence[np.ndarray], shard_rows: int) -> None:
         self._shards, self._rows = shards, shard_rows
 
     def __getitem__(self, wanted: slice) -> np.ndarray:

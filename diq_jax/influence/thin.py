@@ -30,9 +30,7 @@ def truncate(v: trees.Tree, rank: int) -> tuple[trees.Tree, dict[str, dict[str, 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _thin(leaf, rank):
-    """Finds the leading subspace by iteration, with a basis made orthonormal through its small Gram
-    matrix.
-    """
+    """Finds the leading subspace by iteration; its basis is orthonormal by a Gram matrix."""
     *batch, n_in, n_out = leaf.shape
     leaf = leaf.astype(jnp.float32)
     if rank >= min(n_in, n_out):
@@ -50,9 +48,7 @@ def _thin(leaf, rank):
 
 
 def _orthonormal(columns):
-    """Makes columns orthonormal by Cholesky QR, applied twice since once squares the condition
-    number.
-    """
+    """Makes columns orthonormal by Cholesky QR, twice since once squares the condition number."""
     for _ in range(2):
         gram = columns.swapaxes(-1, -2) @ columns
         shift = 1e-7 * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]

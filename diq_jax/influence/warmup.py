@@ -26,7 +26,8 @@ FIELDS = ("chosen", "first", "second", "count")
 class Epochs(Protocol):
     """Keeps the arrays of each epoch, {path: array}, by its number from 1; a dict is one."""
 
-    def get(self, epoch: int, /) -> dict[str, np.ndarray] | None: ...
+    def get(self, epoch: int, /) -> dict[str, np.ndarray] | None:
+        """Returns what `add` kept of an epoch; None if nothing."""
 
     def __setitem__(self, epoch: int, arrays: dict[str, np.ndarray], /) -> None: ...
 

@@ -1,0 +1,1 @@
+"""Decoders and encoders as functions of parameter trees, and the files of both."""

@@ -21,9 +21,7 @@ STRIPS = 8
 
 
 def places(cfg: config.DecoderConfig) -> tuple[Tree, Tree]:
-    """Returns where a layer looks and how it rotates, {window, frequencies, amplitude}: the same
-    for all layers, and stacked over them where they differ.
-    """
+    """Returns how layers look and rotate, {window, frequencies, amplitude}, stacked if unlike."""
     dim = cfg.rotary_dim or cfg.head_dim
 
     def turn(r):
@@ -54,8 +52,7 @@ def attend(
     positions: Array | None = None,
     parent_ids: Array | None = None,
 ) -> jax.Array:
-    """Computes softmax attention inside segments, in blocks of queries, so that no (T, T) array of
-    all heads exists at once.
+    """Computes softmax attention inside segments, in blocks of queries: never (T, T) of all heads.
 
     Where it is causal, blocks read only the keys up to the end of their strip. Plain jnp, so that
     it can be differentiated in forward mode; in reverse mode each block is recomputed.

@@ -56,11 +56,8 @@ class Checkpoint:
     tensors: dict[str, stored.Tensor]
     files: tuple[pathlib.Path, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:

@@ -1,6 +1,4 @@
-"""Model shapes and constants, read from a checkpoint's config.json and checked for type and range;
-nothing is assumed that neither it nor its family's documentation says.
-"""
+"""Model shapes and constants from config.json, checked for type and range; nothing is assumed."""
 
 import dataclasses
 import math
@@ -26,6 +24,8 @@ SAME = ("norms", "qk_norm", "joint_qk_norm", "fused", "unit_offset")  # in Famil
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
+    """Holds what a decoder's program depends on."""
+
     family: str
     num_layers: int  # N
     model_dim: int  # D
@@ -71,6 +71,8 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
+    """Holds what an encoder's program depends on."""
+
     family: str
     num_layers: int
     model_dim: int
@@ -167,12 +169,10 @@ def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> 
     window = read.size("sliding_window", None) if family.sliding_window else None
     found: dict[str, Any] = {"sliding_window": window}
     types = read.get("layer_types", list, None)
-    allowed = {
-        rope_lib.FULL,
-        *((rope_lib.SLIDING,) if window is not None and family.layer_types else ()),
-    }
+    more = (rope_lib.SLIDING,) * bool(window is not None and family.layer_types)
+    allowed = (rope_lib.FULL, *more)
     if types is not None and (family.layer_types or not family.sliding_window):
-        known = all(isinstance(kind, str) and kind in allowed for kind in types)
+        known = all(kind in allowed for kind in types)
         if not known or (family.layer_types and len(types) != count):
             expected = " or ".join(sorted(allowed))
             raise read.wrong("layer_types", f"{expected} for each layer")
@@ -269,7 +269,7 @@ class _Reader:
 
     def __init__(
         self, config: dict[str, Any], field: str, built: dict[str, families.Family], what: str
-    ):
+    ) -> None:
         self.config, self.field, self.built, self.what = config, field, built, what
         name = config.get("model_type")
         if not isinstance(name, str) or name not in built:

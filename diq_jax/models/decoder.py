@@ -95,8 +95,9 @@ def size(cfg: config.DecoderConfig) -> int:
 
 
 def activation_bytes(cfg: config.DecoderConfig, remat: bool) -> int:
-    """Returns what a backward pass keeps of a token in two-byte floats, all layers together: the
-    residual stream in float32, and without `remat` what the products gave.
+    """Returns what a backward pass keeps of a token, all layers, in two-byte floats.
+
+    That is the residual stream in float32, and without `remat` what the products gave.
     """
     stream = cfg.num_layers * 4 * cfg.model_dim
     if remat or cfg.num_experts:
@@ -257,9 +258,7 @@ def _placed(cfg, name, y):
 
 
 def _between(x):
-    """Splits the residual stream's tokens over the model axis, where norms and sums are the same
-    work on every device (sequence parallelism).
-    """
+    """Splits the residual stream's tokens over the model axis (sequence parallelism)."""
     return sharding.pinned(x, "data", "model", None)
 
 

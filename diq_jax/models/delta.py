@@ -1,5 +1,4 @@
-"""Gated delta layers (arXiv 2412.06464) in place of attention, in all layers but the last of each
-period.
+"""Gated delta layers (arXiv 2412.06464) for attention, in all layers but each period's last.
 
 Whatever the length of a row, a head keeps a state S (Ck, Cv), which starts at 0:
 
@@ -85,8 +84,9 @@ def shapes(cfg: config.DecoderConfig) -> Tree:
 def empty(
     cfg: config.DecoderConfig, rows: int, dtype: DTypeLike
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Returns what `mix` keeps of all layers, as it is before the first token: the last inputs of
-    the convolution (N, B, W - 1, channels), and the states (N, B, H, Ck, Cv) float32.
+    """Returns the layers' state before the first token, float32 but for the inputs.
+
+    The convolution's last inputs (N, B, W - 1, channels), and states (N, B, H, Ck, Cv).
     """
     d, shape = cfg.delta, shapes(cfg)["conv"]["taps"]
     assert d is not None
@@ -144,9 +144,7 @@ def mix(
 
 
 def _convolve(taps, probe, x, segment_ids, before):
-    """Sums each channel of x (B, T, channels) over W tokens of its segment, (B, T, channels)
-    float32; also returns the last W - 1 inputs.
-    """
+    """Sums channels of x (B, T, channels) over W tokens, float32; also the last W - 1 inputs."""
     W, T = taps.shape[0], x.shape[1]
     if before is None:
         before = jnp.zeros((x.shape[0], W - 1, x.shape[2]), x.dtype)

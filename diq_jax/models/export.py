@@ -1,6 +1,4 @@
-"""Trained weights as a folder that transformers loads: tokenizer, safetensors, config.json and
-generation_config.json.
-"""
+"""Trained weights as a folder that transformers loads."""
 
 import collections
 import os

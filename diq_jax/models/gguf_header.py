@@ -37,9 +37,7 @@ NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """Describes a tensor as the header lists it: its shape (out, in), type, place and size in the
-    file.
-    """
+    """Describes a tensor by the header: its shape (out, in), type, place and size."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,6 +48,8 @@ class Listed:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
+    """Holds what a GGUF file says before its tensors, and the file."""
+
     metadata: dict[str, Any]
     tensors: dict[str, Listed]
     data: mmap.mmap | bytes
@@ -77,7 +77,7 @@ def read_header(path: pathlib.Path) -> Header:
 class _Cursor:
     """Reads the file from a place on, and never beyond its end."""
 
-    def __init__(self, data: mmap.mmap | bytes):
+    def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data, self.at = data, 0
         self.texts_left, self.numbers_left = MOST_TEXTS, MOST_NUMBERS
 

@@ -1,6 +1,4 @@
-"""Parameters from Hugging Face tensor names and back: stacked over layers, kernels turned to (in,
-out).
-"""
+"""Parameters from Hugging Face names and back: stacked over layers, kernels turned to (in, out)."""
 
 import os
 import re
@@ -108,8 +106,7 @@ def load_decoder(
     field: str,
     place: Callable | None = None,
 ) -> Params:
-    """Loads a decoder; `place(path, shape, read)` makes each leaf of what its devices need, parts
-    that read((a slice of each axis)) gives.
+    """Loads a decoder; `place(path, shape, read)` makes each leaf of parts read((slices)) gives.
 
     Raises:
         UserError: as `check_decoder`; or a weight is not finite in `dtype`.
@@ -151,9 +148,9 @@ def check_encoder(
     from diq_jax.models import encoder
 
     prefix = ENCODER_PREFIXES[cfg.family]
-    prefix = prefix if any(name.startswith(prefix) for name in source.names) else ""
-    old = {_modern(name): name for name in source.names}
-    heads = {name for name in source.names if ENCODER_HEADS.match(name)}
+    prefix = prefix if any(name.startswith(prefix) for name in source.tensors) else ""
+    old = {_modern(name): name for name in source.tensors}
+    heads = {name for name in source.tensors if ENCODER_HEADS.match(name)}
     shapes = encoder.shapes(cfg)
     return _check(source, shapes, _encoder_names(shapes), prefix, old, heads, field)
 
@@ -188,7 +185,7 @@ def _encoder_names(tree):
 def _check(source, shapes, names, prefix, stored_as, ignored, field):
     """Checks as `check_decoder`; `stored_as` gives the name in the file where it is another."""
     wanted = trees.named_leaves(shapes, lambda x: isinstance(x, tuple))
-    available = set(source.names)
+    available = set(source.tensors)
     problems, used, found = [], set(ignored), {}
     for path, shape in wanted.items():
         found[path] = []
@@ -256,8 +253,7 @@ def _modern(name):
 def tensor_names(
     names: dict[str, str], path: str, shape: Sequence[int], period: int
 ) -> dict[tuple, str]:
-    """Returns {place: tensor name} of what is stacked in a leaf: () of one that is not stacked,
-    (layer,), or (layer, expert).
+    """Returns {place: tensor name} of a leaf: () of one, (layer,), or (layer, expert).
 
     Args:
         period: of layers, as families.Delta has it; 1 where all are alike.

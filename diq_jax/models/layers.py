@@ -1,5 +1,4 @@
-"""The layers, as functions of their parameters. Every matrix product of a layer goes through
-`linear`.
+"""Layers, as functions of their parameters; every matrix product goes through `linear`.
 
 What influence is taken with (influence/exact.py, influence/factored.py) travels beside the
 parameters, as the argument `probe`, nested like them; at a parameter it is one of
@@ -23,9 +22,10 @@ from diq_jax.trees import Tree
 
 
 def checkpointed(layer: Callable, remat: bool = False) -> Callable:
-    """Wraps a layer for `lax.scan`: its backward pass keeps the results of matrix products and of
-    `kept`, a third of all, and recomputes the rest, or with `remat` everything. Keeping less is
-    also faster on a CPU, where fresh memory costs more than arithmetic (docs/results.md).
+    """Wraps a layer for `lax.scan`: its backward pass keeps products and `kept`, or nothing.
+
+    That is a third of all. Keeping less is also faster on a CPU, where fresh memory costs more than
+    arithmetic (docs/results.md).
     """
     policies = jax.checkpoint_policies
     some = policies.save_from_both_policies(
@@ -118,8 +118,7 @@ def probed(
 
 
 def fold(x: jax.Array, signs: jax.Array, size: int) -> jax.Array:
-    """Adds coordinate i of the last axis, times its sign, to place i mod `size`: (..., size)
-    float32.
+    """Adds coordinate i of the last axis, times its sign, to i mod `size`: (..., size) float32.
 
     With random signs the inner product of two folded vectors is unbiased for that of the vectors:
     a projection without a matrix.
@@ -164,8 +163,7 @@ _probed.defvjp(_probed_forward, _probed_backward)
 def rms_norm(
     params: Tree, x: jax.Array, eps: float, probe: Tree | None = None, unit_offset: bool = False
 ) -> jax.Array:
-    """Divides by the root of the mean square over the last axis, in float32 because squares of
-    bfloat16 lose the mean; the result has the gain's dtype.
+    """Divides by the root mean square, in float32 since bfloat16 loses it; in the gain's dtype.
 
     Args:
         unit_offset: multiply by 1 + the gain, in float32, as Gemma does.
@@ -188,9 +186,7 @@ def layer_norm(params: Tree, x: jax.Array, eps: float) -> jax.Array:
 
 
 def vector(vector: jax.Array, probe: Tree | None, x: jax.Array) -> jax.Array:
-    """Returns a gain or bias as it broadcasts along the last axis of x, its probe's core (B, out)
-    added.
-    """
+    """Returns a gain or bias as it broadcasts along x, its probe's core (B, out) added."""
     vector = _along_last(vector, x)
     if probe is None:
         return vector

@@ -1,5 +1,4 @@
-"""LoRA adapters: y = x W + (x A) B * alpha / rank, on every linear whose path matches; PEFT files
-both ways.
+"""LoRA adapters, y = x W + (x A) B * alpha / rank, on linears whose path matches; PEFT files.
 
 An adapter is nested like the parameters, {"layers": {"attn": {"q_proj": {"a", "b", "scale"}}}},
 stacked over layers. With an origin, `a0` and `b0` beside `a` and `b`, it adds x (A B - A0 B0).
@@ -41,9 +40,7 @@ PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def linear_shapes(cfg: config.DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Returns {path of a linear layer: (N, in, out)}, such as layers/attn/q_proj; of experts
-    (N, E, in, out).
-    """
+    """Returns {path of a linear layer: (N, in, out)}; of experts (N, E, in, out)."""
     leaves = trees.named_leaves(decoder.shapes(cfg)["layers"], lambda x: isinstance(x, tuple))
     return {
         f"layers/{name.removesuffix('/kernel')}": shape
@@ -87,8 +84,9 @@ def init(
 
 
 def with_origin(adapter: dict) -> dict:
-    """Returns the adapter as a space around the model that it is added to: where it stands now, the
-    model is unchanged to the last digit, and the gradients of A and B are those of (x A) B.
+    """Returns the adapter as a space around the model it is added to, which stays unchanged there.
+
+    The gradients of A and B are those of (x A) B.
     """
     return _map_linears(lambda _, node: node | {"a0": node["a"], "b0": node["b"]}, adapter)
 
@@ -132,8 +130,7 @@ def save_peft(
     dropout: float,
     base: str,
 ) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, as PEFT's
-    PeftModel.from_pretrained reads them.
+    """Writes adapter_model.safetensors and adapter_config.json, for PEFT's from_pretrained.
 
     Raises:
         UserError: a factor is not finite; then nothing is written.

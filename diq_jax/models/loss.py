@@ -1,6 +1,4 @@
-"""The loss of each example, with the vocabulary head on answer positions only and blocked over
-them.
-"""
+"""Example losses, with the vocabulary head on answer positions only, in blocks of them."""
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +48,12 @@ def hidden_states(
 
 
 def at_answers(hidden: jax.Array, batch: batches.Batch) -> jax.Array:
-    """Picks the hidden states of the answer positions, (B, T, D) -> (B, A, D), which alone meet the
-    head. Gathered for each row, so that a batch split over devices stays local.
-    """
+    """Picks hidden states at answers, (B, T, D) -> (B, A, D); a row's stay on its device."""
     return jnp.take_along_axis(hidden, batch.loss_positions[..., None], axis=1)
 
 
 def _with_gathered_head(params: trees.Tree, cfg: config.DecoderConfig) -> trees.Tree:
-    """Returns the parameters with a head that is whole along the data axis: it is gathered once for
-    all blocks of tokens.
-    """
+    """Returns the parameters with the head gathered along the data axis, once for all blocks."""
     if cfg.tied_head:
         table = sharding.pinned(params["embed"]["embedding"], "model", None)
         return params | {"embed": params["embed"] | {"embedding": table}}
@@ -130,9 +124,7 @@ def head_blocks(x: Array) -> jax.Array:
 
 
 def token_weights(batch: batches.Batch, reduction: str) -> Array:
-    """Returns what each answer token's loss counts in its example's, (B, A) float32: 1, or with
-    `mean` 1 over the example's answer tokens; 0 at padding.
-    """
+    """Returns an answer token's weight, (B, A) float32: 1, or 1 / tokens with `mean`; padding 0."""
     if reduction == "sum":
         return batch.loss_mask
     count = by_example(batch.loss_mask, batch)
@@ -160,8 +152,7 @@ def example_losses(
     remat: bool = False,
     probe: trees.Tree | None = None,
 ) -> jax.Array:
-    """Computes the loss of each example's answer tokens, in nats: their `mean` (DIQ, and every
-    trainer that averages) or `sum`.
+    """Computes each example's loss in nats: `mean` of its answer tokens (DIQ, trainers) or `sum`.
 
     Returns:
         (B,) float32, or (B, S) of a packed batch. An example without answer tokens has loss 0 and

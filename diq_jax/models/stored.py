@@ -1,5 +1,6 @@
-"""Tensors as they lie in a file: what each reader of weights (safetensors here, gguf_file.py,
-torch_file.py) hands out, within what the safetensors library checks of a header.
+"""Tensors as they lie in a file: what each reader of weights (safetensors here) hands out.
+
+They keep to what the safetensors library checks of a header.
 """
 
 import collections
@@ -53,9 +54,7 @@ def map_file(file: pathlib.Path) -> mmap.mmap | bytes:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Tells whether an array has neither NaN nor infinity; a bfloat16 array by its bits, which is
-    faster.
-    """
+    """Tells whether an array has neither NaN nor infinity; bfloat16 by its bits, faster."""
     if array.dtype == BFLOAT16:
         exponent = np.uint16(0x7F80)
         return not ((array.view(np.uint16) & exponent) == exponent).any()

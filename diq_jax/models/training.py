@@ -1,5 +1,4 @@
-"""The optimizer, the learning rates and the step of every training: SFT, DPO, the influence
-warm-up, the difficulty encoder and the studies.
+"""The optimizer, learning rates and step of every training.
 
 The optimizer has the learning rate 1, and the rate of a step is an argument of the step. So one
 compiled update serves every schedule, and the rates that are reported are those that were used.
@@ -92,7 +91,6 @@ def make_train_step(
             further sums such as "loss"}, each a sum over the microbatch's examples.
         place: (params, factors, frozen) -> the factors on the devices; `place_factors` if None.
     """
-
     gradients = placement.compile(sums, rows=False)
     add = jax.jit(lambda left, right: jax.tree.map(jnp.add, left, right))
     place = place or functools.partial(place_factors, placement=placement)
@@ -132,9 +130,7 @@ def place_factors(params: Any, factors: Any, frozen: Any, placement: devices.Pla
 
 
 def _beside(sums, factors, state, optimizer, placement):
-    """Puts each leaf and its moments where its gradient is wanted, and from the first step on where
-    the last update left it, so that the update compiles once.
-    """
+    """Puts each leaf and moment where its gradient is wanted: so the update compiles once."""
     everywhere = sums["examples"].sharding
     if placement.strategy == "pmap":
         where = jax.tree.map(lambda _: everywhere, state.factors)

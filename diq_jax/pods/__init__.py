@@ -1,0 +1,1 @@
+"""Compiles a run's programs for TPU slices, without one."""

@@ -1,5 +1,4 @@
-"""Reads what a compiled TPU program costs off its HLO text: the FLOPs of its matrix products, the
-compiler's own estimates in cycles, and its collectives.
+"""Reads what a compiled TPU program costs off its HLO text: FLOPs, cycles, collectives.
 
 Everything counts as often as the loops around it run (`cost_analysis()` of jax counts the body of a
 loop once).
@@ -66,9 +65,7 @@ class Cost:
         return found
 
     def link_seconds(self, bandwidth: float) -> float:
-        """Returns the time of the collectives as rings at a chip's whole bandwidth in bytes a
-        second, a lower bound.
-        """
+        """Returns the collectives' seconds as rings at a chip's bandwidth: a lower bound."""
         seconds = 0.0
         for (kind, chips), (_, size) in self.collectives.items():
             if chips < 2:

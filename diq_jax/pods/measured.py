@@ -24,8 +24,7 @@ def rows(
     batch: tuple[int, int],
     names: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row for each program as plan.rows does, with `measured_ms` in the place of what is
-    estimated: the median of BATCHES batches after one that is not counted.
+    """Yields plan.rows' rows with `measured_ms` for estimates, the median of BATCHES after one.
 
     Args:
         mesh: the devices along data and model; 0 = all that `model` leaves.

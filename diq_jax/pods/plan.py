@@ -1,6 +1,4 @@
-"""Compiles a run's programs for a TPU slice and says what the compiler says of them: whether they
-fit, how long they take, and what the chips tell each other.
-"""
+"""Compiles a run's programs for a TPU slice: whether they fit, their time, their collectives."""
 
 import dataclasses
 import math
@@ -99,8 +97,7 @@ class Slice:
 
 
 def open_slice(name: str, data: int, model: int) -> Slice:
-    """Opens a topology, of which the first data x model chips are taken; 0 = all that `model`
-    leaves.
+    """Opens a topology and takes its first data x model chips; data 0 = all that `model` leaves.
 
     Raises:
         UserError: there is no such topology, or it has fewer chips.

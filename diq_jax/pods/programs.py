@@ -51,6 +51,7 @@ class Planned(devices.Placement):
 
     @property
     def memory(self) -> int:
+        """Returns the bytes of a chip, as `Placement.memory`."""
         return self.hbm
 
     def _put(self, array, spec):
@@ -61,6 +62,7 @@ class Planned(devices.Placement):
         return self._put(read(()), spec)
 
     def compile(self, fn: Callable, rows: bool) -> Callable:
+        """Records a program with its arguments instead of running it."""
         jitted = self.program(fn, rows)
 
         def call(*arguments):
@@ -100,6 +102,7 @@ class Job:
 
     @property
     def answers(self) -> int:
+        """Returns the answer tokens of a row: half of all."""
         return max(self.tokens // 2, 1)
 
 

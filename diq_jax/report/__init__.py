@@ -1,0 +1,1 @@
+"""The page, pictures and explorer of a run."""

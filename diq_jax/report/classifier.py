@@ -1,6 +1,4 @@
-"""The picture of the difficulty classifier: whether its probabilities mean what they say, and which
-levels it takes for which.
-"""
+"""The picture of the difficulty classifier: calibration, and which levels it takes for which."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,9 +30,7 @@ def rows(perspectives: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(perspectives: Mapping[str, Mapping[str, Any]]) -> matplotlib.figure.Figure:
-    """Draws a row for each perspective: reliability before and after the temperature, and
-    confusion.
-    """
+    """Draws for each perspective reliability before and after the temperature, and confusion."""
     figure = matplotlib.figure.Figure((8, 3.3 * len(perspectives)))
     axes = figure.subplots(len(perspectives), 2, squeeze=False)
     for (name, values), (left, right) in zip(perspectives.items(), axes, strict=True):

@@ -1,6 +1,4 @@
-"""Two runs over one pool, against each other: what both select, what one alone does, and how their
-configs differ.
-"""
+"""Two runs over one pool: what both select, what one alone does, how their configs differ."""
 
 import dataclasses
 import os

@@ -1,6 +1,4 @@
-"""What a run may hold beyond its scores: more numbers, other methods' ranks, influence by token and
-by target, neighbours. The explorer shows what is there and says how to get the rest.
-"""
+"""What a run may hold beyond scores; the explorer shows it, or says how to get it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

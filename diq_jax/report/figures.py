@@ -23,9 +23,7 @@ CORNERS = {1: (1, 1), 2: (0, 1), 3: (1, 0), 4: (0, 0)}
 
 
 def fences(values: np.ndarray) -> tuple[float, float]:
-    """Finds the range to draw: that of all values, but where a few would squash the others, that of
-    the middle 90 % and its width again on either side.
-    """
+    """Finds the range to draw: all values, or the middle 90 % and its width on either side."""
     low, high = float(np.min(values)), float(np.max(values))
     inner = np.percentile(values, 5, method="higher"), np.percentile(values, 95, method="lower")
     width = float(inner[1] - inner[0])
@@ -35,9 +33,7 @@ def fences(values: np.ndarray) -> tuple[float, float]:
 
 
 def shown(selected: np.ndarray, rank: np.ndarray, most: int) -> np.ndarray:
-    """Finds at most `most` examples to draw, by rank, as indices: selected ones first, spread
-    evenly.
-    """
+    """Finds at most `most` examples to draw, as indices: selected ones first, spread by rank."""
     order = np.argsort(rank, kind="stable")
     chosen, others = order[selected[order]], order[~selected[order]]
     chosen = _spread(chosen, max(most // 2, most - len(others)))
@@ -56,8 +52,7 @@ def quadrants(
     counts: Mapping[int, tuple[int, int]],
     thresholds: Mapping[str, float | None],
 ) -> matplotlib.figure.Figure:
-    """Draws the scatter of the two scores (n,) with its thresholds. Influence comes inside its
-    fences.
+    """Draws the scatter of the two scores (n,), thresholds too; influence inside its fences.
 
     Args:
         counts: {quadrant: (examples, selected ones)} of the whole pool.
@@ -136,9 +131,7 @@ def distributions(
 
 
 def shares(values: np.ndarray, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts (edges (b + 1,), the pool's share in each bin, that of the selection, (b,)), in
-    percent.
-    """
+    """Counts (edges (b + 1,), the pool's share in each bin, the selection's, (b,)), in percent."""
     low, high = np.min(values), np.max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -214,9 +207,7 @@ Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
 def loss(curves: Curves, targets: Curves) -> matplotlib.figure.Figure:
-    """Draws training loss by step, one line for each arm; many steps are drawn as a running mean.
-    Dashed: the targets' loss, where it was taken on the way.
-    """
+    """Draws training loss by step, an arm a line, many as a running mean; dashed: targets' loss."""
     figure, [ax] = _figure(3.4)
     colours = arm_colours(list(curves))
     for arm, (steps, losses) in curves.items():

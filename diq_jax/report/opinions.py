@@ -1,6 +1,4 @@
-"""What language models said: the annotator of difficulty and the judges of answers, how far they
-agree, and where they do not.
-"""
+"""What language models said, the annotator and the judges, and how far they agree."""
 
 import dataclasses
 import itertools
@@ -159,9 +157,7 @@ def voices(verdicts: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], 
 
 
 def confusion(verdicts: Sequence[Mapping[str, Any]]) -> tables.Table | None:
-    """Counts the levels of the first two voices against each other, over all criteria; None where
-    there is one.
-    """
+    """Counts levels of the first two voices against each other; None where there is one."""
     found = list(voices(verdicts).values())
     names = list(dict.fromkeys(itertools.chain.from_iterable(found)))[:2]
     both = [tuple(said[name] for name in names) for said in found if set(names) <= set(said)]

@@ -74,9 +74,7 @@ def _claim(models, metric, better, against):
 def levels(
     results: Mapping[str, Any], task: str | None = None, metrics: Iterable[str] = WRITTEN
 ) -> tables.Table | None:
-    """Tables metrics of each arm, of all questions or of one task (which has no target loss); of
-    generated answers also the questions without a readable one. None where no arm has any.
-    """
+    """Tables metrics of each arm, of all questions or one task; None where no arm has any."""
     found = {arm: results["models"][arm] for arm in arms(results)}
     if task is not None:
         found = {arm: values.get("tasks", {}).get(task, {}) for arm, values in found.items()}
@@ -96,9 +94,7 @@ def levels(
 def differences(
     results: Mapping[str, Any], metrics: Iterable[str] = WRITTEN
 ) -> tables.Table | None:
-    """Tables paired differences, arm minus reference; strong where the interval excludes 0. None
-    where there are none.
-    """
+    """Tables differences, arm - reference; strong where the interval excludes 0. None without."""
     found = _versus(results)
     shown = _measured(found.values(), metrics)
     if not shown:
@@ -129,9 +125,7 @@ def _measured(found: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> lis
 
 
 def averages(results: Mapping[str, Any]) -> tables.Table | None:
-    """Tables accuracies averaged over groups of benchmarks, and their paired differences; None
-    without.
-    """
+    """Tables accuracies averaged over groups of benchmarks, and their differences; None without."""
     models = {arm: results["models"][arm] for arm in arms(results)}
     found = models[arms(results)[0]].get("averages")
     if not found:
@@ -160,9 +154,7 @@ def _group_title(results, group, found):
 
 
 def panels(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, dict]], bool]]:
-    """Prepares figures.comparison: two levels, and two paired differences to random, or else to
-    base.
-    """
+    """Prepares figures.comparison: two levels, two paired differences to random or else base."""
     models = {arm: results["models"][arm] for arm in arms(results)}
 
     def dots(metric, reference=None):

@@ -10,8 +10,7 @@ FILES = tuple(f"{name}.{suffix}" for name in pictures.PICTURES for suffix in sty
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes report/report.html and its pictures, report/*.png, *.svg and *.csv (what they show);
-    for a large pool also report/rows/*.gz.
+    """Writes report/report.html and its pictures, *.png, *.svg, *.csv; of a large pool rows/*.gz.
 
     Needs prepare, influence and selection. What the other stages would have shown is left out, and
     the page says so. The same artifacts give the same bytes.

@@ -48,9 +48,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Holds a figure as a PNG file, as SVG text to stand inside an HTML page, and what it shows as
-    a CSV file.
-    """
+    """Holds a figure as a PNG file, as SVG text for an HTML page, and its numbers as CSV."""
 
     png: bytes
     svg: str
@@ -101,9 +99,7 @@ def render(shown: Mapping[str, Any], draw: Callable, *args: Any) -> Picture:
 
 @contextlib.contextmanager
 def _missing_glyphs_pass():
-    """Ignores a name in a script that the PNG's font lacks: it shows as boxes there and well in the
-    page.
-    """
+    """Ignores a name in a script that the PNG's font lacks: boxes there, well in the page."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -79,9 +79,7 @@ def interval(value: Mapping[str, float], decimals: int, factor: float = 1) -> st
 
 
 def enough(value: Mapping[str, float], decimals: int, factor: float) -> int:
-    """Counts at least `decimals`; more where an interval would have no width, or an end beside 0 be
-    0.
-    """
+    """Counts decimals: more where an interval has no width, or an end beside 0 would be 0."""
     low, high = (factor * value[end] for end in ("low", "high"))
     sizes = [high - low, max(low, -high)]  # the second: how far 0 is outside
     needed = (math.ceil(-math.log10(size)) for size in sizes if 0 < size < math.inf)
@@ -131,8 +129,7 @@ def groups(title: str, shares: Sequence[tuple[str, int, int]]) -> Table:
 
 
 def repeats(pairs: Sequence[Mapping[str, Any]], chosen: Collection[str]) -> tuple[Table, Table]:
-    """Tables rows of the pool that repeat each other, a target or a test: counts by kind, and the
-    pairs that hold a selected row.
+    """Tables rows that repeat each other, a target or a test: counts by kind, selected pairs.
 
     Args:
         pairs: the rows of selection/hygiene.parquet.

@@ -1,0 +1,1 @@
+"""What every stage stands on: records, artifacts, parts, devices, processes, progress."""

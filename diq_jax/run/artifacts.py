@@ -31,9 +31,7 @@ from diq_jax.run import processes, reading
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`, renamed to `path` when the block ends well. What any
-    process but the first writes there is dropped.
-    """
+    """Yields a temporary path, renamed to `path` at the end; only the first process writes."""
     path = pathlib.Path(path)
     if not processes.is_first():
         with tempfile.TemporaryDirectory() as scratch:
@@ -103,6 +101,7 @@ def sync_tree(folder: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text as UTF-8, by `atomic`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -164,8 +163,7 @@ def write_table(
 def write_tables(
     path: str | os.PathLike, tables: Iterable[pa.Table], unknown: Collection[str] = ()
 ) -> None:
-    """Writes tables of one schema, at least one, as row groups of a parquet file: `write_table` for
-    what does not fit into memory.
+    """Writes tables of one schema, at least one, as row groups: for what memory does not hold.
 
     Raises:
         UserError: as `write_table`.
@@ -191,9 +189,7 @@ def _check_finite(path, table, unknown) -> None:
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Deletes a file, or a folder with all in it, if it is there; only the first process does. Of a
-    symbolic link only the link goes.
-    """
+    """Deletes a file, a link, or a folder with all in it, if there; only the first process does."""
     path = pathlib.Path(path)
     if not processes.is_first() or not os.path.lexists(path):
         return
@@ -205,6 +201,7 @@ def remove(path: str | os.PathLike) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
+    """Returns the checksum of a file, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

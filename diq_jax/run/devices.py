@@ -1,6 +1,4 @@
-"""Where arrays live and how a function of a batch is compiled: one chip to a pod, by mesh or by
-pmap.
-"""
+"""Where arrays live and how a function of a batch is compiled: by mesh or by pmap."""
 
 import contextlib
 import dataclasses
@@ -21,9 +19,7 @@ from diq_jax.run import processes, sharding
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Spreads work over the devices of a ("data", "model") mesh: compiles with jit and lets
-    sharding place the work. PmapPlacement has the same methods and gives the same numbers.
-    """
+    """Spreads work over a ("data", "model") mesh by jit; PmapPlacement gives the same numbers."""
 
     mesh: Mesh
     fsdp: str = "off"  # parallel.fsdp
@@ -72,10 +68,11 @@ class Placement:
         return stats.get("bytes_limit", 0)
 
     def place(self, rules: Sequence[tuple[str, PartitionSpec]], size: int = 0) -> Callable:
-        """Returns a function (path, shape, read) that makes a parameter where the first rule that
-        matches its path says, of parts that read((a slice of each axis)) gives, one after the
-        other. Matrices are split over the data axis as well where `fsdp` asks for it, or with
-        `auto` where a device would fill a quarter of its memory with parameters.
+        """Returns (path, shape, read) -> a parameter where the first rule that matches says.
+
+        It is made of parts that read((a slice of each axis)) gives, one after the other. Matrices
+        are split over the data axis as well where `fsdp` asks for it, or with `auto` where a device
+        would fill a quarter of its memory with parameters.
 
         Args:
             size: the bytes of all parameters.
@@ -183,9 +180,7 @@ class Placement:
         return call
 
     def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
-        """Returns what a compiled function knows each of a state's `count` rows by, (R,) int32.
-        None becomes an index beyond the last.
-        """
+        """Returns how compiled code knows `count` rows of a state, (R,) int32; None: beyond all."""
         return np.array([count if row is None else row for row in rows], np.int32)
 
 
@@ -196,12 +191,14 @@ class PmapPlacement(Placement):
 
     @property
     def shards(self) -> int:
+        """Returns 1: pmap has split the rows before."""
         return 1  # pmap has split the rows before
 
     def _map(self, fn, **settings):
         return jax.pmap(fn, "data", devices=list(self.mesh.devices.flat), **settings)
 
     def replicate(self, tree: Any) -> Any:
+        """Puts a copy on every device, along a new leading axis."""
         n, sharding = self.rows_multiple, NamedSharding(self.mesh, PartitionSpec("data"))
         return jax.tree.map(
             lambda x: jax.make_array_from_callback(
@@ -211,25 +208,32 @@ class PmapPlacement(Placement):
         )
 
     def single(self, placed: Any) -> Any:
+        """Returns the first device's copy."""
         return jax.tree.map(lambda x: x[0], placed)
 
     def shape(self, placed: jax.Array) -> tuple[int, ...]:
+        """Returns the shape without the axis of devices."""
         return placed.shape[1:]
 
     def argument(self, output: Any) -> Any:
+        """Puts an output, which is whole here, on every device."""
         return self.replicate(output)
 
     def like(self, placed: Any, tree: Any) -> Any:
+        """Puts a tree on every device, as all lie here."""
         return self.replicate(tree)
 
     def place(self, rules: Sequence[tuple[str, PartitionSpec]], size: int = 0) -> Callable:
+        """Returns what makes a parameter whole on every device."""
         return lambda path, shape, read: self.replicate(read((slice(None),) * len(shape)))
 
     def batch(self, tree: Any) -> Any:
+        """Splits rows over the devices."""
         n = self.rows_multiple
         return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
 
     def compile(self, fn: Callable, rows: bool) -> Callable:
+        """Compiles with pmap; without `rows`, devices' sums are added."""
         if rows:
             mapped = self._map(fn)
             return lambda *args: jax.tree.map(_joined, mapped(*args))
@@ -237,6 +241,7 @@ class PmapPlacement(Placement):
         return lambda *args: self.single(summed(*args))
 
     def state(self, shapes: Any, specs: Any) -> Any:
+        """Makes zeros on every device for its own rows."""
         n = self.rows_multiple
 
         def own(shape, spec):
@@ -246,6 +251,7 @@ class PmapPlacement(Placement):
         return self.replicate(jax.tree.map(own, shapes, specs))
 
     def compile_state(self, fn: Callable, specs: Any) -> Callable:
+        """Compiles a step whose state each device keeps."""
         mapped = self._map(fn, donate_argnums=2)
 
         def call(*args):
@@ -255,6 +261,7 @@ class PmapPlacement(Placement):
         return call
 
     def slots(self, rows: Sequence[int | None], count: int) -> np.ndarray:
+        """Returns each row's place among its device's own."""
         own = count // self.rows_multiple  # a device counts its own from 0
         return np.array([own if row is None else row % own for row in rows], np.int32)
 
@@ -279,15 +286,12 @@ def one_behind(started: Iterable) -> Iterator:
 
 
 def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
-    """Returns a context for matrix products as model.dtype asks: TPUs and GPUs round those of
-    float32 to bfloat16 or TF32 unless told otherwise.
-    """
+    """Returns a context for products by model.dtype: TPUs and GPUs round float32 otherwise."""
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def make_placement(settings: config.Parallel, everywhere: bool = False) -> Placement:
-    """Makes the placement that `parallel.*` asks for: over this process's devices, or,
-    `everywhere`, over those of all processes.
+    """Makes the placement of `parallel.*` over this process's devices, or all processes'.
 
     Raises:
         UserError: more devices asked for than there are, or a compiler that gives wrong sums.
@@ -321,9 +325,9 @@ def make_placement(settings: config.Parallel, everywhere: bool = False) -> Place
 
 @functools.cache
 def reduces_right() -> bool:
-    """Tells whether rows are summed correctly in a case that a CPU compiler got wrong
-    (diq_jax/__init__.py): |I x|^2 of 40,000 rows x, each compiled as a matrix product with its
-    square and sum.
+    """Tells whether rows are summed right in a case that a CPU compiler got wrong.
+
+    It is |I x|^2 of 40,000 rows x, each a product with its square and sum (diq_jax/__init__.py).
     """
     x = np.stack([np.arange(40_000, dtype=np.float32), *np.zeros((2, 40_000), np.float32)], axis=1)
     squares = jax.jit(jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row))))(x)

@@ -18,9 +18,7 @@ def forget_peak() -> None:
 
 
 def peak_mib() -> dict[str, int]:
-    """Returns the peaks in MiB: of `host` since `forget_peak`, or since the process began; of the
-    fullest `device` since the process began, where devices count it (CPUs do not).
-    """
+    """Returns peaks in MiB: `host` since `forget_peak`, the fullest `device` where they count."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
     return {"host": _host()} | ({"device": round(max(peaks) / 2**20)} if peaks else {})

@@ -1,5 +1,6 @@
-"""The one way to resume outside training: a finished batch is one part file, which is whole or not
-there. Its name ends in a checksum of its bytes, so that what is damaged is computed again.
+"""The one way to resume outside training: a finished batch is a file that is whole or not there.
+
+Its name ends in a checksum of its bytes, so that what is damaged is computed again.
 """
 
 import hashlib
@@ -78,9 +79,7 @@ class Parts:
         return [row for row in range(count) if row not in self.done]
 
     def batches(self) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """Reads every part as (rows (B,) int64, {column: (B, ..) array or list}); every process
-        must ask for them.
-        """
+        """Reads every part as (rows (B,) int64, {column: values}); every process must ask."""
         if self._new:
             processes.wait(f"parts {self.folder.name} are written")
             self._new = False
@@ -93,9 +92,7 @@ class Parts:
             yield columns.pop(ROW), columns
 
     def columns(self) -> dict[str, Any]:
-        """Reads all columns, in the order of the rows: (R, ..) arrays, or lists where values are
-        not numbers. Empty without parts.
-        """
+        """Reads all columns by row: (R, ..) arrays, or lists if not numbers; none: empty."""
         return joined(list(self.batches()))
 
 

@@ -63,6 +63,7 @@ def join() -> None:
 
 
 def joined() -> bool:
+    """Tells whether `join` has connected this process to others."""
     return _joined
 
 
@@ -80,9 +81,7 @@ def wait(what: str) -> None:
 
 
 def agreed(find: Callable[[], Any]) -> Any:
-    """Returns to every process what `find` gives in the first one, any JSON value: what is on the
-    disk changes while others look.
-    """
+    """Returns to every process what `find` gives in the first one: a JSON value."""
     if not _joined or _alone:
         return find()
     from orbax.checkpoint import multihost
@@ -105,9 +104,7 @@ def alone() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exits. Not by way of jax's own farewell, which waits for others that wait for this one: they
-    end when they miss it.
-    """
+    """Exits past jax's own farewell, which waits for processes that wait for this one."""
     wait_if_stopping()
     if _joined:
         sys.stdout.flush()
@@ -177,9 +174,7 @@ def stop() -> NoReturn:
 
 
 def wait_if_stopping() -> None:
-    """Returns at once unless SIGTERM has come, here or to another process: then this one ends, and
-    what fails in it because others have ended is no news.
-    """
+    """Returns unless SIGTERM has come, to any process: then this one ends, without news."""
     if _joined and _is_told():
         _stop(told=True)
     if _stopping.locked():
@@ -207,9 +202,7 @@ def _end() -> NoReturn:
 
 
 def _listen() -> None:
-    """Stops this process when another one says that it was stopped. It asks every second, since a
-    thread that blocks in the client would break the process's exit.
-    """
+    """Stops this process when another was stopped; it asks every second, as a wait blocks exits."""
     while not _is_told():
         time.sleep(1)
     _stop(told=True)
@@ -220,9 +213,7 @@ def _is_told() -> bool:
 
 
 def _others(ask: Callable[[Any], Any]) -> Any:
-    """Asks the service by which processes know of each other; None where it has no answer, or is
-    gone.
-    """
+    """Asks the service by which processes know of each other; None without an answer."""
     from orbax.checkpoint import multihost
 
     try:

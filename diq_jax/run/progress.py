@@ -28,8 +28,7 @@ _trackers: list[Tracker] = []
 
 
 class Progress:
-    """Counts examples and real tokens. `resumed` examples are done already and do not count in the
-    rate.
+    """Counts examples and real tokens; `resumed` examples do not count in the rate.
 
     Args:
         total: the examples in all; None where that is not known.
@@ -90,9 +89,7 @@ class Progress:
 
 
 def byte_bar(title: str, total: int) -> tqdm.tqdm:
-    """Makes a bar over bytes, shown on a terminal once it has taken a few seconds; in the first
-    process.
-    """
+    """Makes a bar over bytes, on the first process's terminal after a few seconds."""
     return tqdm.tqdm(
         total=total,
         desc=title,
@@ -106,8 +103,7 @@ def byte_bar(title: str, total: int) -> tqdm.tqdm:
 
 
 def say(line: str, on_terminal: bool = True) -> None:
-    """Writes a line with its time to standard error, beside the bars, and to run.log; in the first
-    process.
+    """Writes a line with its time to standard error and run.log; in the first process.
 
     Args:
         on_terminal: whether a terminal shows it too, which has bars.

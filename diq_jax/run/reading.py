@@ -1,5 +1,4 @@
-"""One reader for JSON and one for parquet, whoever wrote them: typed, within limits, and every
-mistake is a UserError that says where.
+"""One reader for JSON and one for parquet: typed, within limits, mistakes say where.
 
 Files of the user, of a hub, of a server and of our own earlier stages all pass through here.
 """

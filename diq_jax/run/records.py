@@ -104,9 +104,7 @@ def finished(workdir: pathlib.Path, stage: str, field: str = "--workdir") -> dic
 
 
 def config_of(record: Mapping[str, Any], path: pathlib.Path) -> config.Config:
-    """Returns the config that a record, of the folder `path`, was made with. Raises UserError where
-    it is none of this version's.
-    """
+    """Returns the config that a record was made with. UserError where it is not this version's."""
     try:
         return config.from_dict(record["config"])
     except errors.UserError as e:
@@ -197,8 +195,7 @@ def _checksum(result) -> str:
 
 
 def table(workdir: pathlib.Path, name: str, verified: bool = True) -> pa.Table:
-    """Reads a table of a run, such as influence/influence.parquet, with the columns that it must
-    have.
+    """Reads a table of a run, such as influence/influence.parquet, with the columns it must have.
 
     Args:
         verified: whether to hold it against its record.
@@ -212,9 +209,7 @@ def table(workdir: pathlib.Path, name: str, verified: bool = True) -> pa.Table:
 
 
 def read_table(workdir: pathlib.Path, name: str, columns: Sequence[str] = ()) -> pa.Table:
-    """Reads a table of a run, or some columns of it. Raises UserError as `table`, but for its
-    record.
-    """
+    """Reads a run's table, or some columns. Raises UserError as `table`, but for its record."""
     known = COLUMNS[name] | OPTIONAL.get(name, {})
     kinds = {column: known[column] for column in columns or COLUMNS[name]}
     with _redone(workdir, name):

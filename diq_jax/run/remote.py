@@ -1,6 +1,4 @@
-"""Files behind URLs, of whatever kind fsspec reads (gs://, s3://, https://, memory://): downloaded
-once into the user's cache, and again where they have changed.
-"""
+"""Files behind URLs (gs://, s3://, https://, memory://): fetched once, again where changed."""
 
 import contextlib
 import fnmatch
@@ -33,8 +31,7 @@ def fetch(url: str, field: str) -> list[pathlib.Path]:
 
 
 def fetch_folder(url: str, names: Sequence[str], field: str) -> pathlib.Path:
-    """Returns a local copy of a folder's files that match `names`; of a file itself, where the URL
-    names one.
+    """Returns a local copy of a folder's files that match `names`, or of the file itself.
 
     Raises:
         UserError: there is no such file, or they cannot be read.

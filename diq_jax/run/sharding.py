@@ -110,8 +110,9 @@ def devices_along(axis: str) -> int:
 
 
 def stored(tree: Any, group: str = "") -> Any:
-    """Returns a tree nested like the parameters with each leaf where its parameter lies; leaves of
-    other paths, such as an adapter's, are left to the compiler.
+    """Returns a tree nested like the parameters with each leaf where its parameter lies.
+
+    Leaves of other paths, such as an adapter's, are left to the compiler.
 
     Args:
         group: of which the tree is one layer, as "layers"; "" = the tree is the whole one. Of a

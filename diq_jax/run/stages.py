@@ -1,5 +1,4 @@
-"""A stage is a folder with a stage.json: skipped when done, continued when killed, refused when it
-would change.
+"""A stage is a folder with a stage.json: skipped when done, continued when killed, or refused.
 
 A stage verifies what it reads against its producer's record, and what it finds done against its
 own (records.py). In its folder only the files that it writes are its own: nothing else is deleted,
@@ -158,6 +157,7 @@ def _execute(stage, context, overwrite):
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions and devices that a record names."""
     device = jax.devices()[0]
     return {
         "diq_jax": diq_jax.__version__,
@@ -204,9 +204,7 @@ def _before(stage, folder) -> dict[str, Any] | None:
 
 
 def _inputs(stage, context) -> tuple[dict[str, str], list[str]]:
-    """Returns {artifact: checksum} of what the stage reads, and those that no record
-    vouches for.
-    """
+    """Returns {artifact: checksum} of what the stage reads, and those no record vouches for."""
     found, unverified = {}, []
     for name in stage.reads(context):
         path = context.path(name)
@@ -261,9 +259,7 @@ def _is_own(stage, name: str, outputs: Mapping[str, str] | None = None) -> bool:
 
 
 def _files(folder) -> Iterator[str]:
-    """Lists the files below a folder, relative to it; what a symbolic link leads to is not
-    below.
-    """
+    """Lists the files below a folder, relative to it, none that a link leads to."""
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in sorted([*names, *links]):

@@ -1,6 +1,4 @@
-"""Experiment trackers: one hook, progress.measured, tells them the curves of training, the rates of
-all long work and what each stage took.
-"""
+"""Experiment trackers: progress.measured tells them curves, rates, what each stage took."""
 
 import contextlib
 import importlib

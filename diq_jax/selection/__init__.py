@@ -1,0 +1,1 @@
+"""Which examples to keep: orders, methods, hygiene, and what is handed on."""

@@ -1,6 +1,4 @@
-"""Files by which people decide: an order of examples (selection.method=file:PATH), and single
-decisions (selection.edits). Both are JSONL, as the report's explorer exports them.
-"""
+"""Files by which people decide, as the explorer exports: an order, and edits, in JSONL."""
 
 import dataclasses
 import pathlib
@@ -17,9 +15,7 @@ DECISIONS = {"keep": 0, "never": 2}  # 1: not decided
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Holds what a person decided about an example: keep or never, and why ("" without a
-    reason).
-    """
+    """Holds what a person decided about an example: keep or never, and why ("" for none)."""
 
     decision: str
     reason: str = ""

@@ -22,8 +22,7 @@ def _products(block, rows):
 
 
 def orders(rows: np.ndarray, id_order: np.ndarray) -> dict[str, np.ndarray]:
-    """Computes the scores of the two diverse methods: for each the place of a row in its order,
-    (n,) int32, and what the row added.
+    """Computes each diverse method's scores: a row's place, (n,) int32, and what it added.
 
     Args:
         rows: (n, P) float32 of length 1 (or 0), in any order.
@@ -52,8 +51,7 @@ def cosines(rows: np.ndarray) -> np.ndarray:
 
 
 def k_center(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orders rows farthest first: each next row is the one whose nearest row so far is farthest, by
-    1 - cosine (arXiv 1708.00489). The order starts with the row nearest the mean of all.
+    """Orders rows farthest first, by 1 - cosine (arXiv 1708.00489), from the one nearest the mean.
 
     Returns:
         (order (n,), the distance of each when it was picked (n,) float32, nan for the first).
@@ -73,8 +71,7 @@ def k_center(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def facility_location(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orders rows greedily for f(A) = sum over all rows i of the largest max(0, cosine) of i with a
-    row of A.
+    """Orders rows greedily for f(A) = sum over rows i of the largest max(0, cosine) with A.
 
     f is monotone and submodular, so a budget's rows reach at least 1 - 1/e of the best f. Gains
     only fall, so a row is looked at again only where its last gain is the largest (lazily): n to

@@ -1,5 +1,4 @@
-"""What other tools take from a selection: the chosen rows as they came and as chats, and all
-examples joined in one table.
+"""What other tools take: the chosen rows as they came, as chats, all examples in one table.
 
 The pool is read a row group at a time, so that its texts need not fit into memory.
 """

@@ -90,10 +90,10 @@ def find(
 
 
 def dropped(pairs: Sequence[Repeat]) -> dict[str, Repeat]:
-    """Returns the rows to leave out, each with a pair that is the reason: first all that overlap a
-    target or a test; then, in the order of ids, each that repeats a row which stays.
+    """Returns the rows to leave out, each with a pair that is the reason.
 
-    So no pair is left, and every duplicate that is left out repeats a row which stays.
+    First go all that overlap a target or a test; then, by id, each that repeats a row which stays:
+    so no pair is left.
     """
     out: dict[str, Repeat] = {}
     for pair in sorted(pairs):
@@ -106,9 +106,7 @@ def dropped(pairs: Sequence[Repeat]) -> dict[str, Repeat]:
 
 
 def _row_pairs(view, pool, settings, embed) -> Found:
-    """Yields pairs of rows, the first of the two in the pool; rows of the same words are
-    one text.
-    """
+    """Yields pairs of rows, the first of the two in the pool; rows of equal words are one text."""
     groups: dict[texts.Words, list[int]] = {}
     for row, text in enumerate(view):
         if found := texts.words(text):

@@ -123,9 +123,7 @@ def perspectives(cfg: config.Config) -> list[tuple[str, str]]:
 
 
 def check(cfg: config.Config) -> None:
-    """Raises UserError where a config asks for a method that does not exist, or whose input would
-    be missing: before hours of work, not after.
-    """
+    """Raises UserError for an unknown method or a missing input: before hours of work."""
     for field, method in asked(cfg):
         check_method(cfg, field, method)
 

@@ -80,9 +80,7 @@ def lowest(score: str, why: str, **more: Any) -> Method:
 
 
 def diq(first: int | None = None, perspective: str = PERSPECTIVE) -> Method:
-    """Returns DIQ, or DIQ with one quadrant before the others, to compare quadrants, or DIQ by a
-    certain perspective.
-    """
+    """Returns DIQ, or DIQ with one quadrant first, or DIQ by a certain perspective."""
 
     def of(settings):
         if perspective == PERSPECTIVE:
@@ -221,8 +219,9 @@ def random(scores: Scores, settings: OrderSettings) -> tuple:
 
 
 def ifd(scores: Scores, settings: OrderSettings) -> tuple:
-    """Sorts the highest below 1 first: above, the prompt does not help the answer, and arXiv
-    2308.12032 takes it for misaligned. Then those from 1 up, nearest first; then those without any.
+    """Sorts the highest below 1 first (arXiv 2308.12032), the nearest above, the rest.
+
+    Above 1 the prompt does not help the answer, which that paper takes for misaligned.
     """
     ifd = scores["ifd"]
     none = jnp.isnan(ifd)
@@ -275,8 +274,7 @@ def see_listed(scores: Scores, settings: OrderSettings) -> Scores:
 def take_turns(
     by_target: np.ndarray, id_order: np.ndarray, blocks: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Orders rows by turns: each target takes its best remaining row, one after another, until all
-    rows are taken (greedy round-robin, arXiv 2602.14696).
+    """Orders rows by turns: each target takes its best remaining row (arXiv 2602.14696).
 
     Needs memory for one order of the pool for each target, and at most n Q steps.
 
@@ -309,9 +307,7 @@ def take_turns(
 
 
 def cluster_turns(score: np.ndarray, clusters: np.ndarray, id_order: np.ndarray) -> np.ndarray:
-    """Counts for each row (n,) how many of its cluster have a higher score: sorted by this and then
-    by score, clusters take turns.
-    """
+    """Counts rows of the cluster with higher scores (n,): sorted by it, clusters take turns."""
     order = np.lexsort((id_order, -score, clusters))
     first = np.concatenate([[True], np.diff(clusters[order]) != 0])
     starts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))

@@ -143,9 +143,7 @@ def _sentences(ids, said, endings, selected, decided):
 
 
 def _check_columns(ids, columns):
-    """Raises UserError where a column has not a value for each row, or a score is no number: one of
-    them would turn the median, and with it every quadrant.
-    """
+    """Raises UserError where a row has no value or no number: it would turn the median."""
     for name, values in columns.items():
         if len(values) != len(ids):
             raise errors.UserError(f"{name} has {len(values)} values for {len(ids)} examples.")
@@ -159,9 +157,7 @@ def _check_columns(ids, columns):
 
 
 def _check_listed(given, method, keep):
-    """Raises UserError where a file lists fewer examples than the budget: no method says which
-    others to take.
-    """
+    """Raises UserError where a file lists fewer examples than the budget: no method ranks more."""
     if method == "file" and (count := int(jnp.isfinite(given["listed"]).sum())) < keep:
         n = len(given["listed"])
         raise errors.UserError(
@@ -193,9 +189,7 @@ def _capped(source_cap, ranks, sources, last, keep, endings):
 
 
 def _given(scores, difficulty, order) -> dict[str, Any]:
-    """Returns the scores by the names that methods read, without perspectives that have unknown
-    levels.
-    """
+    """Returns the scores by methods' names, without perspectives that have unknown levels."""
     id_order = methods.id_order(scores["example_ids"])
     found = {name: values for name, values in scores.items() if name != "example_ids"}
     found |= {"id_order": id_order, "answer_tokens": np.asarray(found.pop("tokens"))}

@@ -1,6 +1,4 @@
-"""The selection stage: difficulty and influence -> a total order, the subset, and what else one
-might take.
-"""
+"""The selection stage: difficulty and influence -> a total order, the subset, other methods'."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,8 +20,7 @@ MODEL_SCORES, STORE = "difficulty/model_scores.parquet", "influence/store"
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-    """Writes selection.parquet, baselines.parquet, thresholds.json, the files of handoff.py and,
-    unless selection.hygiene is off, hygiene.parquet.
+    """Writes selection.parquet, baselines.parquet, thresholds.json, handoff.py's files, hygiene.
 
     baselines.parquet holds each method's own ranks, without selection.source_cap; a method whose
     input is not there is left out. With selection.length_residual every method that reads the
@@ -64,8 +61,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 def read_scores(
     context: stages.Context, ids: Sequence[str], diverse: bool = True
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads what select.select takes: all scores that there are of a pool's examples, and the
-    levels of each perspective.
+    """Reads what select.select takes: a pool's scores, and each perspective's levels.
 
     Args:
         diverse: whether to compute the diverse orders, which compare all pairs of gradients.
@@ -148,9 +144,7 @@ def fingerprints(context: stages.Context) -> dict[str, str]:
 
 
 def check(context: stages.Context) -> None:
-    """Raises UserError where a file is missing, or the prepared pool is too large for a method that
-    is asked for.
-    """
+    """Raises UserError for a missing file, or a pool that is too large for a method."""
     _by_hand(context)
     path = context.path(POOL)
     asked = [found for found in methods.asked(context.config) if "store" in methods.parts(found[1])]

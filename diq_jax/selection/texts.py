@@ -27,9 +27,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, or the first words of a run w
 
 
 def words(text: str) -> Words:
-    """Returns the words in order, without case, punctuation, white space and Unicode's variants
-    (NFKC).
-    """
+    """Returns the words in order, without case, punctuation, space, Unicode's variants (NFKC)."""
     return tuple(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -100,9 +98,7 @@ def sharing(texts: Sequence[Words], n: int, limit: int) -> Iterator[tuple[int, i
 
 
 def _telling_runs(texts, n, limit):
-    """Returns hashes of each text's distinct runs of n words, those of stock phrases aside, (R,)
-    uint64, and the texts that they stand in, (R,).
-    """
+    """Returns (R,) hashes of texts' distinct runs of n words, no stock phrases, and the texts."""
     vocabulary = {word for text in texts for word in text}
     masks = {word: NUMBER.sub("0", word) for word in vocabulary}
     codes = _codes(vocabulary | set(masks.values()))
@@ -124,9 +120,7 @@ def _telling_runs(texts, n, limit):
 
 
 def _band_rows(threshold):
-    """Finds the most rows that a band may have, for the fewest candidates, so that hardly a pair is
-    missed.
-    """
+    """Finds the most rows of a band, for the fewest candidates, that hardly miss a pair."""
     for rows in range(PERMUTATIONS // 2, 1, -1):
         if (1 - threshold**rows) ** (PERMUTATIONS // rows) <= MISSED:
             return rows

@@ -1,0 +1,1 @@
+"""What compare_selection.py and the lab share: cells, their training, and what they say."""

@@ -99,9 +99,7 @@ def influence_flops(cfg, settings: influence_config.Influence, pool, targets) ->
 
 
 def model_score_flops(cfg, pool, targets) -> float:
-    """Of difficulty/model_scores.parquet: completions with and without their prompts, and the
-    targets.
-    """
+    """Counts difficulty/model_scores.parquet: completions with and without prompts, targets."""
     answers = np.array([row.answer_tokens for row in pool])
     alone = float(example_flops(cfg, answers, answers, "forward").sum())
     return total_flops(cfg, [*pool, *targets], "forward") + alone

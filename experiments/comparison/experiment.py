@@ -20,8 +20,7 @@ STAGES = ("prepare", "difficulty", "influence", "selection")
 def run(
     cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
 ) -> dict[str, Any]:
-    """Runs the stages up to selection and every cell, skipping what is done; writes
-    compare/results.json, table.md and figure.png, .svg, .csv and prints the tables.
+    """Runs the stages up to selection and every cell that is not done; writes compare/.
 
     Raises:
         UserError: bad input, or another run holds the workdir.
@@ -49,8 +48,7 @@ def run(
 def with_directions(
     cfg: config.Config, workdir: pathlib.Path, request: grid.Request, verify: bool = True
 ) -> grid.Request:
-    """Scores and selects along each of request.directions, in a folder of the workdir that takes
-    over its data and difficulty; a finished one is skipped, a killed one goes on.
+    """Scores and selects along request.directions, each in a folder; finished ones are skipped.
 
     Returns:
         The request with the orders of its methods along them as rankings, METHOD@DIRECTION.

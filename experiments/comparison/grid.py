@@ -143,9 +143,10 @@ def ranking_method(workdir: pathlib.Path, method: str) -> str:
 
 
 def orders(context: stages.Context, request: Request) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Every method's ranks from 1, {name: (seeds, n) int32}, or {(name, budget): ..} of one whose
-    budgets do not nest, and which rows hygiene removed, (n,) bool: they rank last, and no budget
-    holds them.
+    """Returns methods' ranks from 1, {name: (seeds, n) int32}, and what hygiene removed, (n,) bool.
+
+    {(name, budget): ..} where budgets do not nest; removed rows rank last, and no budget holds
+    them.
 
     `random` is drawn anew for each seed, from selection.seed on; the other orders have none.
 

@@ -142,9 +142,7 @@ def _keep(file: pathlib.Path, made_for: str, result: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
-    """What all cells share: the model on its devices, the programs, and the shapes of
-    microbatches.
-    """
+    """Holds what cells share: the placed model, the programs, the shapes of microbatches."""
 
     context: stages.Context
     data: CellData

@@ -1,5 +1,4 @@
-"""What the cells say: means over questions and seeds with two-level intervals, and paired
-differences to the reference.
+"""What the cells say: means with two-level intervals, and paired differences to the reference.
 
 Dims: S seeds, Q questions (or targets), B bootstrap samples.
 """
@@ -15,8 +14,9 @@ METRICS = (*intervals.METRICS, "target_loss")
 
 
 def draws(seeds: int, questions: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of seeds (1 + B, S) and of questions (1 + B, Q): first 1/n each, then the shares that
-    n draws with replacement give. With one seed they are intervals.estimates' draws.
+    """Draws weights of seeds (1 + B, S) and questions (1 + B, Q), with replacement after 1/n.
+
+    With one seed they are intervals.estimates' draws.
     """
     rng = {name: np.random.Generator(np.random.PCG64(s)) for name, s in
            (("questions", seed), ("seeds", [seed, 1]))}  # fmt: skip
@@ -39,17 +39,13 @@ def estimates(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
 
 
 def p_value(drawn: np.ndarray) -> float:
-    """Two-sided bootstrap p of a difference (1 + B,) of `estimates`: twice the share of resamplings
-    on the rarer side of 0, at least 2 / (1 + B).
-    """
+    """Computes a two-sided bootstrap p of (1 + B,) `estimates`, at least 2 / (1 + B)."""
     below, above = np.sum(drawn[1:] <= 0), np.sum(drawn[1:] >= 0)
     return float(min(1.0, 2 * (1 + min(below, above)) / len(drawn)))
 
 
 def correct(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds p_holm to each difference to the reference: Holm's correction over the methods of a
-    budget, for each metric.
-    """
+    """Adds p_holm to each difference: Holm's correction over a budget's methods, by metric."""
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         for metric, value in row["metrics"].items():
@@ -65,8 +61,7 @@ def correct(rows: Sequence[dict[str, Any]]) -> None:
 def outcomes(
     differences: np.ndarray, tasks: Sequence[str], lower: bool, samples: int, seed: int
 ) -> dict[str, int]:
-    """Wins, ties and losses over tasks x seeds: a win where the 95 % interval of the paired
-    difference over the task's questions lies on the better side of 0, a loss on the worse.
+    """Counts wins, ties and losses over tasks x seeds, by 95 % intervals that leave 0 out.
 
     A task of one question has no interval and counts as a tie.
     """
@@ -92,8 +87,9 @@ def compare(
     seed: int,
     base: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """{metric: {mean, low, high, by_seed, versus: {mean, low, high, p, wins, ties, losses} or None,
-    versus_base: {mean, low, high} or None}}.
+    """Returns {metric: {mean, low, high, by_seed, versus, versus_base}}, the last two or None.
+
+    versus: {mean, low, high, p, wins, ties, losses}; versus_base: {mean, low, high}.
 
     Args:
         found: {metric: (S, Q)}; reference the same of what it is compared with.

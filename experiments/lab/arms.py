@@ -76,9 +76,7 @@ def by_methods(
     names: Sequence[str] = (),
     suffix: str = "",
 ) -> dict[str, dict[float, np.ndarray]]:
-    """Orders a pool by every method whose input is there, `random` aside, or by `names`; by the
-    residual of the influence where the suffix says so.
-    """
+    """Orders a pool by every method with its input there, `random` aside, or by `names`."""
     found: dict[str, dict[float, np.ndarray]] = {}
     for budget in budgets:
         made = select.select(

@@ -1,6 +1,4 @@
-"""The lab's base model: a split of the pool, a tokenizer and a small decoder trained on the rows
-that are left aside, as a folder that the pipeline loads like any other model.
-"""
+"""The lab's base model: a split of the pool, a tokenizer, a small decoder, trained aside."""
 
 import dataclasses
 import pathlib
@@ -52,8 +50,7 @@ class BaseSettings:
 
 
 def make(cfg: config.Config, settings: BaseSettings, workdir: pathlib.Path) -> dict[str, Any]:
-    """Makes WORKDIR/base/ (the model), pool.jsonl and held_out.jsonl, unless base.json says that
-    they are there.
+    """Makes WORKDIR/base/ (the model), pool.jsonl and held_out.jsonl, unless base.json is there.
 
     Returns:
         What base.json holds: the settings, rows, parameters, losses and seconds.

@@ -1,6 +1,6 @@
-"""The lab's config: what selection_lab.py scores, trains and tests by, its own model aside.
+r"""The lab's config: what selection_lab.py scores, trains and tests by, its own model aside.
 
-Run:     python experiments/selection_lab.py --workdir=runs/lab \\
+Run:     python experiments/selection_lab.py --workdir=runs/lab \
              --config.difficulty.source=runs/classifier/classifier (its docstring has the rest)
 Cost:    docs/results.md
 Result:  docs/results.md

@@ -105,9 +105,7 @@ def lay_out(pool: Sequence[example.Encoded]) -> batches.Batch:
 
 
 def for_seeds(asked: measure.Likelihoods, adapters: bool) -> measure.Likelihoods:
-    """Turns what is asked of one model into what is asked of S: each value is one list of theirs,
-    a model after another.
-    """
+    """Turns what is asked of one model into what is asked of S: values in their lists."""
     axes = (None, 0, None) if adapters else (0, None, None)
 
     def values(i: int, output: np.ndarray) -> dict[str, Any]:

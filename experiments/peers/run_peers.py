@@ -60,7 +60,7 @@ def resident_bytes(field: str) -> int:
 class Bench:
     """Rows, model and clock of one method. A method imports its library, loads, then measures."""
 
-    def __init__(self, args, rows: list[dict]):
+    def __init__(self, args, rows: list[dict]) -> None:
         self.args, self.rows = args, rows
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -253,7 +253,7 @@ def logix(bench: Bench) -> dict:
 
 
 def bergson(bench: Bench, lora: bool, score: bool = False, **projection) -> dict:
-    """bergson's hooks, gradients kept in memory, or scored against their mean as they appear.
+    """Uses bergson's hooks, gradients kept in memory, or scored against their mean as they appear.
 
     Args:
         projection: Of its GradientProcessor; none keeps or scores the gradients themselves.
@@ -306,7 +306,7 @@ def bergson(bench: Bench, lora: bool, score: bool = False, **projection) -> dict
 
 
 def dattri(bench: Bench, projected: bool) -> dict:
-    """dattri's vmap(grad) over the LoRA factors, then its random projection."""
+    """Uses dattri's vmap(grad) over the LoRA factors, then its random projection."""
     from dattri import task as dattri_task
     from dattri.func import projection
 

@@ -1,6 +1,4 @@
-"""Greedy generation by transformers, for experiments/benchmark_generation.py: reads the number of
-tokens to generate from each line of standard input, answers with the seconds that it took.
-"""
+"""Greedy generation by transformers: reads counts of tokens from lines, answers with seconds."""
 
 import json
 import pathlib

@@ -99,9 +99,7 @@ def kronfluence(args, head: bool) -> np.ndarray:
 
 
 def bergson(args, steps: int) -> np.ndarray:
-    """EK-FAC by bergson with its defaults, labels sampled from the model; with `steps` each query's
-    solution is refined by so many conjugate gradients on 64 rows.
-    """
+    """Scores by bergson's EK-FAC; with `steps`, refined by conjugate gradients on 64 rows."""
     import tokenizers
     from bergson.config import config
     from bergson.data import load_scores

@@ -40,7 +40,7 @@ def _tensors(seed=0):
 
 
 def _assert_same(opened, tensors):
-    assert set(opened.names) == set(tensors)
+    assert set(opened.tensors) == set(tensors)
     for name, array in tensors.items():
         read = opened.read(name)
         assert read.dtype == array.dtype and opened.shape(name) == read.shape == array.shape
@@ -652,7 +652,7 @@ def test_gguf_rope_scaling(tmp_path):
         extra = {} if values is None else {"rope_freqs.weight": (values, None)}
         _write_gguf(tmp_path / "m.gguf", extra=extra, keys=keys, without=("key_length",))
         opened = checkpoint.open_checkpoint(tmp_path / "m.gguf", FIELD)
-        assert not any("rope" in name for name in opened.names)
+        assert not any("rope" in name for name in opened.tensors)
         return opened.config.get("rope_scaling")
 
     assert scaling(factors) == llama3
@@ -802,7 +802,7 @@ def test_real_gguf_equals_torch():
     )
     opened = checkpoint.open_checkpoint(SMOLLM2, FIELD)
     state = dict(model.named_parameters())  # tied: without lm_head.weight
-    assert set(opened.names) == set(state) and len(state) == 272
+    assert set(opened.tensors) == set(state) and len(state) == 272
     for name, value in state.items():
         np.testing.assert_array_equal(opened.read(name), value.detach().numpy(), err_msg=name)
     for name, value in opened.config.items():
