@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from diq_jax import config, pipeline, prepare
-from diq_jax.data import batches, encoded, packing, preferences, sources
+from diq_jax.data import batches, encoded, preferences, sources
 from diq_jax.difficulty import labels, trained
-from diq_jax.influence import direction, engines, features, kinds
+from diq_jax.influence import direction, engines, features, kinds, problems
 from diq_jax.models import decoder, load
 from diq_jax.pods import programs
 from diq_jax.run import devices, stages
@@ -69,8 +69,7 @@ def _cost(context: stages.Context, count: int) -> list[str]:
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
     tokens = sum(len(row.input_ids) for row in rows) / len(rows)
     answers = sum(row.answer_tokens for row in rows) / len(rows)
-    planner = packing.plan if settings.packing else batches.plan
-    groups = planner(rows, settings.batch_tokens, placement.rows_multiple)
+    groups = problems.plan(settings, rows, placement.rows_multiple)
     shapes = collections.Counter((g.rows, g.tokens) for g in groups)
     size = decoder.size(model.cfg)
     gib = size * jnp.dtype(cfg.model.dtype).itemsize / GIB / placement.mesh.shape["model"]

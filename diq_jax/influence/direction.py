@@ -16,7 +16,7 @@ import numpy as np
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches
-from diq_jax.influence import kinds, problems, thin
+from diq_jax.influence import kinds, problems
 from diq_jax.models import config, load, loss
 from diq_jax.run import devices, progress, sharding
 
@@ -48,6 +48,9 @@ def stack(
         like: a tree of the same nesting, in whose dtypes whole leaves are kept: those in which
             `exact.scores` takes them.
     """
+    if rank:
+        from diq_jax.influence import thin
+
     made = []
     for v in trees_of_v:
         whole, factors = thin.truncate(v, rank) if rank else (v, {})

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from diq_jax import errors, influence_config, trees
-from diq_jax.data import batches, example, packing
+from diq_jax.data import batches, example
 from diq_jax.models import config as model_config
 from diq_jax.models import decoder, load
 from diq_jax.run import devices, progress
@@ -76,12 +76,8 @@ def run_batches(
     """
     done = set(done)
     settings, placement = problem.settings, problem.placement
-    planner = packing.plan if settings.packing else batches.plan
-    groups = [
-        group
-        for group in planner(rows, settings.batch_tokens, placement.rows_multiple)
-        if not done.issuperset(group.indices)
-    ]
+    planned = plan(settings, rows, placement.rows_multiple)
+    groups = [group for group in planned if not done.issuperset(group.indices)]
 
     def started():
         for group in groups:
@@ -92,6 +88,17 @@ def run_batches(
         for group, outputs in devices.one_behind(started()):
             yield group, jax.device_get(outputs)
             bar.update(len(group.indices), sum(len(rows[i].input_ids) for i in group.indices))
+
+
+def plan(
+    settings: influence_config.Influence, rows: Sequence[example.Encoded], multiple: int
+) -> list[batches.Group]:
+    """Assigns rows to batches, packed where the settings ask for it."""
+    if not settings.packing:
+        return batches.plan(rows, settings.batch_tokens, multiple)
+    from diq_jax.data import packing
+
+    return packing.plan(rows, settings.batch_tokens, multiple)
 
 
 def placed(

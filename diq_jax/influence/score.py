@@ -16,7 +16,7 @@ import numpy as np
 
 from diq_jax import errors, influence_config
 from diq_jax.data import example
-from diq_jax.influence import direction, engines, kinds, problems, span
+from diq_jax.influence import direction, engines, kinds, problems
 from diq_jax.models import load
 from diq_jax.run import devices, parts, processes
 
@@ -113,6 +113,8 @@ def score(
     influence, by_target, tokens = _summed(found)
     alignment, spanned = None, {}
     if len(groups) > 1:
+        from diq_jax.influence import span
+
         grams = [share * joined.gram for joined, share in found if joined.gram is not None]
         gram = np.sum(grams, axis=0)
         alignment, spanned = span.align(by_target, gram, problem.weights, settings.span)

@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diq_jax import errors
-from diq_jax.run import columns as columns_lib
 from diq_jax.run import processes, reading
 
 
@@ -177,6 +176,8 @@ def write_tables(
 
 
 def _check_finite(path, table, unknown) -> None:
+    from diq_jax.run import columns as columns_lib
+
     for name in table.column_names:
         finite = columns_lib.finite_rows(table[name], nan=name in unknown)
         if not finite.all():

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diq_jax import errors
-from diq_jax.run import columns as columns_lib
 
 shorten = errors.shorten
 MOST_DEPTH = 100  # lists and objects inside each other
@@ -186,14 +185,14 @@ def read_table(
             raise errors.UserError(f"{path} has {rows:,} rows; expected at most {most_rows:,}.")
         table = file.read(list(columns) if only and columns else None)
         table.validate(full=True)
-    for name, kind in (columns or {}).items():
+    for name in columns or {}:
         if name not in table.column_names:
             near = errors.nearest(name, table.column_names)
             raise errors.UserError(
                 f"{path} has no column {name!r}; it has {', '.join(table.column_names)}.{near}"
             )
-        if rows:  # an empty column may have any type
-            columns_lib.check(table[name], kind, f"{path}: column {name!r}")
+    if rows:  # an empty column may have any type
+        _check_columns(table, columns or {}, path)
     return table
 
 
@@ -210,9 +209,15 @@ def table_batches(path: str | os.PathLike, columns: Mapping[str, str]) -> Iterat
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
             table = pa.Table.from_batches([batch])
             table.validate(full=True)
-            for name, kind in columns.items():
-                columns_lib.check(table[name], kind, f"{path}: column {name!r}")
+            _check_columns(table, columns, path)
             yield table
+
+
+def _check_columns(table: pa.Table, columns: Mapping[str, str], path: str | os.PathLike) -> None:
+    from diq_jax.run import columns as columns_lib
+
+    for name, kind in columns.items():
+        columns_lib.check(table[name], kind, f"{path}: column {name!r}")
 
 
 def parquet_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
