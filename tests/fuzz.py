@@ -321,7 +321,7 @@ def act(base: pathlib.Path, workdir: pathlib.Path, kind: str, stages: str) -> No
 def _load(base, kind, placement) -> None:
     import numpy as np
 
-    from diq_jax.models import checkpoint, config, hf, load, lora, tokenizer
+    from diq_jax.models import checkpoint, config, encoder, hf, load, lora, tokenizer
 
     if kind.startswith("adapter"):
         source = checkpoint.open_checkpoint(str(base / "decoder"), "model.path")
@@ -330,7 +330,7 @@ def _load(base, kind, placement) -> None:
         return
     if kind.startswith("torch"):
         source = checkpoint.open_checkpoint(str(base / "encoder"), "difficulty.encoder")
-        cfg = config.encoder_config(source.config, "difficulty.encoder")
+        cfg = encoder.encoder_config(source.config, "difficulty.encoder")
         hf.load_encoder(source, cfg, np.float32, "difficulty.encoder")
         return
     path = str(base / {"gguf": "model.gguf", "index": "sharded"}.get(kind, "decoder"))

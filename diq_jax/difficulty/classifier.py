@@ -17,7 +17,6 @@ import numpy as np
 
 from diq_jax import config, trees
 from diq_jax.difficulty import heads as heads_lib
-from diq_jax.models import config as model_config
 from diq_jax.models import encoder, training
 from diq_jax.run import devices, sharding
 
@@ -48,13 +47,13 @@ class TextBatch:
     offsets: trees.Array | None
 
 
-def forward(params: dict, cfg: model_config.EncoderConfig, batch: TextBatch) -> jax.Array:
+def forward(params: dict, cfg: encoder.EncoderConfig, batch: TextBatch) -> jax.Array:
     """Returns log-probabilities of every level for each perspective: (B, 3, 5) float32."""
     pooled = encoder.layer_means(params["encoder"], cfg, batch.tokens, batch.mask)
     return heads_lib.apply(params["heads"], pooled, batch.offsets)
 
 
-def loss(params: dict, cfg: model_config.EncoderConfig, batch: TextBatch) -> jax.Array:
+def loss(params: dict, cfg: encoder.EncoderConfig, batch: TextBatch) -> jax.Array:
     """Returns the cross-entropy in nats, mean over perspectives and over the rows of weight 1."""
     shares = heads_lib.shares(batch.levels)
     chosen = jnp.sum(shares * forward(params, cfg, batch), axis=(1, 2)) / shares.shape[1]
@@ -63,7 +62,7 @@ def loss(params: dict, cfg: model_config.EncoderConfig, batch: TextBatch) -> jax
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
 def train_step(
-    state: training.TrainState, cfg: model_config.EncoderConfig, batch: TextBatch, rate: float
+    state: training.TrainState, cfg: encoder.EncoderConfig, batch: TextBatch, rate: float
 ) -> tuple[training.TrainState, jax.Array]:
     """Takes one AdamW step on every parameter: (the new state, the loss before it)."""
     value, gradient = jax.value_and_grad(loss)(state.factors, cfg, batch)
@@ -121,7 +120,7 @@ def learning_rates(settings: config.Difficulty, steps: int) -> np.ndarray:
 
 def train(
     start: dict,
-    cfg: model_config.EncoderConfig,
+    cfg: encoder.EncoderConfig,
     settings: config.Difficulty,
     texts: Texts,
     levels: np.ndarray,
@@ -177,7 +176,7 @@ def scoring_batches(
 
 def features(
     encoder_params: dict,
-    cfg: model_config.EncoderConfig,
+    cfg: encoder.EncoderConfig,
     settings: config.Difficulty,
     texts: Texts,
     rows: Sequence[int],

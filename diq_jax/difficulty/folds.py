@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from diq_jax import config, errors, trees
 from diq_jax.difficulty import classifier, heads, labels, words
-from diq_jax.models import config as model_config
+from diq_jax.models import encoder
 from diq_jax.run import devices, parts, progress, reading, sharding
 
 SCORES, MODEL = "scores", "model"  # folders of parts; a model's ends in the number of its fold
@@ -40,7 +40,7 @@ class Pretrained:
     """Holds the encoder before training, on its devices."""
 
     params: dict
-    cfg: model_config.EncoderConfig
+    cfg: encoder.EncoderConfig
     settings: config.Difficulty
     placement: devices.Placement
 

@@ -29,8 +29,7 @@ from diq_jax.difficulty import (
     model_scores,
     trained,
 )
-from diq_jax.models import checkpoint, hf, tokenizer
-from diq_jax.models import config as model_config
+from diq_jax.models import checkpoint, encoder, hf, tokenizer
 from diq_jax.run import artifacts, devices, parts, progress, stages
 
 FIELD = "difficulty.encoder"
@@ -222,10 +221,10 @@ def _scores(probabilities, known) -> dict[str, np.ndarray]:
     return {p: expected[:, i] for i, p in enumerate(config.PERSPECTIVES)}
 
 
-def _open(settings) -> tuple[checkpoint.Checkpoint, model_config.EncoderConfig]:
+def _open(settings) -> tuple[checkpoint.Checkpoint, encoder.EncoderConfig]:
     """Opens the encoder, without its weights, and checks it against its config and the settings."""
     opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
-    cfg = model_config.encoder_config(opened.config, FIELD)
+    cfg = encoder.encoder_config(opened.config, FIELD)
     hf.check_encoder(opened, cfg, FIELD)
     for name, most in (("max_tokens", cfg.max_positions), ("layers", cfg.num_layers)):
         value = getattr(settings, name)

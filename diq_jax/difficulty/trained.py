@@ -17,8 +17,7 @@ import safetensors.numpy
 
 from diq_jax import config, errors, trees
 from diq_jax.difficulty import labels
-from diq_jax.models import checkpoint, hf, stored
-from diq_jax.models import config as model_config
+from diq_jax.models import checkpoint, encoder, hf, stored
 from diq_jax.run import artifacts, reading
 
 RECORD, HEADS = "difficulty.json", "difficulty.safetensors"
@@ -83,7 +82,7 @@ def load(source: str) -> Trained:
         ok = isinstance(value, float) and 0 < value < np.inf
         errors.check(f"{folder / RECORD}: {perspective}", ok, "a temperature above 0", value)
     opened = checkpoint.open_checkpoint(folder, labels.FIELD)
-    cfg = model_config.encoder_config(opened.config, labels.FIELD)
+    cfg = encoder.encoder_config(opened.config, labels.FIELD)
     tensors = stored.open_safetensors(folder / HEADS)
     _check_tensors(folder / HEADS, tensors, cfg.num_layers * cfg.model_dim)
     model = trees.insert({}, {name: tensor.read() for name, tensor in tensors.items()})

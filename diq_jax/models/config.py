@@ -69,29 +69,6 @@ class DecoderConfig:
         return self.delta.period if self.delta else 1
 
 
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Holds what an encoder's program depends on."""
-
-    family: str
-    num_layers: int
-    model_dim: int
-    ffn_dim: int
-    num_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    num_token_types: int
-    norm_eps: float
-    activation: str  # gelu (exact) or gelu_tanh
-    first_position: int = 0  # where the position embedding begins
-    # ModernBERT's.
-    rope: rope_lib.Rope | None = None
-    sliding_rope: rope_lib.Rope | None = None
-    sliding_layers: tuple[bool, ...] = ()
-    local_attention: int | None = None
-
-
 def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
     """Reads a Hugging Face config of a decoder of one of `families.DECODERS`.
 
@@ -99,7 +76,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
         UserError: another family, quantised weights, something that is not built here, or a value
             of a wrong type or range.
     """
-    read = _Reader(config, field, families.DECODERS, "a decoder")
+    read = Reader(config, field, families.DECODERS, "a decoder")
     family = families.DECODERS[read.name]
     key, activation = family.activation
     read.expect(key, (activation,))
@@ -147,7 +124,7 @@ def decoder_config(config: dict[str, Any], field: str) -> DecoderConfig:
     )
 
 
-def _rotary_dim(read: "_Reader", family: families.Family, head_dim: int) -> int:
+def _rotary_dim(read: "Reader", family: families.Family, head_dim: int) -> int:
     where = read.over(read.get("rope_parameters", dict, {}))
     part = where.get("partial_rotary_factor", float, 1.0)
     if part != 1.0 and not family.partial_rotary:
@@ -158,7 +135,7 @@ def _rotary_dim(read: "_Reader", family: families.Family, head_dim: int) -> int:
     return dim
 
 
-def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> dict[str, Any]:
+def _layers_apart(read: "Reader", family: families.Family, rotary_dim: int) -> dict[str, Any]:
     """Returns the fields of DecoderConfig that say how layers differ from each other."""
     count = read.size("num_hidden_layers")
     if family.delta:
@@ -200,71 +177,10 @@ def _layers_apart(read: "_Reader", family: families.Family, rotary_dim: int) -> 
     return found
 
 
-def encoder_config(config: dict[str, Any], field: str) -> EncoderConfig:
-    """Reads a Hugging Face config of an encoder of one of `families.ENCODERS`.
-
-    Raises:
-        UserError: as `decoder_config`.
-    """
-    read = _Reader(config, field, families.ENCODERS, "an encoder")
-    key = families.ENCODERS[read.name].activation[0]
-    modern = read.name == "modernbert"
-    if modern:
-        read.expect(key, ("gelu",))
-        for unset in families.ENCODERS[read.name].unset:
-            read.expect(unset, (None, False))
-    else:
-        read.expect(key, ("gelu", "gelu_new", "gelu_pytorch_tanh"))
-        read.expect("position_embedding_type", ("absolute",))
-        read.expect("is_decoder", (False, None))
-    num_heads, model_dim = read.size("num_attention_heads"), read.size("hidden_size")
-    head_dim, positions = read.head_dim(model_dim, num_heads), read.size("max_position_embeddings")
-    first = 0
-    if read.name == "roberta":
-        first = read.get("pad_token_id", int) + 1
-        if not 0 <= first < positions:
-            raise read.wrong("pad_token_id", f"below the {positions} position embeddings")
-    return EncoderConfig(
-        family=read.name,
-        num_layers=read.size("num_hidden_layers"),
-        model_dim=model_dim,
-        ffn_dim=read.size("intermediate_size"),
-        num_heads=num_heads,
-        head_dim=head_dim,
-        vocab_size=read.size("vocab_size"),
-        max_positions=positions - first,
-        num_token_types=0 if modern else read.size("type_vocab_size"),
-        norm_eps=read.epsilon("norm_eps" if modern else "layer_norm_eps"),
-        activation="gelu" if read.get(key, str, "gelu") == "gelu" else "gelu_tanh",
-        first_position=first,
-        **(_modern(read, head_dim) if modern else {}),
-    )
-
-
-def _modern(read: "_Reader", head_dim: int) -> dict[str, Any]:
-    """Returns the fields of EncoderConfig that ModernBERT has."""
-    if head_dim % 2:
-        raise errors.UserError(f"{read.field}: config.json gives heads of odd size {head_dim}.")
-    count = read.size("num_hidden_layers")
-    every = read.get("global_attn_every_n_layers", int, families.ENCODERS[read.name].full_every)
-    if every < 1:
-        raise read.wrong("global_attn_every_n_layers", "at least 1")
-    default = [rope_lib.SLIDING if i % every else rope_lib.FULL for i in range(count)]
-    types = read.get("layer_types", list, default)
-    if len(types) != count or not all(kind in (rope_lib.FULL, rope_lib.SLIDING) for kind in types):
-        raise read.wrong("layer_types", f"{rope_lib.FULL} or {rope_lib.SLIDING} for each layer")
-    return {
-        "rope": rope_lib.read_rope(read, head_dim, rope_lib.FULL, "global_rope_theta"),
-        "sliding_rope": rope_lib.read_rope(read, head_dim, rope_lib.SLIDING, "local_rope_theta"),
-        "sliding_layers": tuple(kind == rope_lib.SLIDING for kind in types),
-        "local_attention": read.size("local_attention"),
-    }
-
-
 _REQUIRED = object()
 
 
-class _Reader:
+class Reader:
     """Reads typed values of a config.json of one of the families `built`."""
 
     def __init__(
@@ -302,9 +218,9 @@ class _Reader:
         reading.check_record(self.config, f"{self.field}: config.json", {}, {key: kinds})
         return value
 
-    def over(self, values: dict[str, Any]) -> "_Reader":
+    def over(self, values: dict[str, Any]) -> "Reader":
         """Returns a reader for which `values` come before the config's own."""
-        return _Reader({**self.config, **values}, self.field, self.built, self.what)
+        return Reader({**self.config, **values}, self.field, self.built, self.what)
 
     def size(self, key: str, default: Any = _REQUIRED) -> Any:
         """Returns a whole number from 1 to what LARGEST says."""
@@ -315,26 +231,31 @@ class _Reader:
         return value
 
     def flag(self, key: str) -> bool:
+        """Returns true or false; false without a value."""
         return self.get(key, bool, False)
 
     def positive(self, key: str) -> float:
+        """Returns a number above 0."""
         value = float(self.get(key, float))
         if not 0 < value < math.inf:
             raise self.wrong(key, "positive")
         return value
 
     def epsilon(self, key: str) -> float:
+        """Returns a number from 0 to below 1."""
         value = float(self.get(key, float))
         if not 0 <= value < 1:
             raise self.wrong(key, "a small number that is not negative")
         return value
 
     def head_dim(self, model_dim: int, num_heads: int) -> int:
+        """Returns the size of a head where all share the width of the model."""
         if model_dim % num_heads:
             raise self.wrong("hidden_size", f"a multiple of the {num_heads} attention heads")
         return model_dim // num_heads
 
     def expect(self, key: str, allowed: Sequence[Any]) -> None:
+        """Raises UserError for another value; without one it is the first."""
         value = self.config.get(key, allowed[0])
         if value not in allowed:
             raise errors.UserError(
@@ -343,6 +264,7 @@ class _Reader:
             )
 
     def wrong(self, key: str, expected: str) -> errors.UserError:
+        """Returns the error that says what a value must be."""
         shown = reading.shorten(self.config.get(key))
         return errors.UserError(
             f"{self.field}: config.json has {key}={shown}; it must be {expected}."

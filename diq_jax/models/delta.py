@@ -37,7 +37,7 @@ def read(config: Any) -> families.Delta:
     """Reads what a config.json says.
 
     Args:
-        config: a config._Reader.
+        config: a config.Reader.
 
     Raises:
         UserError: layers in another order, or heads that do not divide.

@@ -27,7 +27,7 @@ def read(config: Any) -> dict[str, Any]:
     """Reads how a token's experts are chosen, as fields of DecoderConfig.
 
     Args:
-        config: a config._Reader.
+        config: a config.Reader.
 
     Raises:
         UserError: layers without experts, or fewer experts than a token has.

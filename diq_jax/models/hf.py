@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +12,9 @@ from numpy.typing import DTypeLike
 from diq_jax import errors, trees
 from diq_jax.models import checkpoint, config, decoder, stored
 from diq_jax.run import reading, sharding
+
+if TYPE_CHECKING:
+    from diq_jax.models import encoder
 
 Params = dict[str, Any]  # nested dicts of arrays
 
@@ -55,48 +58,9 @@ POST_NORM_NAMES = DECODER_NAMES | {
     "layers/mlp_post_norm/scale": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 
-ENCODER_NAMES = {
-    "embed/word/embedding": "embeddings.word_embeddings.weight",
-    "embed/position/embedding": "embeddings.position_embeddings.weight",
-    "embed/token_type/embedding": "embeddings.token_type_embeddings.weight",
-    "embed/norm/scale": "embeddings.LayerNorm.weight",
-    "embed/norm/bias": "embeddings.LayerNorm.bias",
-} | {
-    f"layers/{ours}/{leaf}": f"encoder.layer.{{i}}.{theirs}.{name}"
-    for ours, theirs, leaves in (
-        ("attn/q_proj", "attention.self.query", ("kernel", "bias")),
-        ("attn/k_proj", "attention.self.key", ("kernel", "bias")),
-        ("attn/v_proj", "attention.self.value", ("kernel", "bias")),
-        ("attn/o_proj", "attention.output.dense", ("kernel", "bias")),
-        ("attn_norm", "attention.output.LayerNorm", ("scale", "bias")),
-        ("mlp/up_proj", "intermediate.dense", ("kernel", "bias")),
-        ("mlp/down_proj", "output.dense", ("kernel", "bias")),
-        ("mlp_norm", "output.LayerNorm", ("scale", "bias")),
-    )
-    for leaf, name in zip(leaves, ("weight", "bias"), strict=True)
-}
-
-MODERNBERT_NAMES = {
-    "embed/word/embedding": "embeddings.tok_embeddings.weight",
-    "embed/norm/scale": "embeddings.norm.weight",
-    "layers/attn/qkv_proj/kernel": "layers.{i}.attn.Wqkv.weight",
-    "layers/attn/o_proj/kernel": "layers.{i}.attn.Wo.weight",
-    "layers/attn_norm/scale": "layers.{next}.attn_norm.weight",  # the first layer has none
-    "layers/mlp/gate_up_proj/kernel": "layers.{i}.mlp.Wi.weight",
-    "layers/mlp/down_proj/kernel": "layers.{i}.mlp.Wo.weight",
-    "layers/mlp_norm/scale": "layers.{i}.mlp_norm.weight",
-    "final_norm/scale": "final_norm.weight",
-}
-# What the tensors of an encoder begin with where a head stands beside it.
-ENCODER_PREFIXES = {"bert": "bert.", "roberta": "roberta.", "modernbert": "model."}
-
-# What converters of the first BERT checkpoints called a norm's gain and bias.
-OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
 # Tensors of other heads, buffers that are recomputed, and the pooler, which nothing here reads.
 IGNORED = re.compile(r"rotary_emb\.inv_freq|position_ids$|^pooler\.|^cls\.|^classifier\.|^mtp\.")
 TURNED = ("/kernel", "/taps")  # leaves whose axes are in the other order on their side
-ENCODER_HEADS = re.compile(r"lm_head\.|head\.(dense|norm)\.|decoder\.(weight|bias)$")
 
 
 def load_decoder(
@@ -116,7 +80,7 @@ def load_decoder(
 
 
 def load_encoder(
-    source: checkpoint.Checkpoint, cfg: config.EncoderConfig, dtype: DTypeLike, field: str
+    source: checkpoint.Checkpoint, cfg: "encoder.EncoderConfig", dtype: DTypeLike, field: str
 ) -> Params:
     """Loads an encoder, whether its tensors carry a prefix such as `bert.` or not."""
     from diq_jax.models import encoder
@@ -142,15 +106,19 @@ def check_decoder(
 
 
 def check_encoder(
-    source: checkpoint.Checkpoint, cfg: config.EncoderConfig, field: str
+    source: checkpoint.Checkpoint, cfg: "encoder.EncoderConfig", field: str
 ) -> dict[str, list[str]]:
     """Holds the tensors of an encoder against its config. See `check_decoder`."""
     from diq_jax.models import encoder
 
-    prefix = ENCODER_PREFIXES[cfg.family]
+    prefix = encoder.PREFIXES[cfg.family]
     prefix = prefix if any(name.startswith(prefix) for name in source.tensors) else ""
-    old = {_modern(name): name for name in source.tensors}
-    heads = {name for name in source.tensors if ENCODER_HEADS.match(name)}
+    # What converters of the first BERT checkpoints called a norm's gain and bias.
+    old = {
+        name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): name
+        for name in source.tensors
+    }
+    heads = {name for name in source.tensors if encoder.HEADS.match(name)}
     shapes = encoder.shapes(cfg)
     return _check(source, shapes, _encoder_names(shapes), prefix, old, heads, field)
 
@@ -179,7 +147,9 @@ def _decoder_names(tree):
 
 
 def _encoder_names(tree):
-    return MODERNBERT_NAMES if "final_norm" in tree else ENCODER_NAMES
+    from diq_jax.models import encoder
+
+    return encoder.MODERNBERT_NAMES if "final_norm" in tree else encoder.NAMES
 
 
 def _check(source, shapes, names, prefix, stored_as, ignored, field):
@@ -242,12 +212,6 @@ def _load(source, shapes, names, dtype, field, place):
         return place(path, shape, read)
 
     return trees.map_named(leaf, shapes, lambda x: isinstance(x, tuple))
-
-
-def _modern(name):
-    for old, new in OLD_NORMS.items():
-        name = name.replace(old, new)
-    return name
 
 
 def tensor_names(

@@ -46,7 +46,7 @@ def read_rope(read: Any, dim: int, layers: str = FULL, theta_key: str = "rope_th
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     Args:
-        read: a config._Reader.
+        read: a config.Reader.
         dim: how many numbers of a head are turned.
         layers: FULL or SLIDING, where the two differ; only FULL has the scaling of `rope_scaling`.
         theta_key: the key of theta outside `rope_parameters`.

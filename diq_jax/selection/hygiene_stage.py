@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from diq_jax import errors
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
-from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, progress, stages
 from diq_jax.selection import hygiene, select
 
@@ -117,7 +116,7 @@ def _embedder(context) -> Callable[[Sequence[str]], np.ndarray]:
     """
     settings = context.config.difficulty
     opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
-    cfg = model_config.encoder_config(opened.config, FIELD)
+    cfg = encoder.encoder_config(opened.config, FIELD)
     if settings.max_tokens > cfg.max_positions:
         raise errors.UserError(
             f"difficulty.max_tokens must be at most {cfg.max_positions}, the positions of "

@@ -28,7 +28,7 @@ from diq_jax import config, influence_config
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.influence import kinds
-from diq_jax.models import checkpoint, lora
+from diq_jax.models import checkpoint, encoder, lora
 from diq_jax.models import config as model_config
 from diq_jax.run import records
 from diq_jax.selection import methods
@@ -149,9 +149,7 @@ def _encoder_flops(settings: config.Difficulty, tokens: int) -> float:
     if tokens == 0:  # labels came with the pool
         return 0.0
     field = "difficulty.encoder"
-    cfg = model_config.encoder_config(
-        checkpoint.open_checkpoint(settings.encoder, field).config, field
-    )
+    cfg = encoder.encoder_config(checkpoint.open_checkpoint(settings.encoder, field).config, field)
     layer = 4 * cfg.model_dim**2 + 2 * cfg.model_dim * cfg.ffn_dim
     passes = 3 if settings.epochs else 1
     return 2.0 * passes * (settings.layers or cfg.num_layers) * layer * tokens

@@ -10,10 +10,9 @@ import tiny
 
 from diq_jax import errors
 from diq_jax.difficulty import classifier, folds, heads
-from diq_jax.models import config as model_config
 from diq_jax.models import encoder
 
-CFG = model_config.EncoderConfig(
+CFG = encoder.EncoderConfig(
     family="bert", num_layers=2, model_dim=16, ffn_dim=24, num_heads=4, head_dim=4, vocab_size=40,
     max_positions=96, num_token_types=2, norm_eps=1e-12, activation="gelu",
 )  # fmt: skip

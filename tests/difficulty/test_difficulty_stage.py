@@ -17,7 +17,6 @@ from tokenizers import models, pre_tokenizers, processors
 from diq_jax import config, errors, stats
 from diq_jax.difficulty import agreement, classifier, folds, labels, stage, trained
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
-from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, reading, stages
 
 WORDS = ["why", "how", "what", "is", "the", "heart", "liver", "drug", "dose", "rare", "gene"]
@@ -34,7 +33,7 @@ def encoder_folder(tmp_path_factory):
     """A random BERT with a word-level tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
     rng = np.random.default_rng(0)
-    shapes = encoder.shapes(model_config.encoder_config(HF_CONFIG, "test"))
+    shapes = encoder.shapes(encoder.encoder_config(HF_CONFIG, "test"))
     params = jax.tree.map(
         lambda shape: rng.normal(0, 0.3, shape).astype(np.float32),
         shapes, is_leaf=lambda x: isinstance(x, tuple),
@@ -345,7 +344,7 @@ def test_transformers_loads_the_folder_with_the_same_hidden_states(folder):
     model = transformers.AutoModel.from_pretrained(made).eval()
     tok = transformers.AutoTokenizer.from_pretrained(made)
     opened = checkpoint.open_checkpoint(made, "test")
-    cfg = model_config.encoder_config(opened.config, "test")
+    cfg = encoder.encoder_config(opened.config, "test")
     assert cfg.num_layers == 1
     batch = tok(["why is the heart rare", "how"], padding=True, return_tensors="np")
     tokens, mask = batch["input_ids"], batch["attention_mask"]

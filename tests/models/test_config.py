@@ -8,7 +8,7 @@ import tiny
 import transformers
 
 from diq_jax import errors
-from diq_jax.models import config, families, rope
+from diq_jax.models import config, encoder, families, rope
 
 FIELD = "model.path"
 BERT = {
@@ -47,7 +47,7 @@ def test_sizes_of_decoders_are_checked(key, value):
 @pytest.mark.parametrize("key", [*SIZES, "type_vocab_size"])
 @pytest.mark.parametrize("value", ODD, ids=str)
 def test_sizes_of_encoders_are_checked(key, value):
-    _refused(config.encoder_config, BERT | {key: value}, key)
+    _refused(encoder.encoder_config, BERT | {key: value}, key)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_families_that_are_not_supported_are_refused_without_a_guess(family):
         f" of {', '.join(families.DECODERS)}."
     )
     with pytest.raises(errors.UserError, match="an encoder is needed, one of bert, roberta"):
-        config.encoder_config(BERT | {"model_type": family}, FIELD)
+        encoder.encoder_config(BERT | {"model_type": family}, FIELD)
 
 
 QUANTISED = {
@@ -116,7 +116,7 @@ QUANTISED = {
 
 @pytest.mark.parametrize("method", QUANTISED)
 def test_quantised_checkpoints_are_refused_by_name(method):
-    for read, base in ((config.decoder_config, tiny.HF_CONFIG), (config.encoder_config, BERT)):
+    for read, base in ((config.decoder_config, tiny.HF_CONFIG), (encoder.encoder_config, BERT)):
         settings = base | {"quantization_config": QUANTISED[method]}
         _refused(read, settings, f"quantization_config \\('{method}'\\): quantised weights are not")
     _refused(config.decoder_config, tiny.HF_CONFIG | {"compression_config": {"x": 1}}, "quantised")
@@ -149,8 +149,8 @@ def test_what_a_config_leaves_out_is_what_transformers_documents():
 
 
 def test_an_encoder_that_masks_the_future_is_refused():
-    _refused(config.encoder_config, BERT | {"is_decoder": True}, "is_decoder=True")
-    assert np.isclose(config.encoder_config(BERT, FIELD).norm_eps, 1e-12)
+    _refused(encoder.encoder_config, BERT | {"is_decoder": True}, "is_decoder=True")
+    assert np.isclose(encoder.encoder_config(BERT, FIELD).norm_eps, 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import pytest
 import transformers
 from reference import torch
 
-from diq_jax.models import checkpoint, config, encoder, hf
+from diq_jax.models import checkpoint, encoder, hf
 
 
 def jax_hidden(folder, tokens, mask):
     source = checkpoint.open_checkpoint(str(folder), "difficulty.encoder")
-    cfg = config.encoder_config(source.config, "difficulty.encoder")
+    cfg = encoder.encoder_config(source.config, "difficulty.encoder")
     params = hf.load_encoder(source, cfg, np.float32, "difficulty.encoder")
     return np.asarray(encoder.apply(params, cfg, tokens, mask)), params
 

@@ -269,7 +269,7 @@ def test_old_names_of_norms(tmp_path):
     """The first BERT checkpoints call a norm's gain gamma and its bias beta."""
     import transformers
 
-    from diq_jax.models import config, hf
+    from diq_jax.models import encoder, hf
 
     settings = transformers.BertConfig(
         vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -289,7 +289,7 @@ def test_old_names_of_norms(tmp_path):
     loaded = []
     for folder in ("new", "old"):
         source = checkpoint.open_checkpoint(tmp_path / folder, FIELD)
-        cfg = config.encoder_config(source.config, FIELD)
+        cfg = encoder.encoder_config(source.config, FIELD)
         loaded.append(dict(hf.encoder_tensors(hf.load_encoder(source, cfg, np.float32, FIELD))))
     for name, array in loaded[0].items():
         np.testing.assert_array_equal(loaded[1][name], array)
