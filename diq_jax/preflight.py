@@ -72,6 +72,7 @@ def _cost(context: stages.Context, count: int) -> list[str]:
     groups = problems.plan(settings, rows, placement.rows_multiple)
     shapes = collections.Counter((g.rows, g.tokens) for g in groups)
     size = decoder.size(model.cfg)
+    kept = settings.batch_tokens * decoder.activation_bytes(model.cfg, settings.remat)
     gib = size * jnp.dtype(cfg.model.dtype).itemsize / GIB / placement.mesh.shape["model"]
     [name, *_] = programs.of_run(cfg)
     flops = programs.ideal_flops(name, model.cfg, count, tokens, answers)
@@ -82,16 +83,10 @@ def _cost(context: stages.Context, count: int) -> list[str]:
         f"influence batches    about {len(groups) * count / len(rows):,.0f}: {of} rows x tokens "
         + ", ".join(f"{n} of {B} x {T}" for (B, T), n in sorted(shapes.items())),
         f"influence memory     {size:,} parameters, {gib:.3g} GiB on each device if not split "
-        f"further; activations {_activations(cfg, model) / GIB:.3g} GiB of a batch's backward pass",
+        f"further; activations {kept / GIB:.3g} GiB of a batch's backward pass",
         f"influence FLOPs      at least {flops:.2g}",
         f"influence hours      {_hours(context, model, rows, groups, count * tokens)}",
     ]
-
-
-def _activations(cfg, model):
-    """Returns the bytes that a backward pass keeps of a batch on one device."""
-    each = decoder.activation_bytes(model.cfg, cfg.influence.remat)
-    return cfg.influence.batch_tokens * each
 
 
 def _hours(context, model, rows, groups, total) -> str:

@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from diq_jax import errors, stats
@@ -32,7 +31,6 @@ OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.", required=Tru
 MODEL = flags.DEFINE_string("model", None, "The model's name at the endpoint.", required=True)
 COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
 LIMIT = flags.DEFINE_integer("limit", 0, "The first so many rows; 0 = all.", lower_bound=0)
-SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many of them; 0 = all.", lower_bound=0)
 REPEAT = flags.DEFINE_integer(
     "repeat", 1, "Ask so many times, for the median and the agreement.", lower_bound=1
 )
@@ -56,10 +54,7 @@ def read_examples() -> list[example_lib.Example]:
                 f"--rows: {example.example_id!r} has no question: a pre-tokenised row cannot be "
                 "labelled."
             )
-    if SAMPLE.value:
-        order = np.random.Generator(np.random.PCG64(asking.SEED.value)).permutation(len(found))
-        found = [found[i] for i in sorted(order[: SAMPLE.value])]
-    return found
+    return asking.draw(found)
 
 
 def make_requests(examples: Sequence[example_lib.Example]) -> list[list[answers.Request]]:
@@ -128,15 +123,11 @@ def main() -> None:
     settings, out = asking.settings(), asking.output(OUT.value, ".jsonl", beside)
     examples = read_examples()
     requests = make_requests(examples)
-    every = (request for mine in requests for request in mine)
-    answered = asking.answer_all("annotate", every, len(examples), REPLY_TOKENS, out, settings)
+    answered = asking.answer_all("annotate", requests, REPLY_TOKENS, out, settings)
     if answered is None:
         return
-    outcomes = [[answered.outcomes[r.key] for r in mine] for mine in requests]
-    questions, found, failed = write(examples, outcomes, out)
-    cached = sum(all(r.key in answered.known for r in mine) for mine in requests)
-    asking.print_failures(f"annotated {len(found):,} rows", failed, cached)
-    asking.print_usage(answered)
+    questions, found, failed = write(examples, answered.outcomes, out)
+    asking.print_done(answered, f"annotated {len(found):,} rows", failed)
     summary = summarise(questions, found, len(failed))
     artifacts.write_json(out.with_suffix(opinions.SUMMARY), summary)
     print(opinions.annotated(summary).plain())

@@ -33,6 +33,7 @@ ANSWER_TRIES = flags.DEFINE_integer(
 API_KEY_ENV = flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "The variable with the key.")
 PRICE_IN = flags.DEFINE_float("price_in", None, "Money per million tokens in.", lower_bound=0)
 PRICE_OUT = flags.DEFINE_float("price_out", None, "Money per million tokens out.", lower_bound=0)
+SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many questions; 0 = all.", lower_bound=0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the estimate and one prompt.")
 YES = flags.DEFINE_bool("yes", False, "Start without asking.")
 
@@ -42,16 +43,16 @@ FAILED = ".failed.jsonl"  # what got no answer, beside --out
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """Holds the results of all requests.
+    """Holds the results of all rows.
 
     Attributes:
-        outcomes: by the request's key.
-        known: keys that the cache had answered before.
+        outcomes: of each row's requests.
+        cached: rows that the cache had answered before.
         usage: replies, tokens in and out of this run, and replies without these counts.
     """
 
-    outcomes: Mapping[str, answers.Outcome]
-    known: frozenset[str]
+    outcomes: list[list[answers.Outcome]]
+    cached: int
     usage: tuple[int, int, int, int]
     seconds: float
 
@@ -98,6 +99,12 @@ def cache_of(out: pathlib.Path) -> pathlib.Path:
     return out.with_suffix(".cache.jsonl")
 
 
+def draw(rows: Sequence[Any]) -> list[Any]:
+    """Draws --sample rows, in their order; a larger draw contains a smaller one."""
+    order = np.random.Generator(np.random.PCG64(SEED.value)).permutation(len(rows))
+    return [rows[i] for i in sorted(order[: SAMPLE.value or None])]
+
+
 def request(
     model: str, messages: Sequence[dict[str, str]], schema: Mapping[str, Any], draw: int = 0
 ) -> answers.Request:
@@ -110,8 +117,7 @@ def request(
 
 def answer_all(
     name: str,
-    requests: Iterable[answers.Request],
-    rows: int,
+    rows: Sequence[Sequence[answers.Request]],
     reply_tokens: int,
     out: pathlib.Path,
     chosen: endpoint.Settings,
@@ -122,7 +128,7 @@ def answer_all(
 
     Args:
         name: of the progress bar.
-        rows: to print.
+        rows: the requests of each.
         reply_tokens: a guess, until the cache knows better; thinking comes on top.
 
     Returns:
@@ -131,14 +137,16 @@ def answer_all(
     Raises:
         UserError: as endpoint.ask_all; or the user does not start.
     """
-    requests = list(requests)
+    requests = [request for mine in rows for request in mine]
     with replies.Cache(cache_of(out)) as cache:
         outcomes, missing = answers.split(requests, cache, chosen.answer_tries)
-        known, before, started = frozenset(outcomes), cache.usage, time.perf_counter()
+        known, before, started = set(outcomes), cache.usage, time.perf_counter()
         models = dict.fromkeys(r.model for r in requests)
         if cache.damaged:
             print(f"{cache.damaged:,} damaged lines of {cache.path} are skipped, and left there")
-        _print_estimate(", ".join(models), rows, len(known), missing, cache.usage, reply_tokens)
+        _print_estimate(
+            ", ".join(models), len(rows), len(known), missing, cache.usage, reply_tokens
+        )
         if DRY_RUN.value:
             for message in requests[0].messages:
                 print(f"\n[{message['role']}]\n{message['content']}")
@@ -149,7 +157,9 @@ def answer_all(
             _confirm()
             outcomes |= _ask(name, missing, clients, chosen, cache, len(known))
         usage = tuple(np.subtract(cache.usage, before).tolist())
-    return Answered(outcomes, known, usage, time.perf_counter() - started)
+    cached = sum(all(r.key in known for r in mine) for mine in rows)
+    found = [[outcomes[r.key] for r in mine] for mine in rows]
+    return Answered(found, cached, usage, time.perf_counter() - started)
 
 
 def _print_estimate(models, rows, cached, missing, usage, reply_tokens) -> None:
@@ -212,17 +222,13 @@ def failure(outcomes: Iterable[answers.Outcome]) -> dict[str, str] | None:
     return wrong and {"status": wrong.status, "detail": wrong.detail}
 
 
-def print_failures(done: str, failed: Sequence[Mapping[str, Any]], cached: int) -> None:
-    """Args: failed: rows with a status."""
+def print_done(answered: Answered, done: str, failed: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what was done, the rows that failed by status, and the tokens, seconds and cost."""
     statuses = collections.Counter(row["status"] for row in failed)
     counts = ", ".join(f"{statuses[s]} {s}" for s in ("refused", "malformed", "unanswered"))
-    print(f"{done}; {counts}; {cached:,} were in the cache")
-
-
-def print_usage(answered: Answered) -> None:
-    """Prints the replies, tokens, seconds and cost."""
     replies, tokens_in, tokens_out, uncounted = answered.usage
     print(
+        f"{done}; {counts}; {answered.cached:,} were in the cache\n"
         f"{replies:,} replies in {answered.seconds:.1f} s: {tokens_in:,} tokens in, "
         f"{tokens_out:,} out, cost {_money(tokens_in, tokens_out)}"
     )

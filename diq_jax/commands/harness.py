@@ -13,23 +13,18 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from diq_jax import config, errors
+from diq_jax import errors
 from diq_jax.commands import cli, opened
 
 if TYPE_CHECKING:
     from diq_jax.evaluate import harness
 
-MODEL = flags.DEFINE_string("model", None, "As model.path.", required=True)
 TASKS = flags.DEFINE_list("tasks", None, "The harness's names, comma-separated.", required=True)
-ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT folder; empty = the base model.")
 INCLUDE_PATH = flags.DEFINE_string("include_path", "", "A folder with task files of your own.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "As model.dtype.")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "0 = the model's positions.", lower_bound=0)
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of one batch.", lower_bound=1)
 LIMIT = flags.DEFINE_integer("limit", 0, "The first so many rows of a task; 0 = all.", 0)
 FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Unset = the task's own.", lower_bound=0)
 CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask as the chat template writes it.")
-DATE = flags.DEFINE_string("date", config.Data().date, "As data.date.")
 SEED = flags.DEFINE_integer("seed", 0, "Of texts that a task draws.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "", "A .json file to write; empty = print only.")
 
@@ -38,9 +33,7 @@ def open_model() -> "harness.HarnessModel":
     """Returns the harness's model. Raises UserError where the model or adapter cannot be read."""
     from diq_jax.evaluate import harness, harness_generation
 
-    model, layout, placement, adapter = opened.open_model(
-        MODEL.value, DTYPE.value, ADAPTER.value, DATE.value
-    )
+    model, layout, placement, adapter = opened.open_model()
     longest = model.cfg.max_positions
     if MAX_TOKENS.value > longest:
         raise errors.UserError(
@@ -48,7 +41,7 @@ def open_model() -> "harness.HarnessModel":
             f"{MAX_TOKENS.value}."
         )
     tokens = MAX_TOKENS.value or longest
-    shape = placement, tokens, BATCH_TOKENS.value
+    shape = placement, tokens, opened.BATCH_TOKENS.value
     generate = harness_generation.make_generate(model, layout, *shape, SEED.value, adapter)
     return harness.HarnessModel(model, layout, *shape, adapter, generate)
 
@@ -60,7 +53,7 @@ def main() -> None:
     from diq_jax.run import artifacts, devices
 
     manager = harness.find_tasks(TASKS.value, INCLUDE_PATH.value)
-    with devices.matmul_precision(DTYPE.value):
+    with devices.matmul_precision(opened.DTYPE.value):
         model = open_model()
         found, table = harness.run(
             model, TASKS.value, manager, LIMIT.value, FEWSHOT.value, CHAT.value

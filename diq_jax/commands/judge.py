@@ -37,7 +37,6 @@ ANSWERS = flags.DEFINE_list(
 MODELS = flags.DEFINE_list("models", None, "The judges' names at the endpoint.", required=True)
 OUT = flags.DEFINE_string("out", None, "The .json file to write.", required=True)
 PAIRWISE = flags.DEFINE_bool("pairwise", False, "Compare two models' answers side by side.")
-SAMPLE = flags.DEFINE_integer("sample", 0, "Draw so many questions; 0 = all.", lower_bound=0)
 BOOTSTRAP_SAMPLES = flags.DEFINE_integer("bootstrap_samples", 2000, "Of each interval.", 100)
 
 REPLY_TOKENS = 200  # a guess for the reasons and levels
@@ -73,10 +72,7 @@ def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
         ids = both
         if not ids:
             raise errors.UserError("--answers: the two have no example_id in common.")
-    if SAMPLE.value:
-        order = np.random.Generator(np.random.PCG64(asking.SEED.value)).permutation(len(ids))
-        ids = [ids[i] for i in sorted(order[: SAMPLE.value])]
-    return found, ids
+    return found, asking.draw(ids)
 
 
 def make_requests(
@@ -167,16 +163,13 @@ def main() -> None:
     found, ids = read_answers()
     models = list(found)
     requests = make_requests(found, ids)
-    every = (request for _, mine in requests for request in mine)
-    answered = asking.answer_all("judge", every, len(requests), REPLY_TOKENS, out, settings)
+    rows = [mine for _, mine in requests]
+    answered = asking.answer_all("judge", rows, REPLY_TOKENS, out, settings)
     if answered is None:
         return
-    outcomes = [[answered.outcomes[r.key] for r in mine] for _, mine in requests]
-    judged, failed = write(out, requests, outcomes)
-    cached = sum(all(r.key in answered.known for r in mine) for _, mine in requests)
+    judged, failed = write(out, requests, answered.outcomes)
     results = summarise(judged, models, ids)
-    asking.print_failures(f"judged {len(judged):,} of {len(requests):,}", failed, cached)
-    asking.print_usage(answered)
+    asking.print_done(answered, f"judged {len(judged):,} of {len(requests):,}", failed)
     head = {"mode": "pairwise" if PAIRWISE.value else "single", "answers": models}
     head |= {"judges": MODELS.value, "questions": len(ids), "failed": len(failed)}
     whole = head | results

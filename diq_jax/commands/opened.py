@@ -1,6 +1,8 @@
-"""A model that a command asks, opened by its flags."""
+"""A model that a command asks, opened by its flags; importing it defines them."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
 
 from diq_jax import config
 
@@ -8,6 +10,13 @@ if TYPE_CHECKING:
     from diq_jax.data import chat
     from diq_jax.models import load
     from diq_jax.run import devices
+
+
+MODEL = flags.DEFINE_string("model", None, "As model.path.", required=True)
+ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT folder; empty = the base model.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "As model.dtype.")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of one batch.", lower_bound=1)
+DATE = flags.DEFINE_string("date", config.Data().date, "As data.date.")
 
 
 class Opened(NamedTuple):
@@ -19,8 +28,8 @@ class Opened(NamedTuple):
     adapter: Any
 
 
-def open_model(path: str, dtype: str, adapter: str, date: str) -> Opened:
-    """Opens what --model, --dtype, --adapter ("" = none) and --date name.
+def open_model() -> Opened:
+    """Opens what the flags name.
 
     Raises:
         UserError: the model or the adapter cannot be read.
@@ -30,11 +39,10 @@ def open_model(path: str, dtype: str, adapter: str, date: str) -> Opened:
     from diq_jax.run import devices
 
     placement = devices.make_placement(config.Parallel())
-    model = load.load(path, dtype, placement, "--model")
+    model = load.load(MODEL.value, DTYPE.value, placement, "--model")
     beside = None
-    if adapter:
-        beside = placement.replicate(lora.load_peft(adapter, model.cfg, "--adapter"))
-    tok = tokenizer.load_tokenizer(path, "--model")
-    return Opened(
-        model, chat.make_layout(tok, model.cfg.vocab_size, date, "--model"), placement, beside
-    )
+    if ADAPTER.value:
+        beside = placement.replicate(lora.load_peft(ADAPTER.value, model.cfg, "--adapter"))
+    tok = tokenizer.load_tokenizer(MODEL.value, "--model")
+    layout = chat.make_layout(tok, model.cfg.vocab_size, DATE.value, "--model")
+    return Opened(model, layout, placement, beside)

@@ -101,10 +101,7 @@ def rate(
     from diq_jax.evaluate import generation
 
     rates, unparsable = [], []
-    written = list(zip(*(columns[name] for name in ("text", "tokens", "finish")), strict=True))
-    for q, test in enumerate(tests):
-        own = written[q * answers.samples : (q + 1) * answers.samples]
-        found = generation.prediction(answers, q, own)
+    for test, found in zip(tests, generation.predictions(answers, columns), strict=True):
         right = found["votes"].get(test.answer_idx, 0) / answers.samples
         # Levels that a row came with would stand before its rate in difficulty.source.
         kept = {k: v for k, v in test.row.items() if k not in labels.COLUMNS.values()}

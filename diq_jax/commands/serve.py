@@ -15,22 +15,16 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from diq_jax import config
 from diq_jax.commands import opened
 
 if TYPE_CHECKING:
     from diq_jax.evaluate import serving
 
-MODEL = flags.DEFINE_string("model", None, "As model.path.", required=True)
-ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT folder; empty = the base model.")
 NAME = flags.DEFINE_string("name", "", "What requests call it; empty = the end of --model.")
 PORT = flags.DEFINE_integer("port", 8000, "Of this machine; 0 = a free one.", 0, 2**16 - 1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "As model.dtype.")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 4096, "Of a prompt and its answer; at most the model's positions.", lower_bound=2
 )
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of one batch.", lower_bound=1)
-DATE = flags.DEFINE_string("date", config.Data().date, "As data.date.")
 SEED = flags.DEFINE_integer("seed", 0, "Of requests that name none.", lower_bound=0)
 
 
@@ -38,10 +32,10 @@ def open_served() -> "serving.Served":
     """Opens the model. Raises UserError where the model or adapter cannot be read."""
     from diq_jax.evaluate import serving
 
-    found = opened.open_model(MODEL.value, DTYPE.value, ADAPTER.value, DATE.value)
-    name = NAME.value or pathlib.PurePath(MODEL.value).name
+    found = opened.open_model()
+    name = NAME.value or pathlib.PurePath(opened.MODEL.value).name
     tokens = min(MAX_TOKENS.value, found.model.cfg.max_positions)
-    limits = tokens, BATCH_TOKENS.value, SEED.value
+    limits = tokens, opened.BATCH_TOKENS.value, SEED.value
     return serving.Served(found.model, found.layout, found.placement, name, *limits, found.adapter)
 
 
@@ -50,7 +44,7 @@ def main() -> None:
     from diq_jax.evaluate import api
 
     served = open_served()
-    with api.ApiServer(PORT.value, served, DTYPE.value) as server:
+    with api.ApiServer(PORT.value, served, opened.DTYPE.value) as server:
         address = f"http://127.0.0.1:{server.server_address[1]}/v1"
         print(f"{address}  model {served.name}  (Ctrl-C ends it)", flush=True)
         server.serve_forever()

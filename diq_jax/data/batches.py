@@ -96,7 +96,12 @@ def plan(
         _fill(edges, order, lengths, answers, batch_tokens, rows_multiple)
         for edges in _edges_by_count(lengths, max_shapes)
     ]
-    return min(plans, key=lambda p: _padded_tokens(p) + SHAPE_TOKENS * _shapes(p))
+
+    def cost(groups):
+        shapes = {(group.rows, group.tokens, group.answers) for group in groups}
+        return sum(group.rows * group.tokens for group in groups) + SHAPE_TOKENS * len(shapes)
+
+    return min(plans, key=cost)
 
 
 def make_batch(
@@ -232,11 +237,3 @@ def _batch_rows(count: int, most: int, multiple: int, is_last: bool) -> int:
         return count // multiple * multiple
     sizes = [rows for rows in range(most, 0, -multiple) if 4 * rows >= 3 * most]
     return min(sizes, key=lambda rows: count % rows)
-
-
-def _padded_tokens(groups: Sequence[Group]) -> int:
-    return sum(group.rows * group.tokens for group in groups)
-
-
-def _shapes(groups: Sequence[Group]) -> int:
-    return len({(group.rows, group.tokens, group.answers) for group in groups})

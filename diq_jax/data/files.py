@@ -142,10 +142,6 @@ def _read_cells(path: str) -> PlacedRows:
         yield row, where
 
 
-def _read_parquet(path: str) -> PlacedRows:
-    return _numbered(reading.parquet_rows(path), path)
-
-
 def _read_arrow(path: str) -> PlacedRows:
     """Reads Arrow's stream format, which the datasets library writes, or its file format."""
     with pa.memory_map(path) as data:
@@ -204,7 +200,7 @@ READERS: dict[str, Callable[[str], PlacedRows]] = {
     ".jsonl.gz": _read_jsonl,
     ".jsonl.zst": _read_jsonl,
     ".json": _read_json,
-    ".parquet": _read_parquet,
+    ".parquet": lambda path: _numbered(reading.parquet_rows(path), path),
     ".csv": _read_cells,
     ".tsv": _read_cells,
     ".arrow": _read_arrow,

@@ -55,8 +55,7 @@ def load_preferences(
         for position, (row, where) in enumerate(rows):
             yield _from_row(row, f"{field}: {where}", position), where
 
-    pairs = [pair for pair, _ in sources.unique(read, spec, field, lambda p: p[0].example_id)]
-    return pairs
+    return [pair for pair, _ in sources.unique(read, spec, field, lambda p: p[0].example_id)]
 
 
 def encode(
@@ -83,20 +82,12 @@ def encode(
     )
     made, dropped = [], []
     for id_ in (pair[0].example_id for pair in pairs):
-        pair = (
-            PreferencePair(id_, chosen[id_], rejected[id_])
-            if id_ in chosen and id_ in rejected
-            else None
-        )
-        if pair is None or _same(*pair.sides):
-            dropped.append(id_)
+        both = [side[id_] for side in (chosen, rejected) if id_ in side]
+        if len(both) == 2 and both[0].input_ids.tolist() != both[1].input_ids.tolist():
+            made.append(PreferencePair(id_, *both))
         else:
-            made.append(pair)
+            dropped.append(id_)
     return made, dropped
-
-
-def _same(left, right):
-    return left.input_ids.tolist() == right.input_ids.tolist()
 
 
 def _from_row(row, where, position):

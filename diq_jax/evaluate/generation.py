@@ -7,6 +7,7 @@ times; then the option with the most votes is the answer.
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ INSTRUCTION = (
     "of the option that you choose."
 )
 MAX_SHAPES = 4  # prompt lengths to pad to: each is two compilations
+WRITTEN = ("text", "tokens", "finish")  # what is kept of an answer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,10 +60,7 @@ class Answers:
             stream = dataclasses.replace(stream, indices=left)
             try:
                 for i, answer in generate.run(self.generator, *weights, self.rows, stream):
-                    yield (
-                        [i],
-                        {name: [getattr(answer, name)] for name in ("text", "tokens", "finish")},
-                    )
+                    yield [i], {name: [getattr(answer, name)] for name in WRITTEN}
             except errors.UserError as e:
                 raise errors.UserError(f"evaluate: model {model!r}: {e}") from None
 
@@ -97,23 +96,12 @@ def make_answers(
         )
     edges = batches.bucket_edges([len(prompt.ids) for prompt in prompts], MAX_SHAPES)
     edges = [min(edge, model.cfg.max_positions - settings.max_new_tokens) for edge in edges]
-    streams = generate.plan(
-        prompts,
-        edges,
-        settings.max_new_tokens,
-        settings.batch_tokens,
-        placement.rows_multiple,
-    )
-    drawn = sampling.Sampling(
-        settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed
-    )
+    new, text = settings.max_new_tokens, functools.partial(token_ids.text, tok)
+    streams = generate.plan(prompts, edges, new, settings.batch_tokens, placement.rows_multiple)
+    drawn = sampling.Sampling(new, settings.temperature, settings.top_p, settings.seed)
+    ends = end_tokens(model, layout)
     generator = generate.make_generator(
-        model.cfg,
-        drawn,
-        end_tokens(model, layout),
-        settings.stop_texts,
-        functools.partial(token_ids.text, tok),
-        placement,
+        model.cfg, drawn, ends, settings.stop_texts, text, placement
     )
     options = [test.options or {} for test in tests]
     return Answers("answer", prompts, options, settings.samples, streams, generator)
@@ -121,13 +109,11 @@ def make_answers(
 
 def ask(tests: Sequence[example.Example], layout: chat.Layout) -> list[list[int]]:
     """Returns the prompts' token ids: each question with its options, and INSTRUCTION."""
-    asked = [
-        dataclasses.replace(
-            test, question=f"{wording.question_text(test)}\n\n{INSTRUCTION}", options=None
-        )
-        for test in tests
-    ]
-    return chat.prompt_ids(asked, layout)
+    texts = (f"{wording.question_text(test)}\n\n{INSTRUCTION}" for test in tests)
+    asked = zip(tests, texts, strict=True)
+    return chat.prompt_ids(
+        [dataclasses.replace(test, question=text, options=None) for test, text in asked], layout
+    )
 
 
 def from_table(table: pa.Table) -> list[example.Example]:
@@ -177,21 +163,22 @@ def prediction(
     ]
     # most_common sorts stably, so that equals stay in the order in which they came.
     votes = collections.Counter(a["letter"] for a in read if a["letter"] is not None)
-    first = votes.most_common(1)
-    return {
-        "prediction": first[0][0] if first else None,
-        "votes": dict(votes),
-        "answers": read,
-    }
+    first = next(iter(votes.most_common(1)), (None,))[0]
+    return {"prediction": first, "votes": dict(votes), "answers": read}
+
+
+def predictions(answers: Answers, columns: measure.Columns) -> Iterator[dict[str, Any]]:
+    """Yields the `prediction` of each question."""
+    written = zip(*(columns[name] for name in WRITTEN), strict=True)
+    for question in range(len(answers.options)):
+        yield prediction(answers, question, list(itertools.islice(written, answers.samples)))
 
 
 def add_answers(answers: Answers, rows: Sequence[dict], columns: measure.Columns) -> None:
     """Puts a model's answers into its rows of predictions.jsonl, in the choice's place."""
-    written = list(zip(*(columns[name] for name in ("text", "tokens", "finish")), strict=True))
-    for i, row in enumerate(rows):
+    for row, found in zip(rows, predictions(answers, columns), strict=True):
         del row["prediction_norm"]
-        own = written[i * answers.samples : (i + 1) * answers.samples]
-        row |= prediction(answers, i, own)
+        row |= found
 
 
 def unparsable(predictions: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -91,17 +91,8 @@ def from_table(table: pa.Table, where: str) -> list[Question]:
                 f"{name} must have a letter for each of its {len(options)} options and an answer "
                 f"among them; got {row['options']} and {row['answer']}."
             )
-        questions.append(
-            Question(
-                row["example_id"],
-                row["task"],
-                prompt,
-                tuple(row["options"]),
-                options,
-                row["answer"],
-                tuple(row["end_ids"]),
-            )
-        )
+        named = row["example_id"], row["task"], prompt, tuple(row["options"])
+        questions.append(Question(*named, options, row["answer"], tuple(row["end_ids"])))
     return questions
 
 

@@ -157,9 +157,7 @@ def _write(context, questions, found, written) -> None:
         for name, rows in predictions.items():
             generation.add_answers(answers, rows, found[name][answers.name])
     metrics, counts = intervals.METRICS, {name: {} for name in names}
-    if all(
-        len(question.letters) == 1 for question in questions
-    ):  # texts: there is nothing to choose
+    if all(len(q.letters) == 1 for q in questions):  # texts: there is nothing to choose
         metrics = intervals.TEXT_METRICS
     if written:
         metrics = intervals.GENERATED_METRICS
@@ -172,16 +170,9 @@ def _write(context, questions, found, written) -> None:
     tasks = {question.task for question in questions}
     of_groups = {} if metrics is intervals.TEXT_METRICS else groups(settings, tasks)
     results = intervals.results(
-        names,
-        np.stack(losses, axis=1),
-        np.stack(measured, axis=1),
-        [question.task for question in questions],
-        versus,
-        settings.bootstrap_samples,
-        settings.seed,
-        metrics,
-        of_groups,
-    )
+        names, np.stack(losses, axis=1), np.stack(measured, axis=1), [q.task for q in questions],
+        versus, settings.bootstrap_samples, settings.seed, metrics, of_groups,
+    )  # fmt: skip
     rows = [row for of in predictions.values() for row in of]
     artifacts.write_jsonl(context.path("evaluate/predictions.jsonl"), rows)
     artifacts.write_json(
