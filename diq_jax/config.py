@@ -209,10 +209,7 @@ class Parallel(fields.Section, section="parallel"):
     def conflicts(self) -> Iterator[tuple[bool, str]]:
         """Yields what pmap cannot do."""
         pmap = self.strategy == "pmap"
-        yield (
-            pmap and self.model != 1,
-            "parallel.model must be 1 with parallel.strategy=pmap.",
-        )
+        yield (pmap and self.model != 1, "parallel.model must be 1 with parallel.strategy=pmap.")
         yield pmap and self.distributed, "parallel.distributed needs parallel.strategy=mesh."
         yield pmap and self.fsdp == "on", "parallel.fsdp=on needs parallel.strategy=mesh."
 

@@ -54,10 +54,7 @@ class Projection(fields.Section, section="influence.projection", decides=DECIDES
         fields.or_none(fields.RANK),
     )
     block_bytes: int = field(
-        2**28,
-        "The most bytes of the matrix that exist at once.",
-        fields.BYTES,
-        harmless=True,
+        2**28, "The most bytes of the matrix that exist at once.", fields.BYTES, harmless=True
     )
 
     def conflicts(self) -> Iterator[tuple[bool, str]]:
@@ -237,9 +234,7 @@ class Influence(fields.Section, section="influence", decides=DECIDES):
         harmless=True,
     )
     remat: bool = field(
-        False,
-        "projected, factored: recomputes each layer in the backward pass.",
-        harmless=True,
+        False, "projected, factored: recomputes each layer in the backward pass.", harmless=True
     )
     lora: Lora = dataclasses.field(default_factory=Lora)
     projection: Projection = dataclasses.field(default_factory=Projection)

@@ -15,16 +15,7 @@ from diq_jax.finetune import dpo_stage as dpo
 from diq_jax.finetune import stage as finetune
 from diq_jax.influence import stage as influence
 from diq_jax.report import stage as report
-from diq_jax.run import (
-    artifacts,
-    compiled,
-    devices,
-    processes,
-    progress,
-    records,
-    stages,
-    tracking,
-)
+from diq_jax.run import artifacts, compiled, devices, processes, progress, records, stages, tracking
 from diq_jax.selection import methods
 from diq_jax.selection import stage as selection
 

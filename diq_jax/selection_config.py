@@ -68,8 +68,7 @@ class Selection(fields.Section, section="selection", decides=("selection",)):
         fields.SHARE,
     )
     length_residual: bool = field(
-        False,
-        "Sorts and cuts by what a regression on log answer tokens leaves of the influence.",
+        False, "Sorts and cuts by what a regression on log answer tokens leaves of the influence."
     )
     band_center: float = field(
         50.0,

@@ -13,15 +13,7 @@ import numpy as np
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import gradient_store
-from diq_jax.influence import (
-    direction,
-    engines,
-    factored,
-    kinds,
-    per_example,
-    problems,
-    projection,
-)
+from diq_jax.influence import direction, engines, factored, kinds, per_example, problems, projection
 from diq_jax.models import config
 from diq_jax.run import devices
 
@@ -78,10 +70,7 @@ class Features:
     record: dict[str, Any]
 
     def of_directions(
-        self,
-        problem: problems.Problem,
-        space: direction.Space,
-        checkpoint: direction.Point | None,
+        self, problem: problems.Problem, space: direction.Space, checkpoint: direction.Point | None
     ) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
         """Returns the directions as rows (Q, dim), and {name: what is known of it}."""
         rows, about = [], {}

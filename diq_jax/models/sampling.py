@@ -27,11 +27,7 @@ def prompt_number(prompt_id: str) -> int:
 
 
 def pick(
-    logits: jax.Array,
-    prompts: Array,
-    samples: Array,
-    indices: jax.Array,
-    settings: Sampling,
+    logits: jax.Array, prompts: Array, samples: Array, indices: jax.Array, settings: Sampling
 ) -> jax.Array:
     """Picks the next token of each row.
 

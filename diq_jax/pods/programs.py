@@ -186,8 +186,7 @@ def _train(job, parameters):
     else:
         frozen = None  # what the model had is an argument for its dtype alone: it stays beside
         factors = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
-            model.params,
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), model.params
         )
     rows = np.zeros(job.batch.tokens.shape[0], np.int32)
     batch = placement.batch(steps.Microbatch(job.batch, rows))
@@ -210,9 +209,7 @@ def _train(job, parameters):
     placement.called[:] = [
         dataclasses.replace(step, beside=(opt_state, model.params if frozen is None else ())),
         Program(
-            training.make_update(optimizer),
-            (factors, opt_state, sums, np.float32(0)),
-            model.params,
+            training.make_update(optimizer), (factors, opt_state, sums, np.float32(0)), model.params
         ),
     ]
 

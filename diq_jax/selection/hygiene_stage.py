@@ -46,10 +46,15 @@ def run(context: stages.Context) -> tuple[list[str], dict[str, Any]]:
     if settings.hygiene == "off":
         ids = context.table(POOL, "example_id")["example_id"].to_pylist()
         return [""] * len(ids), {}
-    rows = _pool_rows(context)
+    names = ("question", "reasoning", "answer")
+    rows = _rows(context, "pool", names, lambda q, thought, a: (q, f"{thought}\n{a}".strip()))
     ids = [row.example_id for row in rows]
     removed = [""] * len(ids)
-    against = [*_choice_rows(context, "targets"), *_choice_rows(context, "tests")]
+    against = [
+        row
+        for place in ("targets", "tests")
+        for row in _rows(context, place, ("question", "choices"), lambda *x: (hygiene.ask(*x), ""))
+    ]
     embed = _embedder(context) if settings.paraphrase_similarity else None
     pairs = hygiene.find(rows, against, settings, embed)
     kinds = {name: pa.string() for name in hygiene.Repeat._fields} | {"similarity": pa.float64()}
@@ -89,23 +94,12 @@ def _check_budget(retention_ratio, total, removed):
         )
 
 
-def _pool_rows(context) -> list[hygiene.ComparedRow]:
-    names = ("example_id", "question", "reasoning", "answer")
-    pool = context.table(POOL, *names)
-    columns = (pool[name].to_pylist() for name in names)
+def _rows(context, place: str, names: Sequence[str], row: Callable) -> list[hygiene.ComparedRow]:
+    """Reads rows of prepare/: `row` makes question and completion of the columns `names`."""
+    table = context.table(f"prepare/{place}.parquet", "example_id", *names)
+    columns = (table[name].to_pylist() for name in ("example_id", *names))
     return [
-        hygiene.ComparedRow(id_, "pool", question, f"{reasoning}\n{answer}".strip())
-        for id_, question, reasoning, answer in zip(*columns, strict=True)
-    ]
-
-
-def _choice_rows(context, place) -> list[hygiene.ComparedRow]:
-    names = ("example_id", "question", "choices")
-    table = context.table(f"prepare/{place}.parquet", *names)
-    columns = (table[name].to_pylist() for name in names)
-    return [
-        hygiene.ComparedRow(id_, place, hygiene.ask(question, choices), "")
-        for id_, question, choices in zip(*columns, strict=True)
+        hygiene.ComparedRow(id_, place, *row(*texts)) for id_, *texts in zip(*columns, strict=True)
     ]
 
 

@@ -44,8 +44,12 @@ def run(context: stages.Context) -> dict[str, Any]:
         **dataclasses.asdict(cfg.selection),
     )  # fmt: skip
     influence = pa.array(scores["influence"])
-    _write(context, found, pool, levels[cfg.difficulty.perspective], influence)
-    _hand_off(context, found, levels, scores)
+    own = {
+        "quadrant": pa.array(found.quadrants), "rank": pa.array(found.ranks),
+        "selected": pa.array(found.selected), "why": pa.array(found.why),
+    }  # fmt: skip
+    _write(context, found, pool, levels[cfg.difficulty.perspective], influence, own)
+    _hand_off(context, found, levels, scores, own)
     quadrants = {f"Q{q}": found.quadrants == q for q in (1, 2, 3, 4)}
     return {
         "rows": len(ids),
@@ -82,17 +86,14 @@ def read_scores(
     return scores, {p: difficulty[p].to_numpy() for p in config.PERSPECTIVES}
 
 
-def _write(context, found, pool, difficulty, influence):
+def _write(context, found, pool, difficulty, influence, own):
     artifacts.write_table(
         context.path("selection/selection.parquet"),
         {
             "example_id": pool["example_id"],
             "difficulty": pa.array(difficulty),
             "influence": influence,
-            "quadrant": pa.array(found.quadrants),
-            "rank": pa.array(found.ranks),
-            "selected": pa.array(found.selected),
-            "why": pa.array(found.why),
+            **own,
         },
         unknown=("difficulty",),  # of a perspective that nobody labelled
     )
@@ -113,27 +114,14 @@ def _write(context, found, pool, difficulty, influence):
     )
 
 
-def _hand_off(context, found, levels, scores):
+def _hand_off(context, found, levels, scores, own):
     """Joins what is known of each row, for handoff.py."""
     columns = {f"difficulty_{p}": pa.array(levels[p]) for p in levels}
     columns["loss"] = context.table(INFLUENCE, "loss")["loss"]
-    names = (
-        "influence",
-        "alignment",
-        "tokens",
-        "ifd",
-        "similarity",
-        "reasoning_tokens",
-        *records.OPTIONAL[TUNED],
-    )
+    names = ("influence", "alignment", "tokens", "ifd", "similarity", "reasoning_tokens")
+    names += (*records.OPTIONAL[TUNED],)
     columns |= {name: pa.array(scores[name]) for name in names if name in scores}
-    columns |= {
-        "repeats": handoff.repeats(context, scores["example_ids"]),
-        "quadrant": pa.array(found.quadrants),
-        "rank": pa.array(found.ranks),
-        "selected": pa.array(found.selected),
-        "why": pa.array(found.why),
-    }
+    columns |= {"repeats": handoff.repeats(context, scores["example_ids"]), **own}
     handoff.write(context, np.argsort(found.ranks)[: found.keep], columns)
 
 
