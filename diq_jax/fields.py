@@ -268,7 +268,8 @@ def describe(cls: type, only: str = "") -> str:
         if owner.section != last:
             last = owner.section
             lines += ["", f"{last}:"]
-        lines.append(f"  --config.{name}={_shown(found.default)}")
+        shown = str(found.default) or '""'
+        lines.append(f"  --config.{name}={shown}")
         said = _sentence(found)
         lines.append(textwrap.fill(said, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines[1:])
@@ -290,7 +291,3 @@ def _sentence(found: dataclasses.Field) -> str:
 
 def _below(name: str, section: str) -> bool:
     return f"{name}.".startswith(f"{section.removesuffix('.')}.")
-
-
-def _shown(value: Any) -> str:
-    return str(value) if value != "" else '""'

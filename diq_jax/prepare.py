@@ -21,10 +21,7 @@ from diq_jax.run import artifacts, progress, stages
 
 POOL, TARGETS, TESTS = (f"prepare/{name}.parquet" for name in ("pool", "targets", "tests"))
 POOL_COLUMNS = ("source", "question", "reasoning", "answer", "row", "letter", "context")
-GROUP_ROWS, ENCODED_ROWS = (
-    8192,
-    1024,
-)  # of a row group of the file, and of one call of the tokenizer
+GROUP_ROWS, ENCODED_ROWS = 8192, 1024  # of a row group, and of one call of the tokenizer
 ONE_TEXT = ("text",)  # the name of the only option of a test without options
 
 

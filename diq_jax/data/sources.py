@@ -49,11 +49,7 @@ def read_rows(spec: str, field: str, sample: str = "") -> list[tuple[dict, str]]
 
 
 def fingerprint(spec: str, field: str, sample: str = "") -> str:
-    """Hashes the files that `spec` names, and the names of its hub data sets and benchmarks.
-
-    Args:
-        sample: the shipped file that the word `sample` stands for: pool, targets or tests.
-    """
+    """Hashes the files that `spec` names, and the names of its hub data sets and benchmarks."""
     digest = hashlib.sha256()
     for source in _resolve(spec, field, sample):
         if source.benchmark:
@@ -139,11 +135,10 @@ def load_targets(
     like. `columns` is the pool's mapping: it applies to the rows that have its columns. `sample`:
     targets, or tests for those of the shipped sample and of benchmarks.
     """
-
-    def parse(row: dict, place: layouts.Place, layout: layouts.RowLayout) -> example_lib.Example:
-        return _turned(layout.read(row, place), turns)
-
-    return _load_tasks(spec, per_task, seed, field, sample, columns, parse)
+    return _load_tasks(
+        spec, per_task, seed, field, sample, columns,
+        lambda row, place, layout: _turned(layout.read(row, place), turns),
+    )  # fmt: skip
 
 
 def load_tests(
@@ -287,11 +282,7 @@ def _from_test(row: dict, place: layouts.Place) -> example_lib.Example:
 
 
 def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
-    """Returns the sources of `spec` in order, a glob's sorted.
-
-    Args:
-        sample: the shipped file that the word `sample` stands for.
-    """
+    """Returns the sources of `spec` in order, a glob's sorted."""
     sources: list[Source] = []
     for part in filter(None, map(str.strip, spec.split(","))):
         path = os.path.expanduser(part)

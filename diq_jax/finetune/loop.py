@@ -103,12 +103,6 @@ def _if_due(what: T | None, number: int, every: int, last: bool) -> T | None:
     return what if what and (last or (number + 1) % every == 0) else None
 
 
-def _tell(upkeep, name, first, records) -> None:
-    progress.measured(name, first, records)
-    if upkeep.log:
-        upkeep.log(first, records)
-
-
 def _finite(metrics, name, number, chosen) -> Record:
     record = {key: float(value) for key, value in metrics.items()}
     if all(map(np.isfinite, record.values())):
@@ -134,7 +128,9 @@ def _save(saves, upkeep, name, state, records, logged, wait) -> int:
     saves.save(state, records)
     if wait:
         saves.finish()
-    _tell(upkeep, name, logged, records[logged:])
+    progress.measured(name, logged, records[logged:])
+    if upkeep.log:
+        upkeep.log(logged, records[logged:])
     return len(records)
 
 

@@ -117,11 +117,6 @@ def open_gguf(path: pathlib.Path) -> tuple[dict, dict[str, stored.Tensor]]:
     return config, tensors
 
 
-def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """Reads all key-value pairs of the file. Raises UserError where it is damaged."""
-    return gguf_header.read_header(path).metadata
-
-
 def _config(path: pathlib.Path, header: gguf_header.Header) -> dict:
     metadata, tensors = header.metadata, header.tensors
     architecture = metadata.get("general.architecture", "")

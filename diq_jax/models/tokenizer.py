@@ -88,9 +88,9 @@ def load_tokenizer(path: str | os.PathLike, field: str) -> transformers.PreTrain
     path = checkpoint.resolve(path, field)
     if path.is_file():
         with _loading(path, field):
-            from diq_jax.models import gguf_file
+            from diq_jax.models import gguf_header
 
-            return _from_gguf(path, gguf_file.read_metadata(path), field)
+            return _from_gguf(path, gguf_header.read_header(path).metadata, field)
     if not any((path / name).exists() for name in FILES):
         # transformers would hand out a tokenizer with an empty vocabulary.
         raise errors.UserError(
