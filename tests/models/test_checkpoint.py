@@ -66,7 +66,7 @@ def test_saving_over_a_checkpoint_leaves_nothing_of_it(tmp_path):
     checkpoint.save_checkpoint(tmp_path, {"n": 1}, _tensors().items(), 70)
     first = checkpoint.open_checkpoint(tmp_path, FIELD)
     # Reads from the folder that it writes to.
-    stream = ((name, first.read(name)) for name in first.names)
+    stream = ((name, first.read(name)) for name in first.tensors)
     checkpoint.save_checkpoint(tmp_path, {"n": 2}, stream, 10**9)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     _assert_same(checkpoint.open_checkpoint(tmp_path, FIELD), _tensors())
@@ -383,7 +383,7 @@ def test_hub_id_without_safetensors_downloads_the_torch_file(tmp_path, monkeypat
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert checkpoint.open_checkpoint("org/name", FIELD).names == ("a",)
+    assert checkpoint.open_checkpoint("org/name", FIELD).tensors.keys() == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_weights_of_a_url_are_those_of_its_folder(bucket, tmp_path):
     put(bucket, folder, "/models/tiny")
     opened = [checkpoint.open_checkpoint(p, "model.path") for p in (folder, "memory://models/tiny")]
     assert opened[0].fingerprint == opened[1].fingerprint
-    for name in opened[0].names:
+    for name in opened[0].tensors:
         np.testing.assert_array_equal(opened[0].read(name), opened[1].read(name))
 
 
