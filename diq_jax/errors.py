@@ -37,10 +37,10 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
         )
 
 
-def check(field: str, ok: bool, expected: str, value: Any) -> None:
+def check(field: str, ok: Any, expected: str, value: Any) -> None:
     """Raises UserError unless `ok`."""
     if not ok:
-        raise UserError(f"{field} must be {expected}; got {value!r}.")
+        raise UserError(f"{field} must be {expected}; got {shorten(value)}.")
 
 
 def check_regex(field: str, pattern: str) -> re.Pattern[str]:

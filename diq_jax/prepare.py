@@ -50,11 +50,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     source = checkpoint.open_checkpoint(cfg.model.path, "model.path")
     shape = model_config.decoder_config(source.config, "model.path")
     hf.check_decoder(source, shape, "model.path")
-    if cfg.model.max_tokens > shape.max_positions:
-        raise errors.UserError(
-            f"model.max_tokens must be at most {shape.max_positions}, the model's positions; got "
-            f"{cfg.model.max_tokens}."
-        )
+    most, tokens = shape.max_positions, cfg.model.max_tokens
+    expected = f"at most {most}, the model's positions"
+    errors.check("model.max_tokens", tokens <= most, expected, tokens)
     targets = sources.load_targets(
         data.targets, data.targets_per_task, data.seed, data.columns, turns=data.turns
     )

@@ -34,13 +34,10 @@ def open_model() -> "harness.HarnessModel":
     from diq_jax.evaluate import harness, harness_generation
 
     model, layout, placement, adapter = opened.open_model()
-    longest = model.cfg.max_positions
-    if MAX_TOKENS.value > longest:
-        raise errors.UserError(
-            f"--max_tokens must be at most {longest}, the model's positions; got "
-            f"{MAX_TOKENS.value}."
-        )
-    tokens = MAX_TOKENS.value or longest
+    longest, tokens = model.cfg.max_positions, MAX_TOKENS.value
+    expected = f"at most {longest}, the model's positions"
+    errors.check("--max_tokens", tokens <= longest, expected, tokens)
+    tokens = tokens or longest
     shape = placement, tokens, opened.BATCH_TOKENS.value
     generate = harness_generation.make_generate(model, layout, *shape, SEED.value, adapter)
     return harness.HarnessModel(model, layout, *shape, adapter, generate)

@@ -98,11 +98,9 @@ def from_choices(
     letter, told = row.get("answer_idx"), row.get(columns["answer"])
     if letter is None:
         told = _text(row, columns["answer"], where)
-    elif letter not in list(options):
-        raise errors.UserError(
-            f"{where}: answer_idx must be one of {', '.join(options)}; got "
-            f"{reading.shorten(letter)}."
-        )
+    else:
+        known = letter in list(options)
+        errors.check(f"{where}: answer_idx", known, f"one of {', '.join(options)}", letter)
     named = _named(options, told)
     if len(named) > 1 if letter is None else named and letter not in named:
         raise errors.UserError(
@@ -174,11 +172,9 @@ def lettered(options: Any, where: str) -> dict[str, str]:
     options = {letter: text for letter, text in options.items() if text is not None}
     while options and _is_filler(options[last := next(reversed(options))]):
         del options[last]
-    if not 2 <= len(options) <= len(string.ascii_uppercase):
-        raise errors.UserError(
-            f"{where}: options must be two to {len(string.ascii_uppercase)}, a letter each; got "
-            f"{len(options)}."
-        )
+    some = 2 <= len(options) <= len(string.ascii_uppercase)
+    expected = f"two to {len(string.ascii_uppercase)}, a letter each"
+    errors.check(f"{where}: options", some, expected, len(options))
     for letter, text in options.items():
         if len(letter) != 1 or not letter.isalnum():
             raise errors.UserError(
@@ -236,10 +232,8 @@ def row_id(row: dict, where: str, position: int, column: str = "id") -> str:
     value = row.get(column)
     if value is None or value == "":
         return f"row-{position:06d}"
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise errors.UserError(
-            f"{where}: {column} must be a text or a whole number; got {reading.shorten(value)}."
-        )
+    ok = isinstance(value, str | int) and not isinstance(value, bool)
+    errors.check(f"{where}: {column}", ok, "a text or a whole number", value)
     return str(value)
 
 

@@ -127,10 +127,7 @@ def read_messages(messages: Any, where: str) -> list[dict[str, str]]:
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = reading.parse_json(messages, where)  # CSV holds texts only
-    if not isinstance(messages, list) or not messages:
-        raise errors.UserError(
-            f"{where} must be a list of messages; got {reading.shorten(messages)}."
-        )
+    errors.check(where, isinstance(messages, list) and messages, "a list of messages", messages)
     return [_message(message, f"{where}: message {i}") for i, message in enumerate(messages)]
 
 
@@ -140,15 +137,13 @@ def _message(message: Any, where: str) -> dict[str, str]:
         message = message | {content: _joined(parts, where)}
     reading.check_record(message, where, {role: str, content: str})
     named = ROLES.get(message[role].strip().lower())
-    if named is None:
-        raise errors.UserError(
-            f"{where}: {role} must be system, user or assistant; got {message[role]!r}."
-        )
+    known = named is not None
+    errors.check(f"{where}: {role}", known, "system, user or assistant", message[role])
     made = {"role": named, "content": message[content]}
     if named != "assistant":
         return made
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
-    _check_kind(thought, f"{where}: its reasoning")
+    errors.check(f"{where}: its reasoning", isinstance(thought, str), "a text", thought)
     inside, answer = split_thought(message[content])
     return made | {"content": answer, "reasoning": thought or inside}
 
@@ -156,11 +151,8 @@ def _message(message: Any, where: str) -> dict[str, str]:
 def _joined(parts: list, where: str) -> str:
     """Joins content that is a list of parts, each a text."""
     for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise errors.UserError(
-                f"{where}: its parts must be texts {{type: text, text: ...}}; got "
-                f"{reading.shorten(part)}."
-            )
+        ok = isinstance(part, dict) and isinstance(part.get("text"), str)
+        errors.check(f"{where}: its parts", ok, "texts {type: text, text: ...}", part)
     return "\n".join(part["text"] for part in parts)
 
 
@@ -198,11 +190,6 @@ def _instructed(row: dict, place: Place) -> example_lib.Example:
     reasoning, answer = split_thought(made.answer)
     _check_text(answer, f"{place.where}: output after its reasoning")
     return dataclasses.replace(made, reasoning=reasoning, answer=answer)
-
-
-def _check_kind(value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        raise errors.UserError(f"{where} must be a text; got {reading.shorten(value)}.")
 
 
 def _check_text(value: str, where: str) -> None:

@@ -94,20 +94,14 @@ def _likert(row, place):
     expected = f"an integer in 1..{LEVELS}"
     found = [_level(row, column, place, expected) for column in COLUMNS.values()]
     for column, level in zip(COLUMNS.values(), found, strict=True):
-        if level != int(level):
-            raise errors.UserError(
-                f"{place}: {column} must be {expected}; got {reading.shorten(row[column])}."
-            )
+        errors.check(f"{place}: {column}", level == int(level), expected, row[column])
     return found
 
 
 def _from_share(row, place):
     value = row[P_CORRECT]
     ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    if not ok:
-        raise errors.UserError(
-            f"{place}: {P_CORRECT} must be in [0, 1]; got {reading.shorten(value)}."
-        )
+    errors.check(f"{place}: {P_CORRECT}", ok, "in [0, 1]", value)
     overall = 1 + (LEVELS - 1) * (1 - value)
     return [overall if p == "overall" else math.nan for p in config.PERSPECTIVES]
 
@@ -156,10 +150,8 @@ def column_names(source: str, needed: str) -> dict[str, str]:
     for part in text.split(","):
         perspective, _, column = (piece.strip() for piece in part.partition("="))
         errors.check_choice(f"{FIELD}: the name before =", perspective, config.PERSPECTIVES)
-        if not column or perspective in mapping:
-            raise errors.UserError(
-                f"{FIELD} must be like columns:knowledge=A,reasoning=B,overall=C; got {source!r}."
-            )
+        ok = column and perspective not in mapping
+        errors.check(FIELD, ok, "like columns:knowledge=A,reasoning=B,overall=C", source)
         mapping[perspective] = column
     if needed not in mapping:
         raise errors.UserError(
@@ -180,8 +172,5 @@ def _level(row, column, where, expected) -> float:
         level = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         level = math.nan
-    if not 1 <= level <= LEVELS:
-        raise errors.UserError(
-            f"{where}: {column} must be {expected}; got {reading.shorten(value)}."
-        )
+    errors.check(f"{where}: {column}", 1 <= level <= LEVELS, expected, value)
     return level

@@ -228,11 +228,8 @@ def _open(settings) -> tuple[checkpoint.Checkpoint, encoder.EncoderConfig]:
     hf.check_encoder(opened, cfg, FIELD)
     for name, most in (("max_tokens", cfg.max_positions), ("layers", cfg.num_layers)):
         value = getattr(settings, name)
-        if value > most:
-            raise errors.UserError(
-                f"difficulty.{name} must be at most {most}, as {settings.encoder} has it; got "
-                f"{value}."
-            )
+        expected = f"at most {most}, as {settings.encoder} has it"
+        errors.check(f"difficulty.{name}", value <= most, expected, value)
     return opened, cfg
 
 

@@ -190,7 +190,7 @@ class Served:
             ids = prompt
         known = all(type(i) is int and 0 <= i < self.model.cfg.vocab_size for i in ids)
         expected = f"a text or token ids from 0 to {self.model.cfg.vocab_size - 1}"
-        errors.check("prompt", known and bool(ids), expected, reading.shorten(prompt))
+        errors.check("prompt", known and bool(ids), expected, prompt)
         return ids
 
     def _answers(

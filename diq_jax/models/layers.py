@@ -22,7 +22,7 @@ from diq_jax.trees import Tree
 
 
 def checkpointed(layer: Callable, remat: bool = False) -> Callable:
-    """Wraps a layer for `lax.scan`: its backward pass keeps products and `kept`, or nothing.
+    """Wraps a layer for `lax.scan`: backward it keeps products and `kept`, or with `remat` nothing.
 
     That is a third of all. Keeping less is also faster on a CPU, where fresh memory costs more than
     arithmetic (docs/results.md).

@@ -167,7 +167,7 @@ def _loading(path: pathlib.Path, field: str) -> Iterator[None]:
 def _check_templates(found: Any, where: str) -> None:
     named = found if isinstance(found, dict) else {"default": found or ""}
     ok = all(isinstance(text, str) for text in (*named, *named.values()))
-    errors.check(where, ok, "a text, or a list of names with texts", reading.shorten(found))
+    errors.check(where, ok, "a text, or a list of names with texts", found)
 
 
 def _restore_added_tokens(tokenizer, file: pathlib.Path) -> None:

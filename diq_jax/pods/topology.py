@@ -52,10 +52,8 @@ def check(name: str) -> Chip:
         UserError: it is not written so, the kind of chip is not known, or libtpu is missing.
     """
     kind, _, shape = name.partition(":")
-    if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise errors.UserError(
-            f"--topology must be like v5e:2x4 or v5p:2x2x4 (chip:shape); got {name!r}."
-        )
+    ok = re.fullmatch(r"\d+(x\d+){1,2}", shape)
+    errors.check("--topology", ok, "like v5e:2x4 or v5p:2x2x4 (chip:shape)", name)
     errors.check_choice("--topology: the chip", kind, CHIPS)
     if importlib.util.find_spec("libtpu") is None:
         raise errors.UserError(

@@ -111,11 +111,9 @@ def _embedder(context) -> Callable[[Sequence[str]], np.ndarray]:
     settings = context.config.difficulty
     opened = checkpoint.open_checkpoint(settings.encoder, FIELD)
     cfg = encoder.encoder_config(opened.config, FIELD)
-    if settings.max_tokens > cfg.max_positions:
-        raise errors.UserError(
-            f"difficulty.max_tokens must be at most {cfg.max_positions}, the positions of "
-            f"{settings.encoder}; got {settings.max_tokens}."
-        )
+    most, tokens = cfg.max_positions, settings.max_tokens
+    expected = f"at most {most}, the positions of {settings.encoder}"
+    errors.check("difficulty.max_tokens", tokens <= most, expected, tokens)
     params = jax.device_put(hf.load_encoder(opened, cfg, np.float32, FIELD))
     encode = tokenizer.load_tokenizer(settings.encoder, FIELD)
 
