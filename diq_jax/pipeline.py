@@ -61,7 +61,7 @@ WRITES = {
     ),
     "influence": (
         "influence.parquet", "tuned.parquet", "partial/*",
-        "warmup/epoch-*.safetensors",
+        "warmup/epoch-*.safetensors", "warmup/state-*",
         "store*/train-*.npy", "store*/targets.npy", "store*/examples.parquet",
         "store*/manifest.json",
     ),

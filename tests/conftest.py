@@ -1,10 +1,13 @@
 """Tests run at the highest matmul precision, and an accidental rank promotion is an error."""
 
 import atexit
+import contextlib
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
+import threading
 
 # Programs of tiny models take longer to compile than to run; set before jax starts.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -29,3 +32,21 @@ def shared_data() -> pathlib.Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is absent")
     return SHARED_DATA
+
+
+@pytest.fixture
+def sigterm(monkeypatch):
+    """A context in which SIGTERM has come: a training keeps its next step, and all ends."""
+    from diq_jax.run import processes
+
+    asked = threading.Event()
+    asked.set()
+
+    @contextlib.contextmanager
+    def sent():
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(processes, "_asked", asked)
+            patch.setattr(processes, "stop", sys.exit)
+            yield
+
+    return sent

@@ -8,7 +8,8 @@ training is a function of the rows and the seed alone.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import flax.struct
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 
 from diq_jax import config, trees
 from diq_jax.difficulty import heads as heads_lib
-from diq_jax.models import encoder, training
+from diq_jax.models import encoder, loop, training
 from diq_jax.run import devices, sharding
 
 WARMUP_RATIO = 0.1  # of all steps; a cosine to zero follows
@@ -128,8 +129,8 @@ def train(
     rows: np.ndarray,
     stream: int,
     placement: devices.Placement,
-    on_step: Callable[[int, int, float], None],
-) -> dict:
+    folder: pathlib.Path | None = None,
+) -> tuple[dict, list[loop.Record], int]:
     """Fine-tunes everything for `settings.epochs`.
 
     Args:
@@ -138,10 +139,13 @@ def train(
         offsets: (n, 3, 5), what words add to the scores, or None.
         rows: indices of the rows to train on; nothing of others is used.
         stream: separates this training's order of rows from others of the same seed.
-        on_step: told (rows, real tokens, loss of the step before) after each step.
+        folder: where its state goes when SIGTERM comes, and from where it continues.
 
     Returns:
-        Parameters, replicated over the devices.
+        Parameters, replicated over the devices; {"loss"} of each step; tokens of this call.
+
+    Raises:
+        UserError: training leads to a loss or parameters that are not finite.
     """
     # Copied, because a step gives its parameters' memory to the next ones.
     params = placement.replicate(jax.tree.map(jnp.copy, start))
@@ -149,17 +153,20 @@ def train(
     order = np.random.Generator(np.random.PCG64([settings.seed, stream]))
     size = _round_up(settings.batch_size, placement.rows_multiple)
     per_epoch = -(-len(rows) // settings.batch_size)
-    rates = iter(learning_rates(settings, settings.epochs * per_epoch))
-    previous = None
-    for _ in range(settings.epochs):
-        for group in np.array_split(order.permutation(rows), per_epoch):
-            batch = collate(texts, levels, offsets, group, size, settings.max_tokens)
-            state, value = train_step(state, cfg, placement.batch(batch), next(rates))
-            # The loss of the step before: fetching this one's would leave the device idle.
-            shown = float(value if previous is None else previous)
-            on_step(len(group), sum(len(texts[row]) for row in group), shown)
-            previous = value
-    return state.factors
+    epochs = [order.permutation(rows) for _ in range(settings.epochs)]
+    groups = [group.tolist() for epoch in epochs for group in np.array_split(epoch, per_epoch)]
+    rates = learning_rates(settings, len(groups))
+
+    def take(state, number):
+        batch = collate(texts, levels, offsets, groups[number], size, settings.max_tokens)
+        state, value = train_step(state, cfg, placement.batch(batch), rates[number])
+        return state, {"loss": value}
+
+    examples = [(f"labelled row {row}", len(text)) for row, text in enumerate(texts, start=1)]
+    upkeep = loop.Upkeep(folder, advice="Try a lower difficulty.learning_rate.")
+    name = f"difficulty, training {stream + 1},"
+    state, records, tokens = loop.train(name, groups, examples, state, None, take, upkeep)
+    return state.factors, records, tokens
 
 
 def scoring_batches(

@@ -13,7 +13,8 @@ from diq_jax.difficulty import classifier, heads, labels, words
 from diq_jax.models import encoder
 from diq_jax.run import devices, parts, progress, reading, sharding
 
-SCORES, MODEL = "scores", "model"  # folders of parts; a model's ends in the number of its fold
+# Folders of parts, and of the state of a training; the last two end in the number of the fold.
+SCORES, MODEL, STATE = "scores", "model", "state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +64,22 @@ def score(
     """
     finished = parts.Parts(folder / SCORES)
     plan, examples, left, resumed = _plan(task, pretrained, folder, finished.done)
+    trained = 0  # tokens
     if plan and given is None and pooled is None:
         pooled = pool(task, pretrained)
     with progress.Progress("difficulty", examples, resumed=examples - left) as bar:
         for fold in plan:
-            shown = {"part": f"{fold.index + 1}/{task.folds.max() + 1}"}
-            model = given
+            part, model = f"{fold.index + 1}/{task.folds.max() + 1}", given
             if model is None and fold.trained.done:
                 model = _restore(fold.trained, pretrained)
             elif model is None:
                 assert pooled is not None  # made above
-                model = fit(fold.index, fold.chosen, task, pretrained, pooled, bar, shown)
+                state = folder / f"{STATE}-{fold.index}"
+                model, tokens = fit(fold.index, fold.chosen, task, pretrained, pooled, state)
+                resumed += fold.tokens - tokens
+                trained += tokens
                 _keep(fold.trained, model, pretrained)
+                parts.drop(state)
             # Of a frozen encoder the labelled texts' features are known.
             known = not pretrained.settings.epochs and fold.index < pretrained.settings.folds
             offsets = word_scores(model, task, fold.batches)
@@ -82,9 +87,9 @@ def score(
                 found = predict(model, pretrained, task, batch, offsets, pooled if known else None)
                 _check_finite(found, task, batch)
                 finished.add(batch, {"probabilities": found.reshape(len(batch), -1)})
-                bar.update(len(batch), sum(len(task.texts[text]) for text in batch), **shown)
+                bar.update(len(batch), sum(len(task.texts[text]) for text in batch), part=part)
             parts.drop(fold.trained.folder)
-        counts = {"tokens": resumed + bar.tokens, "resumed_tokens": resumed}
+        counts = {"tokens": resumed + trained + bar.tokens, "resumed_tokens": resumed}
     probabilities = np.zeros((len(task.texts), task.levels.shape[1], labels.LEVELS))
     for rows, columns in finished.batches():
         probabilities[rows] = columns["probabilities"].reshape(-1, *probabilities.shape[1:])
@@ -93,16 +98,17 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-    """Describes a fold: the rows to train on (n,) bool, batches of texts, its model's place."""
+    """Describes a fold: rows to train on (n,) bool and their tokens, batches, its model's place."""
 
     index: int
     chosen: np.ndarray
     batches: list[list[int]]
     trained: parts.Parts
+    tokens: int
 
 
 def _plan(task, pretrained, folder, done) -> tuple[list[_Fold], int, int, int]:
-    """Returns (folds left, examples to train on and to score, those left, tokens of those done)."""
+    """Returns (folds left, examples to score, those left, tokens of those done)."""
     settings, lengths = pretrained.settings, np.array([len(text) for text in task.texts])
     plan, examples, left, resumed = [], 0, 0, 0
     for fold in np.unique(task.folds):
@@ -110,15 +116,14 @@ def _plan(task, pretrained, folder, done) -> tuple[list[_Fold], int, int, int]:
         batches = list(classifier.scoring_batches(task.texts, mine.tolist(), settings))
         todo = [batch for batch in batches if not done.issuperset(batch)]
         trained = parts.Parts(folder / f"{MODEL}-{fold}")
-        untrained = bool(todo) and not trained.done
-        training = settings.epochs * int(chosen.sum())
-        examples += training + len(mine)
-        left += sum(map(len, todo)) + training * untrained
+        tokens = settings.epochs * int(lengths[task.labelled[chosen]].sum())
+        examples += len(mine)
+        left += sum(map(len, todo))
         resumed += sum(int(lengths[batch].sum()) for batch in batches if batch not in todo)
-        if not untrained:
-            resumed += settings.epochs * int(lengths[task.labelled[chosen]].sum())
+        if not todo or trained.done:
+            resumed += tokens
         if todo:
-            plan.append(_Fold(int(fold), chosen, todo, trained))
+            plan.append(_Fold(int(fold), chosen, todo, trained, tokens))
     return plan, examples, left, resumed
 
 
@@ -152,13 +157,19 @@ def fit(
     task: CrossValidation,
     pretrained: Pretrained,
     pooled: np.ndarray,
-    bar: progress.Progress,
-    shown: dict[str, Any],
-) -> dict:
-    """Trains on `chosen` rows (n,): {"encoder", "heads"} and, with difficulty.words, "words".
+    folder: pathlib.Path,
+) -> tuple[dict, int]:
+    """Trains on the labelled rows that are `chosen` (n,).
+
+    Args:
+        folder: where the state of the training goes when SIGTERM comes.
+
+    Returns:
+        {"encoder", "heads"} and, with difficulty.words, "words" (words.to_arrays, and "kernel" (V,
+        3, 5)); tokens of this call.
 
     Raises:
-        UserError: training leaves parameters that are not finite.
+        UserError: training leads to a loss or parameters that are not finite.
     """
     settings, placement = pretrained.settings, pretrained.placement
     texts = [task.texts[text] for text in task.labelled]
@@ -168,18 +179,18 @@ def fit(
     terms = None if vectorizer is None else vectorizer.transform(asked)
     found, kernel = heads.fit(pooled[task.labelled[rows]], terms, task.levels[rows])
     model: dict[str, Any] = {"encoder": pretrained.params, "heads": placement.replicate(found)}
-    offsets = None
+    offsets, tokens = None, 0
     if vectorizer is not None and kernel is not None:
         model["words"] = words.to_arrays(vectorizer) | {"kernel": kernel}
         questions = [task.questions[text] for text in task.labelled]
         offsets = words.scores(model["words"], questions) if settings.epochs else None
     if settings.epochs:
-        model |= classifier.train(
+        params, _, tokens = classifier.train(
             {name: model[name] for name in ("encoder", "heads")},
-            pretrained.cfg, settings, texts, task.levels, offsets, rows, fold, placement,
-            lambda rows, tokens, loss: bar.update(rows, tokens, loss=f"{loss:.3f}", **shown),
+            pretrained.cfg, settings, texts, task.levels, offsets, rows, fold, placement, folder,
         )  # fmt: skip
-    return sound(model)
+        model |= params
+    return sound(model), tokens
 
 
 def sound(model: dict) -> dict:

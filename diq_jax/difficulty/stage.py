@@ -30,7 +30,7 @@ from diq_jax.difficulty import (
     trained,
 )
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
-from diq_jax.run import artifacts, devices, parts, progress, stages
+from diq_jax.run import artifacts, devices, parts, stages
 
 FIELD = "difficulty.encoder"
 POOL, LEVELS = "prepare/pool.parquet", "difficulty/difficulty.parquet"
@@ -144,9 +144,10 @@ def train(context: stages.Context) -> dict[str, Any]:
     probabilities, counts = folds.score(task, pretrained, partial, pooled)
     measured = _measure(task, probabilities, questions, settings)
     rows = len(questions)
-    with progress.Progress("final model", settings.epochs * rows) as bar:
-        model = folds.fit(settings.folds, np.ones(rows, bool), task, pretrained, pooled, bar, {})
-        counts["tokens"] += bar.tokens
+    everything, state = np.ones(rows, bool), partial / f"{folds.STATE}-{settings.folds}"
+    model, _ = folds.fit(settings.folds, everything, task, pretrained, pooled, state)
+    tokens = settings.epochs * sum(len(task.texts[text]) for text in task.labelled)
+    counts = {**counts, "tokens": counts["tokens"] + tokens}
     temperatures = {
         p: found["calibration"]["temperature"] for p, found in measured["perspectives"].items()
     }

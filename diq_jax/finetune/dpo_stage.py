@@ -8,8 +8,8 @@ import numpy as np
 
 from diq_jax import config, errors, finetune_config, trees
 from diq_jax.data import batches, chat, preferences, sources
-from diq_jax.finetune import curves, dpo, fit, loop, sft
-from diq_jax.models import checkpoint, load, lora, tokenizer, training
+from diq_jax.finetune import curves, dpo, fit, sft
+from diq_jax.models import checkpoint, load, loop, lora, tokenizer, training
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, devices, parts, processes, progress, reading, stages
 
@@ -127,7 +127,8 @@ def _train(context, pairs, planned, settings):
     examples = [(pair.example_id, pair.tokens) for pair in pairs]
     with curves.open_log(context.path("dpo/tensorboard"), settings.tensorboard) as log:
         upkeep = loop.Upkeep(context.path("dpo/state"), settings.checkpoint_every_steps, log=log)
-        state, records, tokens = loop.train("dpo", planned, examples, state, frozen, take, upkeep)
+        indices = [step.indices for step in planned]
+        state, records, tokens = loop.train("dpo", indices, examples, state, frozen, take, upkeep)
     trained = trees.combine(state.factors, frozen)
     folder = context.path("dpo/adapter")
     lora.save_peft(folder, trained, model.cfg, _alpha(trained), 0.0, cfg.model.path)

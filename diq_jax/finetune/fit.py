@@ -14,8 +14,8 @@ import numpy as np
 from diq_jax import finetune_config, trees
 from diq_jax.data import batches, example
 from diq_jax.data import steps as steps_lib
-from diq_jax.finetune import loop, sft
-from diq_jax.models import load, training
+from diq_jax.finetune import sft
+from diq_jax.models import load, loop, training
 from diq_jax.run import devices
 
 MOST_SHAPES = 8  # of `shapes`: each is a compilation
@@ -84,8 +84,9 @@ def fit(
         return train_step(model.params, frozen, state, found, rates[number], keys[number])
 
     examples = [(row.example_id, len(row.input_ids)) for row in rows]
+    indices = [step.indices for step in steps]
     state, records, tokens = loop.train(
-        name, steps, examples, state, frozen, take, upkeep or loop.Upkeep()
+        name, indices, examples, state, frozen, take, upkeep or loop.Upkeep()
     )
     return Fitted(state.factors, frozen, records, tokens)
 

@@ -15,8 +15,8 @@ from diq_jax import errors, trees
 from diq_jax.data import encoded as encoded_lib
 from diq_jax.data import example
 from diq_jax.data import steps as steps_lib
-from diq_jax.finetune import curves, evaluation, fit, loop, sft
-from diq_jax.models import checkpoint, decoder, export, load, lora
+from diq_jax.finetune import curves, evaluation, fit, sft
+from diq_jax.models import checkpoint, decoder, export, load, loop, lora
 from diq_jax.models import config as model_config
 from diq_jax.run import artifacts, parts, processes, reading, stages
 

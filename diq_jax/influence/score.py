@@ -141,7 +141,7 @@ def _checkpoints(problem, space, epochs):
         return
     from diq_jax.influence import warmup
 
-    points = warmup.run(problem, space, {} if epochs is None else epochs)
+    points = warmup.run(problem, space, warmup.EpochMemory() if epochs is None else epochs)
     for k, (point, share) in enumerate(points):
         chosen = jax.tree.map(lambda p, x: x.astype(p.dtype), space[0], point.chosen)
         at = problem.placement.like(space[0], chosen), space[1]

@@ -158,10 +158,10 @@ class EpochFiles:
     """Keeps a warm-up's epochs in a folder, a file each, with a checksum (warmup.Epochs)."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def _file(self, epoch: int) -> pathlib.Path:
-        return self._folder / f"epoch-{epoch}.safetensors"
+        return self.folder / f"epoch-{epoch}.safetensors"
 
     def get(self, epoch: int) -> dict[str, np.ndarray] | None:
         """Reads an epoch; None where it is not there, or is damaged and trained again."""

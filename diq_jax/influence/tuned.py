@@ -34,7 +34,7 @@ def scores(
     settings: influence_config.Influence,
     placement: devices.Placement,
     keep: Callable[[str], Any] = lambda name: parts.Memory(),
-    epochs: Callable[[str], warmup.Epochs] = lambda name: {},
+    epochs: Callable[[str], warmup.Epochs] = lambda name: warmup.EpochMemory(),
 ) -> dict[str, np.ndarray]:
     """Computes what influence.tuned asks for.
 

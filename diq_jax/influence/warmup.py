@@ -5,6 +5,7 @@ LESS, arXiv 2402.04333), and Adam's moments make a direction or LESS's own featu
 """
 
 import math
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,23 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diq_jax import errors, influence_config, trees
+from diq_jax import influence_config, trees
 from diq_jax.data import example, steps
 from diq_jax.influence import direction, problems
-from diq_jax.models import training
-from diq_jax.run import progress, sharding
+from diq_jax.models import loop, training
+from diq_jax.run import parts, sharding
 
 WARMUP_RATIO = 0.03  # of the steps
 FIELDS = ("chosen", "first", "second", "count")
 
 
 class Epochs(Protocol):
-    """Keeps the arrays of each epoch, {path: array}, by its number from 1; a dict is one."""
+    """Keeps the arrays of each epoch, {path: array}, by its number from 1."""
+
+    @property
+    def folder(self) -> pathlib.Path | None:
+        """Returns where the train state of an epoch under way goes; None = nowhere."""
 
     def get(self, epoch: int, /) -> dict[str, np.ndarray] | None:
         """Returns what `add` kept of an epoch; None if nothing."""
 
     def __setitem__(self, epoch: int, arrays: dict[str, np.ndarray], /) -> None: ...
+
+
+class EpochMemory(dict[int, dict[str, np.ndarray]]):
+    """Keeps epochs that no later call continues, as `Epochs` does."""
+
+    folder = None
 
 
 def run(
@@ -42,11 +53,11 @@ def run(
 
     Args:
         epochs: those that are done; each is added as it ends, so that a killed run continues with
-            the next one.
+            the next one. Where SIGTERM comes, it continues after the last step.
         field: the section of the settings, for messages.
 
     Raises:
-        UserError: an epoch leaves parameters that are not finite.
+        UserError: a loss is not finite, or an epoch leaves parameters that are not.
     """
     settings, pool, placement = problem.settings, problem.pool, problem.placement
     planned = plan(pool, settings, placement.rows_multiple)
@@ -54,30 +65,30 @@ def run(
     rising = math.ceil(WARMUP_RATIO * len(planned))
     rates = training.learning_rates(warm.learning_rate, len(planned), rising, "linear")
     train_step, state = make_step(problem, space)
+    examples = [(row.example_id, len(row.input_ids)) for row in pool]
+    advice = f"Try a lower {field}.learning_rate, or model.dtype=float32."
     made, shares = [], []
-    total = sum(len(step.indices) for step in planned)
-    with progress.Progress("warm-up", total) as bar:
-        for epoch in range(1, warm.epochs + 1):
-            of_epoch = [k for k, step in enumerate(planned) if step.epoch == epoch - 1]
-            arrays = epochs.get(epoch)
-            if arrays is None:
-                for k in of_epoch:
-                    rows = [part.batch for part in steps.microbatches(pool, planned[k])]
-                    state, metrics = train_step(space[1], None, state, rows, rates[k], None)
-                    tokens = sum(len(pool[i].input_ids) for i in planned[k].indices)
-                    loss = f"{float(metrics['loss']):.3f}"
-                    bar.update(len(planned[k].indices), tokens, loss=loss)
-                if bad := trees.not_finite(state.factors):
-                    raise errors.UserError(
-                        f"The training of {field} has parameters that are not finite after epoch "
-                        f"{epoch} ({bad[0]}): try a lower {field}.learning_rate, or "
-                        "model.dtype=float32."
-                    )
-                epochs[epoch] = arrays = _to_arrays(state)
-            point = _checkpoint(arrays, state.factors)
-            state = _state(point)
-            made.append(point)
-            shares.append(float(np.mean([rates[k] for k in of_epoch])))
+    for epoch in range(1, warm.epochs + 1):
+        first, *_ = of_epoch = [k for k, step in enumerate(planned) if step.epoch == epoch - 1]
+
+        def take(state, number, first=first):
+            rows = [part.batch for part in steps.microbatches(pool, planned[first + number])]
+            return train_step(space[1], None, state, rows, rates[first + number], None)
+
+        folder = epochs.folder and epochs.folder / f"state-{epoch}"
+        arrays = epochs.get(epoch)
+        if arrays is None:
+            state, _, _ = loop.train(
+                f"{field}, epoch {epoch},", [planned[k].indices for k in of_epoch], examples, state,
+                None, take, loop.Upkeep(folder, advice=advice),
+            )  # fmt: skip
+            epochs[epoch] = arrays = _to_arrays(state)
+        if folder:
+            parts.drop(folder)
+        point = _checkpoint(arrays, state.factors)
+        state = _state(point)
+        made.append(point)
+        shares.append(float(np.mean([rates[k] for k in of_epoch])))
     return [(point, share / sum(shares)) for point, share in zip(made, shares, strict=True)]
 
 

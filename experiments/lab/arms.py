@@ -101,9 +101,7 @@ def random_ranks(ids: list[str], seed: int) -> np.ndarray:
 
 
 def drawn_targets(candidates: int, targets: int, count: int, seed: int) -> tuple[int, ...]:
-    """Returns as many of the targets as a selection has rows, or all, as ascending indices into
-    the candidates with the targets after them.
-    """
+    """Draws `count` targets, or all, as ascending indices past those of the candidates."""
     order = np.random.default_rng(seed).permutation(targets)[:count]
     return tuple(sorted((candidates + order).tolist()))
 

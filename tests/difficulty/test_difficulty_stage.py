@@ -204,6 +204,20 @@ def test_killed_run_continues_and_gives_the_same_bytes(run, monkeypatch, name, c
     assert (second["resumed_tokens"] > 0) == (calls > 1 or trained_before)
 
 
+def test_sigterm_at_every_step_costs_no_step(run, sigterm):
+    """Three folds of two steps, and the model of new questions of three."""
+    rows, pool = labelled(), labelled()[:9] + extra()
+    whole, found = run("whole", rows, pool, words=True)
+    for calls in range(9):
+        with sigterm():
+            run("cut", rows, pool, words=True)
+        folder = whole.workdir.parent / "cut/difficulty/partial"
+        assert [p.name for p in folder.glob("state-*")] == [f"state-{min(calls // 2, 3)}"]
+    again, second = run("cut", rows, pool, words=True)
+    assert contents(whole) == contents(again)
+    assert second["tokens"] == found["tokens"] > second["resumed_tokens"] > 0
+
+
 def test_pretokenised_rows_are_read_by_their_prompt(run):
     rows = labelled()
     # "why how", then a scored answer: the question decoded is that of the plain row.

@@ -82,9 +82,26 @@ def test_steps_are_adams(warm):
 def test_a_finished_epoch_is_read_back(warm):
     model, space, points, epochs = warm
     assert epochs.get(1) and epochs.get(2) and epochs.get(3) is None
-    again = warmup.run(problem(model, settings()), space, {1: epochs.get(1)})
+    again = warmup.run(problem(model, settings()), space, warmup.EpochMemory({1: epochs.get(1)}))
     for (before, _), (after, _) in zip(points, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_sigterm_at_every_step_costs_no_step(warm, tmp_path, sigterm):
+    model, space, points, epochs = warm
+    kept = stage.EpochFiles(tmp_path)
+    for folder, files in (("state-1", 0), ("state-1", 0), ("state-2", 1), ("state-2", 1)):
+        with sigterm():
+            warmup.run(problem(model, settings()), space, kept)
+        assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [folder]
+        assert len(list(tmp_path.glob("*.safetensors"))) == files
+    again = warmup.run(problem(model, settings()), space, kept)
+    for (before, _), (after, _) in zip(points, again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+    names = [f"epoch-{epoch}.safetensors" for epoch in (1, 2)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == epochs.folder.joinpath(name).read_bytes()
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
@@ -103,14 +120,14 @@ def test_a_damaged_epoch_is_trained_again(warm, tmp_path, harm, caplog):
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_an_epoch_that_ruins_the_parameters_is_named_and_kept_nowhere(warm, tmp_path):
+def test_a_step_that_ruins_the_parameters_is_named_and_kept_nowhere(warm, tmp_path):
     """The first of two steps moves each number by 1e38."""
     model, space, _, _ = warm
     once = influence_config.Warmup(epochs=1, fraction=0.5, batch_size=3, learning_rate=2e38)
-    with pytest.raises(errors.UserError, match=r"not finite after epoch 1 .*learning_rate"):
+    with pytest.raises(errors.UserError, match=r"epoch 1, has loss nan .* step 1 .*learning_rate"):
         epochs = stage.EpochFiles(tmp_path)
         warmup.run(problem(model, settings(warmup=once)), space, epochs)
-    assert list(tmp_path.iterdir()) == []
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_adam_direction_by_hand():

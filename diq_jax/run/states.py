@@ -61,8 +61,7 @@ class States:
             return
         self._manager.wait_until_finished()
         if processes.is_first():
-            artifacts.sync_tree(folder)
-            artifacts.sync(self._folder)
+            artifacts.sync_tree(self._folder)  # orbax has removed older ones
             artifacts.write_json(folder / CHECKSUMS, _checksums(folder))
 
     def restore(self, state: Any) -> tuple[Any, list[dict[str, float]]]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diq_jax import errors
-from diq_jax.data import steps as steps_lib
-from diq_jax.finetune import loop, states
+from diq_jax.models import loop
+from diq_jax.run import states
 
 
 @flax.struct.dataclass
@@ -109,9 +109,8 @@ def test_a_kill_in_the_first_save_starts_again(tmp_path):
 
 
 def train(folder, **changes):
-    steps = [steps_lib.Step(0, ()) for _ in range(3)]
     upkeep = loop.Upkeep(folder, checkpoint_every=5, **changes)
-    return loop.train("test", steps, [], state(1), None, train_step, upkeep)
+    return loop.train("test", [()] * 3, [], state(1), None, train_step, upkeep)
 
 
 def train_step(state, _):
