@@ -40,8 +40,11 @@ JOBS = {
     "serve": "answer clients of the OpenAI API by a model",
     "export": "merge an adapter into its base model, or write a selection as a data set",
 }
-# Flags that are read as data.pool or model.path, or are addresses of a server.
-URL_FLAGS = {"pool", "against", "rows", "targets", "model", "general", "data", "base_url"}
+# Flags that are read as data.pool or model.path, or are addresses of a server; of the workdir its
+# job says whether it may be a URL.
+URL_FLAGS = {
+    "pool", "against", "rows", "targets", "model", "general", "data", "base_url", "workdir",
+}  # fmt: skip
 HELP = {"-h", "-help", "--help"}
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -162,7 +165,8 @@ def output(holder: flags.FlagHolder[str], extension: str) -> pathlib.Path:
 
 
 def folder(holder: flags.FlagHolder) -> pathlib.Path:
-    """Returns the folder that a flag names. Raises UserError for an empty name."""
+    """Returns the folder that a flag names. Raises UserError for an empty name, or a URL."""
+    errors.check_local(f"--{holder.name}", holder.value)
     if not holder.value.strip():
         raise errors.UserError(f"--{holder.name} must name a folder; got {holder.value!r}.")
     return pathlib.Path(holder.value)

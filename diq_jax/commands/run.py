@@ -15,13 +15,18 @@ parallel.distributed; set JAX_ENABLE_COMPILATION_CACHE=false to compile anew.
 alone, and compares the files byte by byte. Exit code 0: all are identical; 1: one is different.
 """
 
+import contextlib
+import pathlib
+
 from absl import flags
 
 from diq_jax import errors
 from diq_jax.commands import cli
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of this run.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder of this run; a URL, such as gs://bucket/run, is a folder there."
+)
 STAGES = flags.DEFINE_string(
     "stages",
     "",
@@ -42,13 +47,12 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Redo the stages even where th
 def main() -> None:
     """Runs the stages that the flags name."""
     cli.require(*(() if FROM.value else (CONFIG,)), WORKDIR)
-    workdir = cli.folder(WORKDIR)
     if FROM.value:
         from diq_jax.commands import repeat
 
         if CONFIG.value or DRY_RUN.value or OVERWRITE.value:
             raise errors.UserError("--from goes without --config, --dry_run and --overwrite.")
-        repeat.selection(cli.folder(FROM), workdir, STAGES.value, cli.verify(VERIFY))
+        repeat.selection(cli.folder(FROM), cli.folder(WORKDIR), STAGES.value, cli.verify(VERIFY))
         return
     cfg = cli.read_config(CONFIG)
 
@@ -56,9 +60,24 @@ def main() -> None:
     from diq_jax.run import processes
 
     names = pipeline.parse_stages(STAGES.value)
-    if DRY_RUN.value:
-        print(preflight.dry_run(cfg, workdir, names))
-        return
-    if cfg.parallel.distributed:
-        processes.join()
-    pipeline.run(cfg, workdir, names, OVERWRITE.value, cli.verify(VERIFY), TRACK.value)
+    with _workdir(WORKDIR.value or "", cfg.parallel.distributed) as workdir:
+        if DRY_RUN.value:
+            print(preflight.dry_run(cfg, workdir, names))
+            return
+        if cfg.parallel.distributed:
+            processes.join()
+        pipeline.run(cfg, workdir, names, OVERWRITE.value, cli.verify(VERIFY), TRACK.value)
+
+
+def _workdir(url: str, distributed: bool) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Opens the folder that --workdir names, a copy where it names a URL."""
+    if not errors.is_url(url):
+        return contextlib.nullcontext(cli.folder(WORKDIR))
+    if distributed:
+        raise errors.UserError(
+            f"--workdir: {url} cannot go with parallel.distributed=True, whose hosts "
+            "need a folder that all of them see, such as a mounted bucket (gcsfuse)."
+        )
+    from diq_jax.run import mirror
+
+    return mirror.opened(url, writes=not DRY_RUN.value)

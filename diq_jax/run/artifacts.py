@@ -17,7 +17,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,23 @@ import pyarrow.parquet as pq
 
 from diq_jax import errors
 from diq_jax.run import processes, reading
+
+_watchers: list[Callable[[pathlib.Path], None]] = []
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[pathlib.Path], None]) -> Iterator[None]:
+    """Has `watcher` told of every file and folder that is written, or removed, once it is."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def _tell(path: str | os.PathLike) -> None:
+    for watcher in _watchers:
+        watcher(pathlib.Path(path))
 
 
 @contextlib.contextmanager
@@ -71,6 +88,7 @@ def replace(source: str | os.PathLike, path: str | os.PathLike) -> None:
     """Renames a synced file inside its folder, and syncs the folder."""
     os.replace(source, path)
     sync(pathlib.Path(path).parent)
+    _tell(path)
 
 
 def make_folder(path: str | os.PathLike) -> None:
@@ -97,6 +115,7 @@ def sync_tree(folder: str | os.PathLike) -> None:
         for name in names:
             sync(os.path.join(place, name))
         sync(place)
+    _tell(folder)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -199,6 +218,7 @@ def remove(path: str | os.PathLike) -> None:
     else:
         path.unlink()
     sync(path.parent)
+    _tell(path)
 
 
 def sha256(path: str | os.PathLike) -> str:

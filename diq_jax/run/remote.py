@@ -15,6 +15,8 @@ import fsspec
 from diq_jax import errors
 from diq_jax.run import artifacts, compiled, progress
 
+KNOWN = (ImportError, OSError, ValueError)
+
 
 def fetch(url: str, field: str) -> list[pathlib.Path]:
     """Returns local copies of the files that a URL names, those of a glob sorted by name.
@@ -48,14 +50,24 @@ def fetch_folder(url: str, names: Sequence[str], field: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _opened(url: str, field: str) -> Iterator[tuple[Any, str]]:
-    try:
+    with reached(url, field):
         system, place = fsspec.core.url_to_fs(url.strip())
         yield system, place.rstrip("/")
+
+
+@contextlib.contextmanager
+def reached(url: str, field: str, how: str = "read") -> Iterator[None]:
+    """Raises UserError where what stands behind a URL fails inside."""
+    try:
+        yield
     except errors.UserError:
         raise
-    except (ImportError, OSError, ValueError) as e:  # ImportError: of gcsfs, s3fs
+    except Exception as e:
+        # ImportError: of gcsfs, s3fs. And each file system has errors of its own kind.
+        if type(e).__module__ == "builtins" and not isinstance(e, KNOWN):
+            raise
         raise errors.UserError(
-            f"{field}: {url} cannot be read: {errors.shorten(e, 200)}."
+            f"{field}: {url} cannot be {how}: {errors.shorten(e, 200)}."
         ) from None
 
 

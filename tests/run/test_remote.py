@@ -74,7 +74,7 @@ def test_a_url_without_a_model_is_one_sentence(bucket):
 @pytest.mark.parametrize(
     "job, flag",
     [
-        ("run", "--workdir=gs://bucket/run"),
+        ("score", "--workdir=gs://bucket/run"),
         ("run", "--from=gs://bucket/run"),
         ("run", "--config.influence.lora.path=s3://bucket/adapter"),
         ("run", "--config.influence.direction=peft:gs://bucket/adapter"),
