@@ -23,7 +23,7 @@ START = 110  # characters of a question in the table
 MOST_LABELS = 2**16 - 1  # of a group
 TARGETS = 10  # that a row helps most and hurts most
 FOLDER = pathlib.Path(__file__).with_name("explorer")
-SCRIPTS = ("data", "choice", "scatter", "table", "reader", "methods", "main")
+SCRIPTS = ("data", "choice", "scatter", "table", "reader", "picture", "methods", "main")
 TEXTS = ("question", "reasoning", "answer")
 TITLES = {
     "difficulty": figures.DIFFICULTY,

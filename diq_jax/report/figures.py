@@ -142,8 +142,8 @@ def shares(values: np.ndarray, selected: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _histogram(ax, values, selected):
     edges, pool, chosen = shares(values, selected)
-    ax.stairs(pool, edges, fill=True, color=POOL, alpha=0.45, label="pool")
-    ax.stairs(chosen, edges, color=SELECTED, linewidth=1.6, label="selected")
+    ax.stairs(pool, edges, fill=True, color=POOL, alpha=0.45, label=f"pool, {len(values):,} rows")
+    ax.stairs(chosen, edges, color=SELECTED, linewidth=1.6, label=f"selected, {selected.sum():,}")
     ax.grid(axis="x", visible=False)
 
 
@@ -321,6 +321,7 @@ def _points(ax, x, y, selected):
         (~selected, dict(s=18, color=POOL, alpha=0.6, label="not selected")),
         (selected, dict(s=30, color=SELECTED, marker="D", label="selected")),
     ):
+        style["label"] += f", {group.sum():,} drawn"
         ax.scatter(x[group], y[group], linewidths=0, rasterized=raster, **style)
 
 

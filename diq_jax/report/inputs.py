@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diq_jax import config
-from diq_jax.report import detail, figures, opinions, tables
+from diq_jax.report import detail, figures, opinions
 from diq_jax.run import reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
@@ -63,14 +63,6 @@ class ReportData:
     def drawn(self) -> np.ndarray:
         """Returns the indices of the examples in the scatters."""
         return figures.shown(self.examples["selected"], self.examples["rank"], MOST_POINTS)
-
-    @functools.cached_property
-    def _decimals(self):
-        return tables.decimals_for(self.influence)
-
-    def score(self, i: int) -> str:
-        """Writes the influence of example i, in as many decimals as all of them."""
-        return tables.number(float(self.examples["influence"][i]), self._decimals)
 
     @property
     def quadrant_counts(self) -> dict[int, tuple[int, int]]:

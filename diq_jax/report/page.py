@@ -12,7 +12,6 @@ from diq_jax.report import explorer, figures, inputs, opinions, outcomes, style,
 from diq_jax.run import artifacts
 
 OWN_COLUMNS = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
-EXTREMES = 5  # examples shown at each end
 
 
 def render(
@@ -48,7 +47,6 @@ def render(
         rho_loss=tables.correlation(e["influence"], e["loss"]),
         repeats=None if run.repeats is None else tables.repeats(run.repeats, chosen),
         lengths=tables.length_means(e["tokens"], selected),
-        extremes=_extremes(run),
         trained=bool(run.losses),
         classifier=tables.difficulty(run.classifier),
         disagreements={
@@ -137,38 +135,3 @@ def explore(run: inputs.ReportData) -> explorer.Explorer:
             "thresholds": {name: run.thresholds[name] for name in ("difficulty", "influence")},
         },
     )
-
-
-def _extremes(run):
-    """Finds the examples at both ends of influence; ties by example_id; none at both ends."""
-    e = run.examples
-    ids = e["example_id"]
-    order = sorted(range(len(ids)), key=lambda i: (-e["influence"][i], ids[i]))
-    ends = {
-        "Most influential": order[:EXTREMES],
-        "Least influential": order[EXTREMES:][-EXTREMES:][::-1],
-    }
-    return {title: [_card(run, i) for i in indices] for title, indices in ends.items()}
-
-
-def _card(run, i):
-    e = run.examples
-    unit = "nats/token" if run.config.influence.loss_reduction == "mean" else "nats"
-    numbers = {
-        "influence": run.score(i),
-        "difficulty": tables.number(float(e["difficulty"][i]), 2),
-        "loss": f"{tables.number(float(e['loss'][i]), 3)} {unit}",
-        "answer": f"{tables.number(int(e['tokens'][i]), 0)} tokens",
-        "quadrant": f"Q{e['quadrant'][i]}" if run.has_difficulty else "",
-        "rank": tables.number(int(e["rank"][i]), 0),
-        "why": e["why"][i],
-        "source": e["source"][i],
-    }
-    texts = {name.title(): e[name][i] for name in ("question", "reasoning", "answer")}
-    return {
-        "id": e["example_id"][i],
-        "selected": bool(e["selected"][i]),
-        "numbers": {name: value for name, value in numbers.items() if value},
-        "texts": {name: text for name, text in texts.items() if text},
-        "note": str(run.rows[i].get("note") or ""),
-    }

@@ -86,12 +86,6 @@ def enough(value: Mapping[str, float], decimals: int, factor: float) -> int:
     return max([decimals, *needed])
 
 
-def decimals_for(values: np.ndarray) -> int:
-    """Counts as many decimals as tell four digits of the spread of the values."""
-    spread = float(np.ptp(values)) or abs(float(values[0])) or 1.0
-    return max(0, 4 - math.ceil(math.log10(spread)))
-
-
 def correlation(x: np.ndarray, y: np.ndarray) -> str:
     """Writes Spearman's rho, or why there is none."""
     rho = stats.spearman(x, y) if len(x) > 1 else math.nan

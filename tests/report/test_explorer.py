@@ -1,9 +1,11 @@
 """The explorer in a real browser, skipped without Chromium or without playwright's driver."""
 
+import csv
 import json
 import pathlib
 import shutil
 import threading
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -201,6 +203,26 @@ def test_the_lasso_filters(page):
     assert len(saved(page, "#export-filtered")) == inside
     page.click("#unlasso")
     assert shown(page)[0] == 160
+
+
+def test_the_scatter_and_the_methods_are_saved(page):
+    def fetched(button):
+        with page.expect_download() as found:
+            page.click(button)
+        return pathlib.Path(found.value.path()).read_bytes()
+
+    page.click("#methods-fold summary")
+    page.click("#methods th button:text('random')")  # its rank against the run's
+    page.select_option("#only", "selected")
+    table = list(csv.reader(fetched("#csv").decode().splitlines()))
+    assert table[0] == ["example_id", "rank by diq", "rank by random", "selected"]
+    assert [row[3] for row in table[1:]] == ["selected"] * 16
+    assert all(float(x) + float(y) == 161 for _, x, y, _ in table[1:])
+    svg = ElementTree.fromstring(fetched("#svg"))
+    shown = [mark for mark in svg.iter() if mark.get("fill") == "rgb(213,94,0)"]
+    assert len(shown) == 16 and "rank by random" in "".join(svg.itertext())
+    assert fetched("#png").startswith(b"\x89PNG")
+    assert fetched("#methods button:text('CSV') >> nth=0").decode().count("\n") == 4
 
 
 @pytest.mark.parametrize("width", [360, 1400])

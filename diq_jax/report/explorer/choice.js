@@ -71,9 +71,10 @@ const editRows = () => [...choice.edits].map(([i, { decision, reason }]) =>
 const chosenRows = () => [...choice.chosen.keys()].filter(i => choice.chosen[i])
   .sort((a, b) => choice.rank[a] - choice.rank[b]).map(i => ({ example_id: rows.ids[i] }));
 
-function download(name, items) {
+const jsonLines = items => items.map(item => JSON.stringify(item) + "\n");
+function download(name, parts) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(items.map(item => JSON.stringify(item) + "\n")));
+  link.href = URL.createObjectURL(new Blob(parts));
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);

@@ -92,10 +92,11 @@ function controls() {
     slider.value = slide(choice.keep);
     chosenChanged();
   };
-  byId("export-selection").onclick = () => download("selection.jsonl", chosenRows());
-  byId("export-edits").onclick = () => download("edits.jsonl", editRows());
+  byId("export-selection").onclick = () => download("selection.jsonl", jsonLines(chosenRows()));
+  byId("export-edits").onclick = () => download("edits.jsonl", jsonLines(editRows()));
   byId("export-filtered").onclick = () =>
-    download("filtered.jsonl", [...filtered.rows].map(i => ({ example_id: rows.ids[i] })));
+    download("filtered.jsonl", jsonLines([...filtered.rows].map(i => ({ example_id: rows.ids[i] }))));
+  for (const kind of ["png", "svg", "csv"]) byId(kind).onclick = saved[kind];
   byId("search").oninput = event => search(event.target.value, (mask, share) => {
     filtered.matches = mask;
     byId("progress").textContent = share < 1 ? `searched ${Math.round(100 * share)} %` : "";

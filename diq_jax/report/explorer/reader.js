@@ -18,7 +18,6 @@ function action(text, title, run) {
 async function open(i, { scroll = false } = {}) {
   reader.row = i;
   drawMarks();
-  reveal(i);
   lines();
   history.replaceState(null, "", `#row=${encodeURIComponent(rows.ids[i])}`);
   const row = await record(i);
@@ -34,6 +33,7 @@ async function open(i, { scroll = false } = {}) {
     ...placesBy(i), ...own(row));
   panel.replaceChildren(...parts);
   panel.hidden = false;
+  reveal(i);
   panel.scrollTop = 0;
   if (scroll) panel.scrollIntoView({ block: "nearest" });
 }
@@ -107,7 +107,7 @@ function heat(row) {
     list.append(line);
   }
   return [element("h4", "", "Reasoning and answer, by influence of each token"),
-    element("p", "soft", "Orange helps the targets, blue hurts them; shares add up to the score."), shown,
+    element("p", "soft", "Orange helps the targets, blue hurts them; shares add up to the score. The question has none: its tokens are not trained on."), shown,
     element("h4", "", "Sentences that carry it"), list];
 }
 function sentences(row) {

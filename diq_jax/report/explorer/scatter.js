@@ -3,7 +3,7 @@
 
 const SPAN = 14, EDGE = { left: 62, right: 12, top: 30, bottom: 42 };
 const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a939c", "#b2a600"];
-const RAMP = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#e6d000"];
+const RAMP = ["#6a3fa0", "#4c6fb5", "#2a8f9e", "#22a884", "#7ad151", "#e6d000"]; // seen on white and on black
 const [below, plain, above] = ["axes", "points", "marks"].map(id => document.getElementById(id));
 const plot = { x: "", y: "", color: "selected", view: null, lasso: null, tool: "move", hovered: -1 };
 // Drawn rows by cell of SPAN pixels, for hovering: the first row of a cell, and the next after each row.
@@ -74,8 +74,9 @@ function draw() {
   drawPoints(width, height, ratio);
   drawMarks();
 }
-function drawPoints(width, height, ratio) {
-  const context = plain.getContext("2d"), image = context.createImageData(plain.width, plain.height);
+function drawPoints(width, height, ratio, mark) { // with `mark` for another sheet than the canvas
+  const context = plain.getContext("2d"), image = mark ? null : context.createImageData(plain.width, plain.height);
+  mark ??= (...at) => square(image, ...at);
   const { x, y } = axes(), [names, color] = colours(), tally = names.map(() => 0), n = filtered.rows.length;
   const shades = names.map(([, hex]) => [1, 3, 5].map(k => parseInt(hex.slice(k, k + 2), 16)));
   const radius = ratio * Math.max(1, Math.min(3.5, 3.6 - Math.log10(Math.max(n, 1) / 300)));
@@ -90,7 +91,7 @@ function drawPoints(width, height, ratio) {
     const cell = Math.floor(py / SPAN) * cells.across + Math.floor(px / SPAN);
     cells.next[i] = cells.first[cell];
     cells.first[cell] = i;
-    square(image, px * ratio, py * ratio, r, shades[k], alpha);
+    mark(px * ratio, py * ratio, r, shades[k], alpha);
   };
   for (const i of filtered.rows) {
     const k = color(i);
@@ -99,6 +100,8 @@ function drawPoints(width, height, ratio) {
     else put(i, k, radius, faint);
   }
   for (const i of last) put(i, 1, radius + ratio, 1);
+  plot.legend = { names, tally };
+  if (!image) return;
   context.putImageData(image, 0, 0);
   drawLegend(names, tally);
 }
@@ -152,15 +155,7 @@ function drawMarks() {
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
   const { x, y } = axes();
-  if (cuts()) {
-    context.strokeStyle = css("--soft");
-    context.lineWidth = 1;
-    context.setLineDash([6, 4]);
-    context.strokeRect(x(choice.thresholds.difficulty), EDGE.top, 0, height - EDGE.top - EDGE.bottom);
-    context.strokeRect(EDGE.left, y(choice.thresholds.influence), width - EDGE.left - EDGE.right, 0);
-    context.setLineDash([]);
-    drawCorners(context, width, height);
-  }
+  if (cuts()) drawCuts(context, width, height);
   for (const [i, ring] of [[plot.hovered, "--soft"], [reader.row, "--accent"]]) {
     if (i < 0) continue;
     context.strokeStyle = css(ring);
@@ -178,7 +173,15 @@ function drawMarks() {
     context.stroke();
   }
 }
-function drawCorners(context, width, height) {
+function drawCuts(context, width, height) {
+  const { x, y } = axes();
+  context.strokeStyle = css("--soft");
+  context.lineWidth = 1;
+  context.setLineDash([6, 4]);
+  context.strokeRect(x(choice.thresholds.difficulty), EDGE.top, 0, height - EDGE.top - EDGE.bottom);
+  context.strokeRect(EDGE.left, y(choice.thresholds.influence), width - EDGE.left - EDGE.right, 0);
+  context.setLineDash([]);
+  context.textAlign = "left";
   context.font = `600 12px ${getComputedStyle(document.body).fontFamily}`;
   for (const q of [1, 2, 3, 4]) {
     const { all, chosen } = counts()[q];

@@ -4,7 +4,7 @@ const LINE = 30; // pixels
 const body = document.getElementById("lines"), holder = document.getElementById("table");
 const filtered = { rows: new Uint32Array(0), passes: null, place: null, matches: null, sort: ["rank", 1] };
 const COLUMNS = [
-  ["decision", "", 26], ["rank", "Rank", 56], ["id", "Example", 84], ["start", "Question", 0],
+  ["decision", "", 26], ["rank", "Rank", 66], ["id", "Example", 84], ["start", "Question", 0],
   ["source", "Source", 110], ["quadrant", "Q", 34], ["difficulty", "Difficulty", 74],
   ["influence", "Influence", 76], ["tokens", "Tokens", 58],
 ].filter(([name]) => !["source", "difficulty", "quadrant"].includes(name)
@@ -21,7 +21,18 @@ function cell(name, i) {
   if (name === "start") return rows.starts[i];
   if (name === "quadrant") return `Q${choice.quadrant[i]}`;
   if (rows.groups[name]) return rows.groups[name].labels[rows.groups[name].codes[i]];
-  return digits(rows.numbers[name][i]);
+  return fixed(name, rows.numbers[name][i]);
+}
+// As many decimals in all lines as tell a thousandth of the column's range.
+const places = new Map();
+function fixed(name, v) {
+  if (!places.has(name)) {
+    const [low, high] = limits(name), whole = rows.numbers[name].every(n => !isFinite(n) || Number.isInteger(n));
+    places.set(name, whole ? 0 : Math.max(0, 3 - Math.floor(Math.log10(high - low))));
+  }
+  const n = places.get(name);
+  return !isFinite(v) || n > 6 ? digits(v)
+    : v.toLocaleString("en", { minimumFractionDigits: n, maximumFractionDigits: n }).replace("-", "−");
 }
 function sortKey(name) {
   if (name === "decision") return i => -choice.chosen[i];
@@ -138,8 +149,8 @@ function reveal(i) {
   const place = filtered.place.get(i);
   if (place === undefined) return;
   const top = place * LINE;
-  if (top < holder.scrollTop || top > holder.scrollTop + holder.clientHeight - 3 * LINE)
-    holder.scrollTop = top - holder.clientHeight / 2;
+  const seen = panel.hidden ? holder.clientHeight - 3 * LINE : holder.clientHeight / 4; // the reader covers the rest
+  if (top < holder.scrollTop || top > holder.scrollTop + seen) holder.scrollTop = top - seen / 2;
 }
 function step(by) {
   filtered.place ??= new Map([...filtered.rows].map((row, place) => [row, place]));
