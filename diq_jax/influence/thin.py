@@ -51,7 +51,8 @@ def _orthonormal(columns):
     """Makes columns orthonormal by Cholesky QR, twice since once squares the condition number."""
     for _ in range(2):
         gram = columns.swapaxes(-1, -2) @ columns
-        shift = 1e-7 * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+        # Above the rounding of the Gram matrix: one target's gradient may have rank 1.
+        shift = 1e-6 * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
         eye = jnp.broadcast_to(jnp.eye(gram.shape[-1]), gram.shape)
         lower = jnp.linalg.cholesky(gram + (shift + jnp.finfo(jnp.float32).tiny) * eye)
         columns = jax.lax.linalg.triangular_solve(lower, columns, lower=True, transpose_a=True)

@@ -179,6 +179,14 @@ def test_truncation_is_the_truncated_svd():
     assert whole["layers"]["kernel"] is None and whole["layers"]["scale"].shape == (2, 3)
 
 
+def test_a_gradient_of_rank_one_is_truncated_exactly():
+    """A single short target may give one; fewer columns than OVERSAMPLE must not break it."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    kernel = jax.random.normal(keys[0], (4, 576, 1)) @ jax.random.normal(keys[1], (4, 1, 800))
+    f = thin.truncate({"kernel": kernel}, 16)[1]["kernel"]
+    np.testing.assert_allclose(f["a"] @ f["b"], kernel, atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_several_directions_equal_one_at_a_time_and_tokens_sum_to_the_score(rank):
     model = tiny.model()
