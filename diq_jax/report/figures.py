@@ -317,12 +317,12 @@ def _logarithmic(ax, *names):
 
 def _points(ax, x, y, selected):
     raster = len(x) > 2000  # as many vector marks would make the page heavy
-    for group, style in (
-        (~selected, dict(s=18, color=POOL, alpha=0.6, label="not selected")),
-        (selected, dict(s=30, color=SELECTED, marker="D", label="selected")),
+    for group, name, style in (
+        (~selected, "not selected", dict(s=18, color=POOL, alpha=0.6)),
+        (selected, "selected", dict(s=30, color=SELECTED, marker="D")),
     ):
-        style["label"] += f", {group.sum():,} drawn"
-        ax.scatter(x[group], y[group], linewidths=0, rasterized=raster, **style)
+        style |= {"linewidths": 0, "label": f"{name}, {group.sum():,} drawn", "rasterized": raster}
+        ax.scatter(x[group], y[group], **style)
 
 
 def _legend_above(figure):

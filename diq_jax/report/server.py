@@ -12,6 +12,8 @@ PAGE = "report.html"
 class ReportHandler(http.server.SimpleHTTPRequestHandler):
     """Answers with files of one folder, and logs nothing."""
 
+    protocol_version = "HTTP/1.1"  # one connection for many files
+
     def log_message(self, format: str, *args: object) -> None:
         """Drops the line that a request would print."""
 

@@ -11,7 +11,7 @@ const rows = {
 };
 const recent = new Map(); // chunk -> its rows, the last few that were read
 const lowered = []; // what `search` read of each chunk, kept while it is small
-const KEPT_CHUNKS = 8, KEPT_CHARACTERS = 2e8;
+const KEPT_CHUNKS = 8, KEPT_CHARACTERS = (navigator.deviceMemory ?? 4) >= 4 ? 8e8 : 2e8; // a byte each, mostly
 
 async function bytesOf(name) {
   const element = document.getElementById(`blob-${name}`);
