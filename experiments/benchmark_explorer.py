@@ -1,6 +1,6 @@
 """How fast the explorer answers in headless Chromium, on a synthetic run.
 
-    python experiments/benchmark_explorer.py --workdir=runs/explorer [--rows=20000] [--json]
+    python experiments/benchmark_explorer.py --workdir=runs/explorer [--rows=20000] [--two] [--json]
 
 Makes the artifacts of a run of so many rows of --characters (words of the shipped sample in random
 order), writes its report, serves it, and times in the browser, from the event to the end of the
@@ -24,7 +24,7 @@ from absl import flags
 from diq_jax import config, errors
 from diq_jax.commands import cli
 from diq_jax.data import sources
-from diq_jax.report import server
+from diq_jax.report import compare, inputs, server
 from diq_jax.report import stage as report
 from diq_jax.run import artifacts, devices, stages
 
@@ -32,6 +32,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is made; kept and 
 ROWS = flags.DEFINE_integer("rows", 20_000, "Of the pool.", lower_bound=100)
 CHARACTERS = flags.DEFINE_integer("characters", 2500, "Of each row.", lower_bound=100)
 REPEATS = flags.DEFINE_integer("repeats", 9, "Of each action.", lower_bound=1)
+TWO = flags.DEFINE_bool("two", False, "Time the page of two runs: this one, and a random order.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 # Notes when the rows are drawn; lets a pointer made by a script be captured; times an action.
@@ -162,6 +163,16 @@ def make_run(workdir: pathlib.Path) -> stages.Context:
     return context
 
 
+def compare_with_random(context: stages.Context, folder: pathlib.Path) -> None:
+    """Writes the page of the run against its rows in random order."""
+    examples, rows = inputs.read_examples(context.workdir)
+    ranks = context.table("selection/baselines.parquet")["random"].to_numpy()
+    other = dict(examples) | {"rank": ranks, "selected": ranks <= ROWS.value // 100}
+    by = (("diq", examples), ("random", other))
+    sides = [compare.Side(name, context.config, columns, rows) for name, columns in by]
+    compare.write(folder, (sides[0], sides[1]))
+
+
 def measure(address: str, browser: str) -> dict[str, list[float]]:
     """Opens the page and times ACTIONS: {name: milliseconds}."""
     from playwright import sync_api
@@ -182,6 +193,8 @@ def measure(address: str, browser: str) -> dict[str, list[float]]:
         page.evaluate(f"window.all = '{ROWS.value:,} of'")
         page.evaluate("by('explorer').scrollIntoView({ behavior: 'instant' })")
         for name, (act, holds, undo) in ACTIONS.items():
+            if TWO.value and "threshold" in name:
+                continue  # two runs are shown without
             for k in range(REPEATS.value):
                 found.setdefault(name, []).append(page.evaluate(TIMED, [[act, k], holds]))
                 if undo:
@@ -198,14 +211,19 @@ def main() -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if not browser:
         raise errors.UserError("there is no Chromium: apt-get install chromium.")
-    page = workdir / "report/report.html"
+    folder = workdir / ("compared" if TWO.value else "report")
+    page = folder / server.PAGE
     if not page.exists():
-        context, began = make_run(workdir), time.perf_counter()
-        report.run(dataclasses.replace(context, workdir=workdir))
+        context = make_run(workdir)
+        began = time.perf_counter()
+        if TWO.value:
+            compare_with_random(context, folder)
+        else:
+            report.run(dataclasses.replace(context, workdir=workdir))
         print(f"report of {ROWS.value:,} rows: {time.perf_counter() - began:.1f} s")
     beside = sum(path.stat().st_size for path in page.parent.glob("rows/*"))
     print(f"page {page.stat().st_size / 2**20:.1f} MiB, files beside it {beside / 2**20:.1f} MiB")
-    with server.open_server(str(workdir), 0) as serving:
+    with server.open_server(str(folder), 0) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         found = measure(f"http://127.0.0.1:{serving.server_address[1]}/{server.PAGE}", browser)
         serving.shutdown()

@@ -1,7 +1,7 @@
 // The scatter: axes on one canvas, every row that passes the filter on a second, what moves on a third.
 // Points are blended into pixels by hand, which a browser without a graphics card does fastest.
 
-const SPAN = 14, EDGE = { left: 62, right: 12, top: 30, bottom: 42 };
+const SPAN = 14, EDGE = { left: 74, right: 12, top: 30, bottom: 42 };
 const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a939c", "#b2a600"];
 const RAMP = ["#6a3fa0", "#4c6fb5", "#2a8f9e", "#22a884", "#7ad151", "#e6d000"]; // seen on white and on black
 const [below, plain, above] = ["axes", "points", "marks"].map(id => document.getElementById(id));
@@ -185,8 +185,9 @@ function drawCuts(context, width, height) {
   context.font = `600 12px ${getComputedStyle(document.body).fontFamily}`;
   for (const q of [1, 2, 3, 4]) {
     const { all, chosen } = counts()[q];
-    const text = width < 760 ? `Q${q}: ${all.toLocaleString("en")}, ${chosen.toLocaleString("en")} selected`
-      : `Q${q} ${index.quadrants[q]}: ${all.toLocaleString("en")}, ${chosen.toLocaleString("en")} selected`;
+    const [of, picked] = [all, chosen].map(n => n.toLocaleString("en"));
+    const text = width < 480 ? `Q${q}: ${picked} of ${of}`
+      : `Q${q}${width < 760 ? "" : ` ${index.quadrants[q]}`}: ${of}, ${picked} selected`;
     const right = q === 1 || q === 3, top = q < 3, wide = context.measureText(text).width;
     const left = right ? width - EDGE.right - wide - 6 : EDGE.left + 6;
     const at = top ? EDGE.top + 16 : height - EDGE.bottom - 8;
