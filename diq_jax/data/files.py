@@ -2,7 +2,7 @@
 
 The extension gives the format (`READERS`); text is UTF-8. Lines are counted from 1, as editors do;
 rows of the other formats from 0, as `dataset[17]` does. A folder is what `save_to_disk` of the
-datasets library wrote.
+datasets library wrote, or its files are read in order (`in_folder`).
 """
 
 import base64
@@ -55,13 +55,32 @@ def read(source: str) -> PlacedRows:
     except errors.UserError:
         raise
     except DAMAGED as e:
-        problem = " ".join(str(e).split())[:200]
+        problem = " ".join(str(e).split())[:200].rstrip(".")
         raise errors.UserError(f"{source} cannot be read: {problem}.") from None
 
 
 def is_saved(path: str) -> bool:
     """Returns whether `path` is a folder that save_to_disk of the datasets library wrote."""
     return any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
+
+
+def in_folder(path: str, field: str) -> list[str]:
+    """Lists the files of a folder that `read` knows, sorted; of those below it none.
+
+    Raises:
+        UserError: there is none, or they are of several formats, which would be copies of one.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(path)):
+        ending = next((ending for ending in READERS if name.endswith(ending)), "")
+        if ending and not name.startswith(".") and os.path.isfile(os.path.join(path, name)):
+            found.setdefault(ending, []).append(os.path.join(path, name))
+    if len(found) != 1:
+        held = " and ".join(found) or f"no file that ends in {', '.join(READERS)}"
+        raise errors.UserError(
+            f"{field}: {path} is a folder with {held}; name its files, such as {path}/*.jsonl."
+        )
+    return found.popitem()[1]
 
 
 def _as_json(row: dict, where: str, said: set[str]) -> dict:
@@ -129,17 +148,21 @@ def _read_json(path: str) -> PlacedRows:
 
 def _read_cells(path: str) -> PlacedRows:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 KiB
-    text = io.StringIO(_decode(pathlib.Path(path).read_bytes(), path), newline="")
     delimiter = "\t" if path.endswith(".tsv") else ","
-    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-    reading.check_distinct(reader.fieldnames or [], f"{path}:1")
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        if None in row or None in row.values():
-            raise errors.UserError(
-                f"{where} must have {len(reader.fieldnames or [])} cells, as line 1 has."
-            )
-        yield row, where
+    with open(path, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+        try:
+            reading.check_distinct(reader.fieldnames or [], f"{path}:1")
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise errors.UserError(
+                        f"{where} must have {len(reader.fieldnames or [])} cells, as line 1 has."
+                    )
+                yield row, where
+        except UnicodeDecodeError:  # which says the place in a piece of the file
+            _decode(pathlib.Path(path).read_bytes(), path)
+            raise
 
 
 def _read_arrow(path: str) -> PlacedRows:

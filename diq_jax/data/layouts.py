@@ -17,6 +17,7 @@ from diq_jax.run import reading
 
 # "<think> .. </think> answer": the opening tag is missing where the prompt has it.
 THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+CUT_OFF = re.compile(r"\s*<think>(.*)()", re.DOTALL)
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
@@ -80,8 +81,10 @@ def mapped(columns: Mapping[str, str], needs: Sequence[str] = ()) -> RowLayout:
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """Splits an answer into its reasoning, inside <think> and </think>, and what follows."""
-    found = THOUGHT.fullmatch(text)
+    """Splits an answer into its reasoning, inside <think> and </think>, and what follows: nothing
+    where the reasoning was cut off before its end.
+    """
+    found = THOUGHT.fullmatch(text) or CUT_OFF.fullmatch(text)
     return (found[1].strip(), found[2].strip()) if found else ("", text)
 
 
@@ -269,12 +272,15 @@ def recognise(rows: Sequence[dict], where: str) -> tuple[str, RowLayout]:
         if layout.fits(known):
             found = "medreason" if name == "ours" and _has_lettered_text(rows, known) else name
             return found, LAYOUTS[found]
-    nearest = min(LAYOUTS, key=lambda n: len(LAYOUTS[n].lacks(known)) / len(LAYOUTS[n].needs))
-    lacks = " and ".join(need.replace("|", " or ") for need in LAYOUTS[nearest].lacks(known))
+    lacks = {name: layout.lacks(known) for name, layout in LAYOUTS.items()}
+    nearest = min(LAYOUTS, key=lambda name: len(lacks[name]) / len(LAYOUTS[name].needs))
+    told = " and ".join(need.replace("|", " or ") for need in lacks[nearest])
+    near = len(lacks[nearest]) < len(LAYOUTS[nearest].needs)
+    hint = f"; the nearest is {nearest}, but for {told}" if near else f" ({', '.join(LAYOUTS)})"
     raise errors.UserError(
         f"{where}: the rows have the columns {', '.join(known) or '(none)'}, which are no layout "
-        f"that is known; the nearest is {nearest}, but for {lacks}. Say which hold the question "
-        f"and the answer, such as --config.data.columns={_guess(known)}"
+        f"that is known{hint}. Say which hold the question and the answer, such as "
+        f"--config.data.columns={_guess(known)}"
     )
 
 

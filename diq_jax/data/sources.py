@@ -1,6 +1,6 @@
 """Rows from files and the hub, checked one by one: every mistake is named with its file and line.
 
-A source is a path, glob, URL, folder of save_to_disk, `hub:NAME[:CONFIG[:SPLIT]]` (split `train`
+A source is a path, glob, URL, folder (files.py), `hub:NAME[:CONFIG[:SPLIT]]` (split `train`
 unless given) or `sample`; several are separated by commas. Targets and tests may also be
 `benchmark:NAME[:FILE]` (benchmarks.py). files.py has the formats.
 """
@@ -298,7 +298,7 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
         elif part.startswith(files.HUB) or os.path.isfile(path) or files.is_saved(path):
             sources.append(Source(path))
         elif os.path.isdir(path):
-            raise errors.UserError(f"{field}: {part} is a folder; name files: {part}/*.jsonl.")
+            sources += map(Source, files.in_folder(path, field))
         elif glob.has_magic(path):
             found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
             if not found:

@@ -157,7 +157,7 @@ def _parquet(path: str | os.PathLike) -> Iterator[pq.ParquetFile]:
     except errors.UserError:
         raise
     except PARQUET_ERRORS as e:
-        said = " ".join(str(e).split())[:200]
+        said = " ".join(str(e).split())[:200].rstrip(".")
         raise errors.UserError(f"{path} is not a readable parquet file: {said}.") from None
 
 

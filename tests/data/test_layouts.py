@@ -181,6 +181,10 @@ BAD = {
         {"messages": [ASKED, {"role": "assistant", "content": "<think>x</think> "}]},
         "the answer after its reasoning is empty",
     ),
+    "reasoning cut off": (
+        {"messages": [ASKED, {"role": "assistant", "content": "<think>x and on"}]},
+        "the answer after its reasoning is empty",
+    ),
     "no question": (
         {"messages": [{"role": "user", "content": " "}, CHAT[-1]]}, "the last question is empty",
     ),
@@ -208,6 +212,9 @@ def test_columns_of_no_layout_name_the_nearest_and_a_flag(tmp_path):
     flag = "--config.data.columns=question=query,answer=response"
     assert said.endswith(flag)
     assert sources.load_examples(path, flag.partition("columns=")[2])[0].answer == "so"
+    path = folders.write(tmp_path / "b.jsonl", [{"q": "why?", "a": "so"}])
+    with pytest.raises(errors.UserError, match=r"no layout that is known \(tokens, ours, huatuo"):
+        sources.load_examples(path)
 
 
 def test_an_instruction_is_no_question(tmp_path):

@@ -180,16 +180,27 @@ def test_a_bad_file_is_a_user_error(tmp_path, case):
 
 def test_a_bad_spec_is_a_user_error(tmp_path):
     write(tmp_path / "pool.jsonl", ROWS)
+    (tmp_path / "none").mkdir()
     for spec, message in (
         (f"{tmp_path}/pol.jsonl", r"there is no file .*Did you mean 'pool\.jsonl'\?"),
         (f"{tmp_path}/absent/pool.jsonl", r"there is no file"),
         (f"{tmp_path}/*.json", r"no file matches"),
-        (str(tmp_path), r"is a folder"),
+        (f"{tmp_path}/none", r"is a folder with no file that ends in \.jsonl"),
         (" , ", r"must name a file"),
         ("hub:", r"must be hub:NAME"),
     ):
         with pytest.raises(errors.UserError, match=rf"^data\.pool.*{message}"):
             sources.load_examples(spec, "", 0)
+
+
+def test_a_folder_is_its_files_of_one_format(tmp_path):
+    for name, rows in (("b.jsonl", ROWS[3:]), ("a.jsonl", ROWS[:3]), (".c.jsonl", ROWS)):
+        write(tmp_path / name, rows)
+    (tmp_path / "README.md").write_text("of no format")
+    assert [e.row for e in sources.load_examples(str(tmp_path))] == ROWS
+    write(tmp_path / "a.parquet", ROWS)
+    with pytest.raises(errors.UserError, match=r"is a folder with \.jsonl and \.parquet; name"):
+        sources.load_examples(str(tmp_path))
 
 
 def test_the_pool_keeps_its_rows_and_names_those_without_an_id(tmp_path):
