@@ -81,8 +81,9 @@ def mapped(columns: Mapping[str, str], needs: Sequence[str] = ()) -> RowLayout:
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """Splits an answer into its reasoning, inside <think> and </think>, and what follows: nothing
-    where the reasoning was cut off before its end.
+    """Splits an answer into its reasoning, inside <think> and </think>, and what follows.
+
+    Nothing follows where the reasoning was cut off before its end.
     """
     found = THOUGHT.fullmatch(text) or CUT_OFF.fullmatch(text)
     return (found[1].strip(), found[2].strip()) if found else ("", text)

@@ -7,9 +7,10 @@ import base64
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import markupsafe
@@ -40,7 +41,8 @@ class Explorer:
 
     Attributes:
         blobs: {name: base64 of gzip} for the page.
-        files: {name: gzip} to lie beside the page, where the page would be too large.
+        served: whether the page would be too large, and the rows lie beside it.
+        files: (name, gzip) of the rows beside it, packed as they are taken, once.
         methods: how many methods can be compared.
         absent: what the run lacks, and how to get it.
     """
@@ -49,14 +51,10 @@ class Explorer:
     script: markupsafe.Markup
     style: markupsafe.Markup
     blobs: Mapping[str, str]
-    files: Mapping[str, bytes]
+    served: bool
+    files: Iterator[tuple[str, bytes]]
     methods: int
     absent: Sequence[str]
-
-    @property
-    def served(self) -> bool:
-        """Tells whether the rows lie beside the page."""
-        return bool(self.files)
 
 
 def make(
@@ -85,18 +83,15 @@ def make(
         + [np.asarray(v, "<u2").tobytes() for v in codes.values()]
     )
     starts = [" ".join(text[: 2 * START].split())[:START] for text in examples["question"]]
-    chunks = {
-        str(k): _json([_record(examples, rows, details, i) for i in range(first, last)])
-        for k, (first, last) in enumerate(_spans(n))
-    }
     head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
-    blobs, texts = ({k: _gzip(v) for k, v in found.items()} for found in (head, chunks))
-    inline = sum(map(len, texts.values())) * 4 / 3 <= INLINE_BYTES
-    blobs |= texts if inline else {}
+    blobs = {k: _gzip(v) for k, v in head.items()}
+    spans = _spans(n)
+    served, texts, rest = _inside(_packed(examples, rows, details, spans))
+    blobs |= {} if served else texts
     index = {
         "rows": n,
         "chunk_rows": CHUNK_ROWS,
-        "chunks": len(chunks),
+        "chunks": len(spans),
         "characters": sum(len(text) for name in TEXTS for text in examples[name]),
         "numbers": [_described(name, titles) for name in numbers],
         "groups": [{"name": name, "labels": found} for name, found in labels.items()],
@@ -114,10 +109,27 @@ def make(
         script=_source(*(f"{name}.js" for name in SCRIPTS)),
         style=_source("style.css"),
         blobs={name: base64.b64encode(blob).decode() for name, blob in blobs.items()},
-        files={} if inline else texts,
+        served=served,
+        files=itertools.chain(texts.items(), rest) if served else rest,
         methods=len(details.methods),
         absent=details.absent,
     )
+
+
+def _packed(examples, rows, details, spans) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, gzip) of what the reader shows of each chunk of rows."""
+    for k, span in enumerate(spans):
+        yield str(k), _gzip(_json([_record(examples, rows, details, i) for i in range(*span)]))
+
+
+def _inside(chunks):
+    """Takes chunks while the page has room: (whether some are left, {name: gzip}, the rest)."""
+    taken, size = {}, 0
+    for name, chunk in chunks:
+        taken[name], size = chunk, size + len(chunk)
+        if size * 4 / 3 > INLINE_BYTES:
+            return True, taken, chunks
+    return False, taken, chunks
 
 
 def _source(*names: str) -> markupsafe.Markup:

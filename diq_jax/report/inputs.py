@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from diq_jax import config
-from diq_jax.report import detail, figures, opinions
+from diq_jax.report import detail, figures, opinions, tables, texts
 from diq_jax.run import reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
 MOST_POINTS = 4000  # of the pictures
 THRESHOLDS = ("difficulty", "influence")
-TEXTS = ("example_id", "source", "question", "reasoning", "answer")
+TEXTS = ("question", "reasoning", "answer")
+POOL = "prepare/pool.parquet"
+OWN_COLUMNS = ("id", "source", *TEXTS, "input_ids", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,10 @@ class ReportData:
     """Holds what the stages left, read into memory.
 
     Attributes:
-        examples: columns in the order of the pool: example_id, source, question, reasoning, answer
-            (lists of str) and difficulty, influence, loss, tokens, quadrant, rank, selected
-            (arrays), why (texts). Difficulty may be nan where the pool has none.
-        rows: the rows as they came.
+        examples: columns in the order of the pool: example_id, source, why (lists of str);
+            question, reasoning, answer (texts on the disk); difficulty, influence, loss, tokens,
+            quadrant, rank, selected (arrays). Difficulty may be nan where the pool has none.
+        rows: the rows as they came, on the disk.
         thresholds: difficulty (None where there is none) and influence (None where quadrants cut at
             its residual).
         results, classifier, losses, preferences: evaluate/results.json, difficulty/metrics.json,
@@ -53,6 +55,11 @@ class ReportData:
     def has_difficulty(self) -> bool:
         """Tells whether every example has a difficulty."""
         return bool(np.isfinite(self.examples["difficulty"]).all())
+
+    @functools.cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Returns the columns of the rows as they came that sort them into groups."""
+        return tables.group_columns(self.rows, OWN_COLUMNS)
 
     @functools.cached_property
     def influence(self) -> np.ndarray:
@@ -103,7 +110,9 @@ def load(context: stages.Context) -> ReportData:
     )
 
 
-def read_examples(workdir: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_examples(
+    workdir: pathlib.Path,
+) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]]]:
     """Reads the columns of ReportData.examples, and the rows as they came.
 
     Raises:
@@ -111,15 +120,16 @@ def read_examples(workdir: pathlib.Path) -> tuple[dict[str, Any], list[dict[str,
     """
     scores = records.read_table(workdir, "selection/selection.parquet")
     influence = records.read_table(workdir, "influence/influence.parquet")
-    # Token ids are most of a large pool's bytes, and not read.
-    pool = records.read_table(workdir, "prepare/pool.parquet", (*TEXTS, "row"))
-    columns = {name: pool[name].to_pylist() for name in TEXTS}
+    names = ("example_id", "source")
+    pool = records.read_table(workdir, POOL, names)
+    columns: dict[str, Any] = {name: pool[name].to_pylist() for name in names}
+    columns |= {name: texts.Column(workdir, POOL, name) for name in TEXTS}
     columns |= {name: influence[name].to_numpy() for name in ("loss", "tokens")}
     for name in ("difficulty", "influence", "quadrant", "rank", "selected"):
         columns[name] = scores[name].to_numpy()
     reasons = "why" in scores.column_names  # selections of earlier versions give none
     columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
-    return columns, [json.loads(row) for row in pool["row"].to_pylist()]
+    return columns, texts.Column(workdir, POOL, "row", json.loads)
 
 
 def optional(context: stages.Context, name: str) -> dict[str, Any]:

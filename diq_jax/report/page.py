@@ -1,5 +1,6 @@
 """One run as one HTML file that needs nothing else: no network, no clock, the same bytes again."""
 
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,6 @@ import numpy as np
 from diq_jax.report import explorer, figures, inputs, opinions, outcomes, style, tables
 from diq_jax.run import artifacts
 
-OWN_COLUMNS = ("id", "source", "question", "reasoning", "answer", "input_ids", "labels")
-
 
 def render(
     run: inputs.ReportData, drawn: Mapping[str, style.Picture], explored: explorer.Explorer
@@ -20,7 +19,6 @@ def render(
     """Writes the page. Everything from the data is escaped: HTML by jinja, JSON by the explorer."""
     e = run.examples
     cfg, selected = run.config, e["selected"]
-    by_column = tables.group_columns(run.rows, OWN_COLUMNS)
     chosen = {e["example_id"][i] for i in np.flatnonzero(selected)}
     return fill(
         "report.html",
@@ -42,7 +40,7 @@ def render(
         ],
         by_source=_groups("Source", e["source"], selected),
         by_quadrant=_quadrant_table(run) if run.has_difficulty else None,
-        by_column={name: _groups(name, values, selected) for name, values in by_column.items()},
+        by_column={name: _groups(name, values, selected) for name, values in run.groups.items()},
         rho_tokens=tables.correlation(e["influence"], e["tokens"]),
         rho_loss=tables.correlation(e["influence"], e["loss"]),
         repeats=None if run.repeats is None else tables.repeats(run.repeats, chosen),
@@ -89,10 +87,13 @@ def write(
     explored: explorer.Explorer,
 ) -> None:
     """Writes report.html, its pictures (style.SUFFIXES), and for a large pool rows/*.gz."""
-    files = {f"rows/{name}.gz": blob for name, blob in explored.files.items()}
-    for name, picture in drawn.items():
-        files |= {f"{name}.{suffix}": blob for suffix, blob in picture.files.items()}
-    for name, blob in (files | {"report.html": text.encode()}).items():
+    beside = ((f"rows/{name}.gz", blob) for name, blob in explored.files)
+    shown = (
+        (f"{name}.{suffix}", blob)
+        for name, picture in drawn.items()
+        for suffix, blob in picture.files.items()
+    )
+    for name, blob in itertools.chain(beside, shown, [("report.html", text.encode())]):
         with artifacts.atomic(folder / name) as temporary:
             temporary.write_bytes(blob)
 
@@ -127,7 +128,7 @@ def explore(run: inputs.ReportData) -> explorer.Explorer:
     return explorer.make(
         e,
         run.rows,
-        tables.group_columns(run.rows, OWN_COLUMNS),
+        run.groups,
         run.detail,
         {
             "method": cfg.selection.method,

@@ -16,6 +16,7 @@ MOST_GROUPS = 12  # rows of a table by group; the rest are summed up
 MOST_PAIRS = 40  # of repeated rows that are listed
 MOST_DECIMALS = 6  # of a number; smaller ones are in powers of ten
 MOST_VALUES = 40  # a column with more values than this is no group
+LONGEST_VALUE = 60  # nor is one with a longer text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +152,24 @@ def repeats(pairs: Sequence[Mapping[str, Any]], chosen: Collection[str]) -> tupl
 
 def group_columns(rows: Sequence[Mapping[str, Any]], skip: Sequence[str]) -> dict[str, list[str]]:
     """Finds the columns of the rows as they came that sort them into a few groups, as text."""
-    out = {}
-    for name in sorted({key for row in rows for key in row} - set(skip)):
-        values = [row.get(name) for row in rows]
-        if all(v is None or isinstance(v, str | bool | int) for v in values):
-            texts = ["" if v is None else str(v) for v in values]
-            distinct = set(texts)
-            few = 2 <= len(distinct) <= min(MOST_VALUES, len(rows) // 3)
-            if few and max(map(len, distinct)) <= 60:
-                out[name] = texts
-    return out
+    columns: dict[str, tuple[list[str], dict[str, str]]] = {}
+    left_out, most = set(skip), min(MOST_VALUES, len(rows) // 3)
+    for i, row in enumerate(rows):
+        for name in row.keys() - left_out:
+            value, (values, distinct) = row[name], columns.setdefault(name, ([], {}))
+            for _ in range(i - len(values)):  # rows without the column
+                values.append(distinct.setdefault("", ""))
+            fits = isinstance(value, str | bool | int | None)
+            text = str(value) if fits and value is not None else ""
+            values.append(distinct.setdefault(text, text))
+            if not fits or len(text) > LONGEST_VALUE or len(distinct) > most:
+                left_out.add(name)
+                del columns[name]
+    whole = {
+        name: values + [""] * (len(rows) - len(values))
+        for name, (values, _) in sorted(columns.items())
+    }
+    return {name: values for name, values in whole.items() if 2 <= len(set(values)) <= most}
 
 
 def difficulty(found: Mapping[str, Any]) -> Table | None:

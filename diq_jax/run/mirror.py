@@ -193,8 +193,9 @@ class _Mirror:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Holds the URL against other runs, as well as a store without locks allows: an object says
-        at every BEAT that this run lives.
+        """Holds the URL against other runs: an object says at every BEAT that this run lives.
+
+        That is as much as a store without locks allows.
         """
         self._acquire()
         ended = threading.Event()

@@ -196,8 +196,16 @@ def read_table(
     return table
 
 
-def table_batches(path: str | os.PathLike, columns: Mapping[str, str]) -> Iterator[pa.Table]:
-    """Reads the columns of `read_table` a row group at a time, or a part of one.
+def group_rows(path: str | os.PathLike) -> list[int]:
+    """Counts the rows of each row group. Raises UserError as `read_table`."""
+    with _parquet(path) as file:
+        return [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+
+
+def table_batches(
+    path: str | os.PathLike, columns: Mapping[str, str], group: int | None = None
+) -> Iterator[pa.Table]:
+    """Reads the columns of `read_table`, of all row groups or one, a group or less at a time.
 
     Raises:
         UserError: as `read_table`, for a value once its part is read.
@@ -206,7 +214,8 @@ def table_batches(path: str | os.PathLike, columns: Mapping[str, str]) -> Iterat
         lacks = [name for name in columns if name not in file.schema_arrow.names]
         if lacks:
             raise errors.UserError(f"{path} has no column {lacks[0]!r}.")
-        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+        groups = range(file.num_row_groups) if group is None else [group]
+        for batch in file.iter_batches(BATCH_ROWS, groups, list(columns)):
             table = pa.Table.from_batches([batch])
             table.validate(full=True)
             _check_columns(table, columns, path)

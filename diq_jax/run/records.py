@@ -216,11 +216,19 @@ def read_table(workdir: pathlib.Path, name: str, columns: Sequence[str] = ()) ->
         return reading.read_table(workdir / name, kinds, only=bool(columns))
 
 
-def read_batches(workdir: pathlib.Path, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Some columns of a table of a run, part by part. Raises UserError as `read_table`."""
+def group_rows(workdir: pathlib.Path, name: str) -> list[int]:
+    """Counts the rows of each row group of a table. Raises UserError as `read_table`."""
+    with _redone(workdir, name):
+        return reading.group_rows(workdir / name)
+
+
+def read_batches(
+    workdir: pathlib.Path, name: str, columns: Sequence[str], group: int | None = None
+) -> Iterator[pa.Table]:
+    """Reads some columns of a run's table, or of one row group, by parts. See `read_table`."""
     known = COLUMNS[name] | OPTIONAL.get(name, {})
     with _redone(workdir, name):
-        yield from reading.table_batches(workdir / name, {c: known[c] for c in columns})
+        yield from reading.table_batches(workdir / name, {c: known[c] for c in columns}, group)
 
 
 @contextlib.contextmanager

@@ -340,7 +340,7 @@ def test_the_explorer_holds_every_row_in_full(whole, whole_page):
 def explored(context, cfg=None):
     """What the explorer of a run holds: (its index, the rows of the first chunk, all of it)."""
     made = page.explore(inputs.load(dataclasses.replace(context, config=cfg or context.config)))
-    packed = made.files["0"] if made.served else base64.b64decode(made.blobs["0"])
+    packed = next(made.files)[1] if made.served else base64.b64decode(made.blobs["0"])
     return json.loads(str(made.index)), json.loads(gzip.decompress(packed)), made
 
 
@@ -592,6 +592,10 @@ def test_many_groups_are_summed_up():
 def test_group_columns_takes_the_few_valued_ones_only():
     rows = [{"a": i % 2, "b": f"text {i}", "c": [i], "d": None, "e": 1} for i in range(12)]
     assert tables.group_columns(rows, skip=[]) == {"a": ["0", "1"] * 6}
+    rows[3] |= {"late": "x"}
+    assert tables.group_columns(rows, skip=["a"]) == {"late": ["", "", "", "x", *[""] * 8]}
+    rows[5] |= {"late": ["x"]}
+    assert tables.group_columns(rows, skip=["a"]) == {}
 
 
 def test_summary_is_aligned_and_copyable(whole):
