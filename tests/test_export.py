@@ -1,6 +1,7 @@
 """`diq export`: base + adapter as one folder, whose logits transformers repeats."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -63,6 +64,11 @@ def assert_exported(folder, base, adapter):
     read = transformers.AutoTokenizer.from_pretrained(folder)
     assert read(TEXT)["input_ids"] == tokens[0].tolist()
     assert read.chat_template == written.chat_template
+    assert read.all_special_tokens == written.all_special_tokens
+    # The names of transformers 4, which other tools still have.
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in told
 
 
 def test_a_folder_and_its_adapter(tmp_path):

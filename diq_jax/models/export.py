@@ -13,7 +13,7 @@ from diq_jax.models import checkpoint, hf, tokenizer
 from diq_jax.run import artifacts, processes, reading
 
 MAX_SHARD_BYTES = 5 * 10**9
-GENERATION = "generation_config.json"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
 
 def save_model(
@@ -36,11 +36,22 @@ def save_model(
     if not processes.is_first():
         collections.deque(hf.decoder_tensors(params), 0)  # of each it may hold a part
         return
-    tok.save_pretrained(folder)
+    _write_tokenizer(pathlib.Path(folder), tok)
     artifacts.sync_tree(folder)
     generation = _generation_config(checkpoint.resolve(base, field), tok)
     artifacts.write_json(pathlib.Path(folder) / GENERATION, generation)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)
+
+
+def _write_tokenizer(folder: pathlib.Path, tok: Any) -> None:
+    """Writes the tokenizer, in names that transformers 4 knows too."""
+    tok.save_pretrained(folder)
+    found = reading.read_record(folder / TOKENIZER, {})
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    artifacts.write_json(folder / TOKENIZER, found)
 
 
 def _generation_config(base: pathlib.Path, tok: Any) -> dict[str, Any]:
