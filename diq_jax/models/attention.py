@@ -76,19 +76,19 @@ def attend(
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(q, k, v, queries, keys, start):
-        # A query's places are told again for each head of a group: laid out as the scores are, what
-        # is hidden is made where it is added, not written out for all heads (on TPUs).
+        # Places are told again for each head of a group: laid out as the scores are, the mask is
+        # made where it is added, and on TPUs not written out for all heads.
         rows = q.reshape(B, K, -1, C)
         scores = jnp.einsum("bkqc,bksc->bkqs", rows, k, preferred_element_type=jnp.float32)
         queries = {name: jnp.tile(ids, (1, H // K)) for name, ids in queries.items()}
-        index = start + jnp.arange(q.shape[3]) if causal else None
-        seen = _seen(queries, keys, index if index is None else jnp.tile(index, H // K), window)
+        index = jnp.tile(start + jnp.arange(q.shape[3]), H // K) if causal else None
+        seen = _seen(queries, keys, index, window)
         hidden = jnp.where(seen, 0.0, UNSEEN)[:, None]
         weights = jax.nn.softmax(scores + hidden, axis=-1).astype(v.dtype)
         return jnp.einsum("bkqs,bksc->bkqc", weights, v).reshape(q.shape)
 
-    positions = None if window is None else positions
-    places = {"segment_ids": segment_ids, "parent_ids": parent_ids, "positions": positions}
+    places = {"segment_ids": segment_ids, "parent_ids": parent_ids}
+    places |= {"positions": None if window is None else positions}
     places = {name: ids for name, ids in places.items() if ids is not None}
 
     def strip(start, stop):
