@@ -30,7 +30,7 @@ from diq_jax.difficulty import (
     trained,
 )
 from diq_jax.models import checkpoint, encoder, hf, tokenizer
-from diq_jax.run import artifacts, devices, parts, stages
+from diq_jax.run import artifacts, devices, parts, records, stages
 
 FIELD = "difficulty.encoder"
 POOL, LEVELS = "prepare/pool.parquet", "difficulty/difficulty.parquet"
@@ -82,14 +82,24 @@ def _known_columns(context) -> np.ndarray:
     settings = context.config.difficulty
     names = labels.column_names(settings.source, settings.perspective)
     if context.path(POOL).is_file() and not context.path(LEVELS).is_file():
-        scores = _column_scores(settings, context.table(POOL, "example_id", "row"))
+        scores = _column_scores(context)
         return np.array([np.isfinite(scores[p]).any() for p in config.PERSPECTIVES])
     return np.array([p in names for p in config.PERSPECTIVES])
 
 
-def _column_scores(settings, pool) -> dict[str, np.ndarray]:
-    rows = [json.loads(row) for row in pool["row"].to_pylist()]
-    ids = pool["example_id"].to_pylist()
+def _column_scores(context) -> dict[str, np.ndarray]:
+    """Reads the pool part by part: of a large one the rows would not fit into memory."""
+    settings, rows, ids = context.config.difficulty, [], []
+    columns = labels.column_names(settings.source, settings.perspective)
+    needed = columns[settings.perspective]
+    for part in records.read_batches(context.workdir, POOL, ("example_id", "row")):
+        ids += part["example_id"].to_pylist()
+        came = map(json.loads, part["row"].to_pylist())
+        # A row without the needed column is kept whole, for the message that names the nearest.
+        rows += [
+            {c: row[c] for c in columns.values() if c in row} if needed in row else row
+            for row in came
+        ]
     return labels.column_scores(rows, ids, settings.source, settings.perspective)
 
 
@@ -104,11 +114,12 @@ def run(context: stages.Context) -> dict[str, Any]:
         tokens and seconds that model_scores took.
     """
     settings = context.config.difficulty
-    pool = context.table(POOL, "example_id", "question", "row")
+    by_columns = labels.is_columns(settings.source)
+    pool = context.table(POOL, "example_id", *(() if by_columns else ("question", "row")))
     measured: dict[str, Any] = {"rows": 0, "folds": 0, "perspectives": {}}
     counts: dict[str, Any] = {"tokens": 0}
-    if labels.is_columns(settings.source):
-        scores = _column_scores(settings, pool)
+    if by_columns:
+        scores = _column_scores(context)
     elif trained.is_folder(settings.source):
         scores, counts = _apply(context, pool)
     else:

@@ -61,8 +61,7 @@ def attend(
         q: (B, T, H, C); k, v: (B, T, K, C); query head h reads kv head h // (H // K).
         segment_ids: (B, T) int32; a position sees its own segment only. Segment 0 is padding.
         causal: a query sees no key behind it in the array.
-        window: how many positions back a query sees, and ahead where not causal, itself included;
-            None for all.
+        window: positions back that a query sees, itself included, and ahead where not causal.
         positions: (B, T) int32, by which a window counts; only a window needs them.
         parent_ids: (B, T) int32, a second segment that a position sees, -1 for none: options that
             share one prompt have it as their parent. None where no position has a parent.
