@@ -161,7 +161,8 @@ def test_names_that_lead_out_of_the_copy_are_refused(tmp_path, monkeypatch):
 
 STAGES = "--stages=prepare,difficulty,influence,selection,finetune"
 SETTINGS = (
-    STAGES, "--config.influence.engine=projected", "--config.influence.parameters=lora",
+    STAGES, "--config.difficulty.source=columns",
+    "--config.influence.engine=projected", "--config.influence.parameters=lora",
     "--config.influence.projection.dim=32", "--config.influence.batch_tokens=96",
     "--config.selection.retention_ratio=0.5", "--config.finetune.baselines=",
     "--config.finetune.checkpoint_every_steps=1", "--config.finetune.epochs=4",
