@@ -232,9 +232,12 @@ class _Mirror:
     def _lock(self) -> dict[str, Any] | None:
         with self._reached():
             try:
-                return json.loads(self._system.cat_file(self._at(LOCK)))
+                said = json.loads(self._system.cat_file(self._at(LOCK)))
             except FileNotFoundError:
                 return None
+        if not isinstance(said, dict) or not {"run", "host", "process"} <= said.keys():
+            raise errors.UserError(f"{FIELD}: {self._url}/{LOCK} is damaged: remove it.")
+        return said
 
     def _is_taken(self) -> bool:
         said = self._lock()
