@@ -99,6 +99,15 @@ def test_a_dead_run_is_taken_over(store, monkeypatch, capfd):
     assert files(store) == set()
 
 
+@pytest.mark.parametrize("text", ["[]", '{"run": "x"}'])
+def test_a_damaged_sign_of_another_run_is_refused(text, store):
+    store.mkdir(parents=True)
+    (store / ".writer").write_text(text)
+    with pytest.raises(errors.UserError, match=r"bucket://b/run/\.writer is damaged: remove it"):
+        with mirror.opened("bucket://b/run"):
+            pass
+
+
 def test_a_run_that_was_taken_over_writes_no_more(store, monkeypatch):
     monkeypatch.setattr(mirror, "BEAT", 0.05)
     with pytest.raises(errors.UserError, match="Another run has taken over bucket://b/run"):
