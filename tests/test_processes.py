@@ -224,13 +224,13 @@ def test_a_training_is_saved_where_sigterm_comes(processes, made, stages, two, t
     assert 0 < record["resumed_tokens"] < record["tokens"]
 
 
-# What a training of each stage that has no checkpoints keeps where SIGTERM comes.
+# Where SIGTERM leaves the state of a training without checkpoints, which takes 200 steps.
 STATES = {
     "influence/warmup/state-1": (
         "--config.influence.direction=adam", "--config.influence.warmup.epochs=1",
-        "--config.influence.warmup.batch_size=2",
+        "--config.influence.warmup.batch_size=1", "--config.influence.warmup.fraction=1",
     ),
-    "difficulty/partial/state-0": ("--config.difficulty.epochs=4",),
+    "difficulty/partial/state-0": ("--config.difficulty.epochs=100",),
 }  # fmt: skip
 
 
@@ -239,17 +239,19 @@ STATES = {
 @pytest.mark.parametrize("state", STATES)
 def test_sigterm_costs_a_training_no_step(state, processes, made, stages, tmp_path):
     name = state.partition("/")[0]
-    flags = (*stages[1:], *STATES[state], f"--stages=prepare,{name}")
+    pool = folders.write(tmp_path / "pool.jsonl", folders.pool_rows(200))
+    flags = (*stages[1:], *STATES[state], f"--stages=prepare,{name}", f"--config.data.pool={pool}")
     finish(start(made, tmp_path / "whole", processes=processes, stages=flags))
     running = start(made, tmp_path / "run", processes=processes, stages=flags)
     while not (tmp_path / "run" / state).exists():
         assert running[0].poll() is None, running[0].communicate()[1][-2000:]
         time.sleep(0.005)
-    running[-1].send_signal(signal.SIGTERM)
+    time.sleep(1)  # the first process has made the folder: let the other get there too
+    running[0].send_signal(signal.SIGTERM)
     for process in running:
         assert process.wait(timeout=60) == 143
     [kept] = (tmp_path / "run" / state).glob("*/checksums.json")
-    assert 1 <= int(kept.parent.name) <= 4
+    assert int(kept.parent.name) > 0
     finish(start(made, tmp_path / "run", processes=processes, stages=flags))
     assert crashing.contents(tmp_path / "run") == crashing.contents(tmp_path / "whole")
 

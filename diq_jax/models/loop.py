@@ -64,10 +64,10 @@ def train(
     waiting, records, saved = [], [], None  # a loss is fetched when the next step is on its way
     sizes = [len(step) for step in steps]
     with contextlib.ExitStack() as stack:
+        stops = stack.enter_context(processes.saving())
         if upkeep.folder:
             saved = stack.enter_context(states.States(upkeep.folder, name))
             state, records = saved.restore(state)
-        stops = stack.enter_context(processes.saving())
         logged = done = len(records)
         bar = stack.enter_context(progress.Progress(name, sum(sizes), resumed=sum(sizes[:done])))
 
