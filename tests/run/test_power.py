@@ -155,6 +155,7 @@ class Tokenizer:
         """Writes as other libraries do, without a word to the disk."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text("{}" * 100)
+        (folder / "tokenizer_config.json").write_text("{}")
 
 
 def test_a_model_that_has_its_config_has_its_tokenizer(tmp_path, monkeypatch):
