@@ -8,7 +8,7 @@ import tiny
 
 from diq_jax import influence_config
 from diq_jax.data import batches
-from diq_jax.influence import direction, score
+from diq_jax.influence import direction, score, warmup
 from diq_jax.run import parts
 
 POOL, TARGETS = tiny.rows(9, 24, seed=1), tiny.rows(4, 20, seed=7)
@@ -58,7 +58,7 @@ def test_scores_are_the_oracles():
 )
 def test_finished_rows_and_epochs_are_not_computed_again(name, tmp_path):
     """Without one part, the bits are those of a call that was not killed; so are those on disk."""
-    whole, epochs = scored(name), {}
+    whole, epochs = scored(name), warmup.EpochMemory()
 
     def keep(checkpoint):
         return parts.Parts(tmp_path / f"rows{checkpoint}")

@@ -10,7 +10,7 @@ import tiny
 
 from diq_jax import errors, influence_config, trees
 from diq_jax.data import batches
-from diq_jax.influence import tuned
+from diq_jax.influence import tuned, warmup
 from diq_jax.models import loss
 from diq_jax.run import parts
 
@@ -49,7 +49,7 @@ def test_mixed_weights_are_a_share_of_the_update():
     """Merged into the weights, half the adapter's scale is half the update of every matrix."""
     model = MODEL()
     trainer = tuned._Trainer(model, settings(), tiny.placement())
-    _, space = trainer.train("x", TARGETS, 1.0, {})
+    _, space = trainer.train("x", TARGETS, 1.0, warmup.EpochMemory())
     batch = batches.make_batch(POOL, 9, 20, 20)
 
     def updates(share):
@@ -96,7 +96,7 @@ def test_short_rows_are_filled_by_their_mean_by_hand():
 
 def test_a_resumed_pass_gives_the_same(tmp_path):
     asked = settings(color=True, epochs=1)
-    epochs = {}
+    epochs = warmup.EpochMemory()
     whole = run(asked, keep=lambda name: parts.Parts(tmp_path / name), epochs=lambda name: epochs)
     assert {path.name for path in tmp_path.iterdir()} == {"color-before", "color-after"}
     next((tmp_path / "color-after").glob("part-*")).unlink()
@@ -106,5 +106,5 @@ def test_a_resumed_pass_gives_the_same(tmp_path):
 
 
 def test_a_ruined_training_names_its_field():
-    with pytest.raises(errors.UserError, match=r"try a lower influence\.tuned\.learning_rate"):
+    with pytest.raises(errors.UserError, match=r"Try a lower influence\.tuned\.learning_rate"):
         run(settings(color=True, learning_rate=1e38, epochs=3))
