@@ -57,7 +57,9 @@ BASE_RATE = flags.DEFINE_float("base_learning_rate", 3e-3, "AdamW's peak for the
 BUDGETS = flags.DEFINE_list("budgets", ["0.01", "0.05", "0.1"], "Shares of the candidates.")
 SEEDS = flags.DEFINE_integer("seeds", 20, "Trainings of each arm and budget.", lower_bound=2)
 AT_ONCE = flags.DEFINE_integer("at_once", 10, "Trainings of one program.", lower_bound=1)
-ARMS = flags.DEFINE_list("arms", [], "Only these, beside random; empty = all.")
+ARMS = flags.DEFINE_list(
+    "arms", [], 'Only these, beside random and the targets; "influence, adam" in double quotes.'
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Score again; trainings of the same rows stay.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Make the base, predict the FLOPs, and stop.")
 

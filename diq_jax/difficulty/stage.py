@@ -156,9 +156,10 @@ def train(context: stages.Context) -> dict[str, Any]:
     measured = _measure(task, probabilities, questions, settings)
     rows = len(questions)
     everything, state = np.ones(rows, bool), partial / f"{folds.STATE}-{settings.folds}"
-    model, _ = folds.fit(settings.folds, everything, task, pretrained, pooled, state)
+    model, new = folds.fit(settings.folds, everything, task, pretrained, pooled, state)
     tokens = settings.epochs * sum(len(task.texts[text]) for text in task.labelled)
-    counts = {**counts, "tokens": counts["tokens"] + tokens}
+    resumed = {"resumed_tokens": counts["resumed_tokens"] + tokens - new}
+    counts = {**counts, "tokens": counts["tokens"] + tokens, **resumed}
     temperatures = {
         p: found["calibration"]["temperature"] for p, found in measured["perspectives"].items()
     }

@@ -218,6 +218,21 @@ def test_sigterm_at_every_step_costs_no_step(run, sigterm):
     assert second["tokens"] == found["tokens"] > second["resumed_tokens"] > 0
 
 
+def test_a_final_model_counts_what_was_resumed(tmp_path, encoder_folder, sigterm):
+    """The last step of the final model is all that the call after SIGTERM does."""
+    context = make(tmp_path / "cut", encoder_folder, labelled(), extra())
+    state = context.path(f"classifier/partial/state-{context.config.difficulty.folds}")
+    for _ in range(20):
+        if list(state.glob("2*")):
+            break
+        with sigterm():
+            stage.train(context)
+    whole = stage.train(make(tmp_path / "whole", encoder_folder, labelled(), extra()))
+    found = stage.train(context)
+    assert whole["resumed_tokens"] == 0 and found["tokens"] == whole["tokens"]
+    assert 0.8 * found["tokens"] < found["resumed_tokens"] < found["tokens"]
+
+
 def test_pretokenised_rows_are_read_by_their_prompt(run):
     rows = labelled()
     # "why how", then a scored answer: the question decoded is that of the plain row.
