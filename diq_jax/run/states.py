@@ -6,8 +6,9 @@
 The steps go on while a state is written.
 """
 
+import copy
 import pathlib
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from diq_jax.run import artifacts, processes, reading
 
 KEPT = 2
 CHECKSUMS = "checksums.json"
+RECORDS = "records/metadata"  # where orbax puts them
 
 
 class States:
@@ -49,7 +51,7 @@ class States:
         each in part.
         """
         self.finish()
-        steps = cast(Any, records)  # declared as a mapping, but any JSON value does
+        steps: Any = copy.deepcopy(records)  # orbax writes them while the caller adds to them
         items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(steps)}
         self._manager.save(len(records), args=ocp.args.Composite(**items))
         self._writing = self._folder / str(len(records))
@@ -127,7 +129,10 @@ def _problem(folder) -> str:
     found = _checksums(folder)
     if not isinstance(expected, dict) or found.keys() != expected.keys():
         return "files are missing or too many"
-    return next((f"{f} is not as it was written" for f in found if found[f] != expected[f]), "")
+    if changed := [file for file in found if found[file] != expected[file]]:
+        return f"{changed[0]} is not as it was written"
+    steps = len(reading.read_json(folder / RECORDS))
+    return "" if steps == int(folder.name) else f"it has {steps} records"
 
 
 def _checksums(folder) -> dict[str, str]:

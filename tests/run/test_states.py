@@ -1,5 +1,6 @@
 """A damaged or unfinished train state costs the steps since the one before it, and is said."""
 
+import json
 import logging
 import pathlib
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from diq_jax import errors
 from diq_jax.models import loop
-from diq_jax.run import states
+from diq_jax.run import artifacts, states
 
 
 @flax.struct.dataclass
@@ -135,3 +136,25 @@ def test_a_target_loss_that_is_not_finite_is_named(tmp_path):
 def test_without_a_folder_nothing_is_kept_and_the_last_update_is_checked():
     with pytest.raises(errors.UserError, match=r"not finite after step 2 \(a\)"):
         train(None)
+
+
+def test_a_state_holds_the_records_of_its_steps_though_more_come_while_it_is_written(tmp_path):
+    for attempt in range(20):
+        folder, records = tmp_path / str(attempt), [{"loss": 1.0}]
+        with states.States(folder, "test") as kept:
+            kept.save({"x": jnp.zeros(3)}, records)
+            records[0]["loss"] = 5.0
+            records.append({"loss": 2.0})
+        with states.States(folder, "test") as kept:
+            assert kept.restore({"x": jnp.zeros(3)})[1] == [{"loss": 1.0}]
+
+
+def test_a_state_with_the_records_of_other_steps_is_left_out(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "2/records/metadata").write_text('[{"loss": 0.0}]')
+    sums = json.loads((tmp_path / "2/checksums.json").read_text())
+    sums["records/metadata"] = artifacts.sha256(tmp_path / "2/records/metadata")
+    (tmp_path / "2/checksums.json").write_text(json.dumps(sums))
+    with caplog.at_level(logging.WARNING, "absl"):
+        assert restored(tmp_path)[:2] == (1, 1.0)
+    assert "2: it has 1 records" in caplog.text
