@@ -181,7 +181,7 @@ def run(
     """Runs the named stages in `workdir`, one run at a time.
 
     With parallel.distributed every process calls this after processes.join(); the workdir is on a
-    file system that all see.
+    file system that all see, or a copy that `mirror` keeps.
 
     Args:
         verify: whether artifacts are held against the records of the stages that made them.

@@ -60,24 +60,20 @@ def main() -> None:
     from diq_jax.run import processes
 
     names = pipeline.parse_stages(STAGES.value)
-    with _workdir(WORKDIR.value or "", cfg.parallel.distributed) as workdir:
+    opened = _workdir(WORKDIR.value or "")
+    if cfg.parallel.distributed and not DRY_RUN.value:
+        processes.join()
+    with opened as workdir:
         if DRY_RUN.value:
             print(preflight.dry_run(cfg, workdir, names))
             return
-        if cfg.parallel.distributed:
-            processes.join()
         pipeline.run(cfg, workdir, names, OVERWRITE.value, cli.verify(VERIFY), TRACK.value)
 
 
-def _workdir(url: str, distributed: bool) -> contextlib.AbstractContextManager[pathlib.Path]:
+def _workdir(url: str) -> contextlib.AbstractContextManager[pathlib.Path]:
     """Opens the folder that --workdir names, a copy where it names a URL."""
     if not errors.is_url(url):
         return contextlib.nullcontext(cli.folder(WORKDIR))
-    if distributed:
-        raise errors.UserError(
-            f"--workdir: {url} cannot go with parallel.distributed=True, whose hosts "
-            "need a folder that all of them see, such as a mounted bucket (gcsfuse)."
-        )
     from diq_jax.run import mirror
 
     return mirror.opened(url, writes=not DRY_RUN.value)

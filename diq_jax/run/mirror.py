@@ -4,6 +4,9 @@ The URL is the truth. At first the copy is made equal to it. Then each file goes
 is whole here, and is deleted there once it is deleted here, in this order (artifacts.watched): what
 is there is at any time what some moment of the run has left, from which any machine continues. An
 object store needs neither rename nor append for that, but an object must appear as a whole.
+
+Of several processes the first one sends. Each of the others has a copy of its own, which it makes
+equal to the URL wherever it waits for the first one (processes.wait).
 """
 
 import concurrent.futures
@@ -23,9 +26,10 @@ from typing import Any
 import fsspec
 
 from diq_jax import errors
-from diq_jax.run import artifacts, compiled, progress, reading, records, remote
+from diq_jax.run import artifacts, compiled, processes, progress, reading, records, remote
 
 FIELD, LOCK, INDEX = "--workdir", ".writer", "index.json"
+FETCHED = ".fetched"  # what a file is called until all of it is here
 LOGS = (progress.LOG, progress.EVENTS, "tensorboard")  # what grows while a run goes on
 BEAT, SETTLED = 20.0, 1.0  # seconds between two signs of life, and until one is seen by others
 DEAD = 120.0  # seconds without a sign of life after which another run takes over
@@ -39,23 +43,36 @@ def opened(url: str, writes: bool = True) -> Iterator[pathlib.Path]:
     """Yields the copy of a workdir, in the user's cache, as the URL is now.
 
     Args:
-        writes: whether what changes inside goes to the URL, which nobody else may write then.
+        writes: whether what changes inside goes to the URL, which nobody else may write then. Every
+            process that has joined must call it so.
 
     Raises:
         UserError: the URL cannot be reached, holds no run, or another run is at work there.
     """
     url = url.strip().rstrip("/")
-    home = compiled.cache() / "workdirs" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not processes.is_first():
+        name = f"{name}-{processes.index()}"  # they may share a disk
+    home = compiled.cache() / "workdirs" / name
     with remote.reached(url, FIELD):
         system, place = fsspec.core.url_to_fs(url)
     home.mkdir(parents=True, exist_ok=True)
     with _held(home / "lock", url):
         mirror = _Mirror(url, system, place.rstrip("/"), home)
         mirror.check()
-        with mirror.holding() if writes else contextlib.nullcontext():
-            mirror.fetch()
-            with artifacts.watched(mirror.send) if writes else contextlib.nullcontext():
-                yield mirror.folder
+        with contextlib.ExitStack() as stack:
+            if writes and processes.is_first():
+                stack.enter_context(mirror.holding())
+                mirror.fetch()
+                stack.enter_context(artifacts.watched(mirror.send))
+                stack.enter_context(processes.following(lambda: None))
+            elif writes:
+                stack.enter_context(processes.following(mirror.follow))
+            else:
+                mirror.fetch()
+            if writes:
+                processes.wait("the workdir is open")
+            yield mirror.folder
 
 
 @contextlib.contextmanager
@@ -119,24 +136,46 @@ class _Mirror:
 
     def fetch(self) -> None:
         """Makes the copy equal to the URL."""
-        there = {name: info for name, info in self._there().items() if name != LOCK}
-        for name in self._here(self.folder) - there.keys():
-            artifacts.remove(self.folder / name)
-        new = [n for n in there if self._known.get(n) != [_version(there[n]), *self._state(n)]]
+        there, new = self._new()
         size = sum(there[name]["size"] for name in new)
         progress.say(
             f"{self._url} is worked on in {self.folder}: {len(there):,} files, {len(new):,} of "
             f"them ({size / 2**20:,.1f} MiB) are fetched"
         )
+        self._each(lambda name: self._get(name, there[name]), new)
+        self._keep()
+
+    def follow(self) -> None:
+        """Makes the copy equal to the URL, where the first process may be writing.
+
+        What changes meanwhile is had as it was before, or after, or as the next call finds it.
+        """
+        there, new = self._new()
 
         def get(name: str) -> None:
-            with artifacts.atomic(self.folder / name) as temporary:
-                self._system.get_file(self._at(name), str(temporary))
-            self._note(name, there[name])
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                self._get(name, there[name], settled=False)
 
-        self._each(get, new)
-        self._known = {name: self._known[name] for name in there}
-        self._keep()
+        self._each(get, [name for name in new if name.split("/")[0] not in LOGS])
+
+    def _new(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Removes what the URL lacks; returns what is there, and the names that are to be had."""
+        there = {name: info for name, info in self._there().items() if name != LOCK}
+        for name in self._here(self.folder) - there.keys():
+            (self.folder / name).unlink()
+        self._known = {name: kept for name, kept in self._known.items() if name in there}
+        state = {name: [_version(info), *self._state(name)] for name, info in there.items()}
+        return there, [name for name in there if self._known.get(name) != state[name]]
+
+    def _get(self, name: str, info: dict[str, Any], settled: bool = True) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}{FETCHED}")
+        self._system.get_file(self._at(name), str(temporary))
+        artifacts.sync(temporary)
+        os.replace(temporary, path)
+        if settled or path.stat().st_size == info["size"]:
+            self._note(name, info)
 
     def send(self, path: pathlib.Path) -> None:
         """Makes the URL equal to the copy, where `path`, a file or a folder, has changed."""

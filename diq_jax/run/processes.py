@@ -25,6 +25,7 @@ LONGEST_WAIT_MS = 30 * 24 * 3600 * 1000  # a stage of the first process may take
 
 STOPPED = "diq_jax/stopped"
 _index, _joined, _alone = 0, False, False
+_follow: Callable[[], None] | None = None
 _questions = itertools.count()
 _trainings = itertools.count()
 _stopping, _asked, _saved = threading.Lock(), threading.Event(), threading.Event()
@@ -67,6 +68,11 @@ def joined() -> bool:
     return _joined
 
 
+def index() -> int:
+    """Returns the number of this process, from 0."""
+    return _index
+
+
 def is_first() -> bool:
     """Tells whether this process writes files and prints."""
     return _index == 0
@@ -75,13 +81,19 @@ def is_first() -> bool:
 def wait(what: str) -> None:
     """Waits until every process is here; what the first one wrote before is then there for all."""
     if _joined and not _alone:
-        from orbax.checkpoint import multihost
+        _meet(what)
+        if _follow:
+            _follow()
 
-        multihost.get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_WAIT_MS)
+
+def _meet(what) -> None:
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=LONGEST_WAIT_MS)
 
 
 def agreed(find: Callable[[], Any]) -> Any:
-    """Returns to every process what `find` gives in the first one: a JSON value."""
+    """Waits, and returns to every process what `find` gives in the first one: a JSON value."""
     if not _joined or _alone:
         return find()
     from orbax.checkpoint import multihost
@@ -89,7 +101,26 @@ def agreed(find: Callable[[], Any]) -> Any:
     client, key = multihost.get_jax_distributed_client(), f"diq_jax/agreed/{next(_questions)}"
     if is_first():
         client.key_value_set(key, json.dumps(find()))
-    return json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_MS))
+    found = json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_MS))
+    if _follow:
+        _follow()
+    return found
+
+
+@contextlib.contextmanager
+def following(follow: Callable[[], None]) -> Iterator[None]:
+    """Marks that no process sees the files of another, unless `follow` has fetched them."""
+    global _follow
+    _follow = follow
+    try:
+        yield
+    finally:
+        _follow = None
+
+
+def see_each_other() -> bool:
+    """Tells whether a file of one process is there for all."""
+    return not (_joined and _follow)
 
 
 @contextlib.contextmanager
@@ -167,7 +198,8 @@ def saving() -> Iterator[Callable[[int], bool]]:
 
 def stop() -> NoReturn:
     """Ends this process, which SIGTERM has asked to, once all are here."""
-    wait("stopped")
+    if _joined:
+        _meet("stopped")
     _saved.set()
     while True:
         time.sleep(1)

@@ -3,7 +3,8 @@
     finetune/state/selected/120/{state, records}/..     by orbax
     finetune/state/selected/120/checksums.json          written last: a state without it is no state
 
-The steps go on while a state is written.
+The steps go on while a state is written. Where processes do not see each other's files, the first
+one gathers the whole state, keeps it and gives it back to all.
 """
 
 import copy
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from diq_jax import errors
-from diq_jax.run import artifacts, processes, reading
+from diq_jax.run import artifacts, processes, reading, sharding
 
 KEPT = 2
 CHECKSUMS = "checksums.json"
@@ -38,10 +40,15 @@ class States:
         self._folder = folder
         artifacts.make_folder(folder)
         self._last = processes.agreed(lambda: _newest(folder, name))
+        self._gathers = not processes.see_each_other()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, enable_async_checkpointing=True, create=False
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        if self._gathers:
+            options.multiprocessing_options.active_processes = {0}
+        self._manager: Any = None  # where this process keeps nothing
+        if processes.is_first() or not self._gathers:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._writing: pathlib.Path | None = None
 
     def save(self, state: Any, records: list[dict[str, float]]) -> None:
@@ -51,6 +58,10 @@ class States:
         each in part.
         """
         self.finish()
+        if self._gathers:
+            state = jax.tree.map(_gathered, state)
+        if self._manager is None:
+            return
         steps: Any = copy.deepcopy(records)  # orbax writes them while the caller adds to them
         items = {"state": ocp.args.StandardSave(state), "records": ocp.args.JsonSave(steps)}
         self._manager.save(len(records), args=ocp.args.Composite(**items))
@@ -75,17 +86,39 @@ class States:
         """
         if self._last is None:
             return state, []
-        template = jax.tree.map(_as_it_lies, state)
+        if not self._gathers:
+            found = self._read(jax.tree.map(_as_it_lies, state))
+            return jax.tree.map(jnp.asarray, found["state"]), found["records"]
+        whole = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+        found = self._read(whole) if self._manager else {"state": whole}
+        records = processes.agreed(lambda: found["records"])
+        return jax.tree.map(_given, state, found["state"]), records
+
+    def _read(self, template) -> Any:
         items = {"state": ocp.args.StandardRestore(template), "records": ocp.args.JsonRestore()}
-        found = self._manager.restore(self._last, args=ocp.args.Composite(**items))
-        return jax.tree.map(jnp.asarray, found["state"]), found["records"]
+        return self._manager.restore(self._last, args=ocp.args.Composite(**items))
 
     def __enter__(self) -> "States":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.finish()
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
+
+
+def _gathered(leaf) -> np.ndarray | None:
+    """Fetches a leaf from all processes, for the first of them."""
+    whole = sharding.whole(leaf)
+    return whole if processes.is_first() else None
+
+
+def _given(leaf, kept) -> jax.Array:
+    """Gives a leaf of the first process to all, each the part that it has of `leaf`."""
+    whole = multihost_utils.broadcast_one_to_all(kept)
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return sharding.put(whole, leaf.sharding)
+    return jnp.asarray(whole)
 
 
 def _as_it_lies(leaf):

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import time
 
 import buckets
@@ -14,7 +15,7 @@ import pytest
 import scripts
 
 from diq_jax import errors
-from diq_jax.run import artifacts, mirror
+from diq_jax.run import artifacts, mirror, reading
 
 FILE = pathlib.Path(buckets.__file__)
 OTHER = '{"run": "a", "host": "h", "process": 1, "beat": 0}'
@@ -227,10 +228,43 @@ def test_lost_machines_leave_what_another_one_continues_to_the_same_bytes(made, 
     assert "influence.parquet" in err and "is not" in err
 
 
-def test_several_hosts_need_a_folder(made, store, tmp_path):
-    running = start(made, tmp_path / "here", "--config.parallel.distributed=True")
-    _, err = finish(running, code=2)
-    assert "cannot go with parallel.distributed=True" in err and len(err.splitlines()) == 1
+# Two hosts, the parameters and their training in parts on both.
+PARTS = ("--config.parallel.distributed=True", "--config.parallel.fsdp=on",
+         "--config.finetune.parameters=all")  # fmt: skip
+
+
+def start_hosts(made, machines, workdir):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        start(made, machine, *PARTS, workdir=workdir, **env, JAX_PROCESS_ID=str(index))
+        for index, machine in enumerate(machines)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_hosts_that_see_no_file_of_each_other_are_as_those_that_do(lost, made, store, tmp_path):
+    machines = tmp_path / "a", tmp_path / "b"
+    for running in start_hosts(made, machines, tmp_path / "whole"):
+        finish(running)
+    hosts = start_hosts(made, machines, "bucket://b/run")
+    while not list(store.glob(UNDER_WAY[1])):
+        assert hosts[0].poll() is None, hosts[0].communicate()[1][-2000:]
+        time.sleep(0.005)
+    hosts[lost].send_signal(signal.SIGKILL)
+    for running in hosts:
+        assert running.wait(timeout=60)  # the other ends too
+    shutil.rmtree(machines[lost])
+    for running in start_hosts(made, machines, "bucket://b/run"):
+        finish(running)
+    record = reading.read_json(store / "finetune/stage.json")
+    assert 0 < record["resumed_tokens"] < record["tokens"]
+    expected, found = crashing.contents(tmp_path / "whole"), crashing.contents(store)
+    expected.pop(".lock")
+    assert {n: x for n, x in found.items() if not n.startswith("error-")} == expected
 
 
 def test_a_dry_run_writes_nothing_there(made, store, tmp_path):
