@@ -71,7 +71,7 @@ def attend(
     """
     (B, T, H, C), K = q.shape, k.shape[2]
     # Heads before tokens, a kv head's queries as one matrix: 2 to 3 times as fast on a CPU.
-    q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q = (q * C**-0.5).transpose(0, 2, 1, 3).reshape(B, K, H // K, T, C)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(q, k, v, queries, keys, start):
@@ -101,7 +101,7 @@ def attend(
         return step(*parts)
 
     out = jnp.concatenate([strip(*ends) for ends in _strips(T)], axis=3)  # (B, K, G, T, C)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * C)
+    return out.reshape(B, H, T, C).transpose(0, 2, 1, 3).reshape(B, T, H * C)
 
 
 def _strips(T):
