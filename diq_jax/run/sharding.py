@@ -76,10 +76,12 @@ def assembled(
 
 
 def put(array: ArrayLike, where: Sharding) -> jax.Array:
-    """Places an array, the same in every process, by a sharding."""
+    """Places an array, the same in every process, by a sharding; one that lies so stays itself."""
     if where.is_fully_addressable:
         return jax.device_put(array, where)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if array.sharding.is_equivalent_to(where, array.ndim):
+            return array
         return mover(where)(array)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])

@@ -1,8 +1,11 @@
-"""A mesh on every TPU slice, from what libtpu says of its chips; nothing is compiled."""
+"""A mesh on every TPU slice, from what libtpu says of its chips; moves between processes."""
 
 import dataclasses
 import itertools
+import os
+import socket
 
+import forks
 import pytest
 
 from diq_jax.run import sharding
@@ -45,3 +48,28 @@ def test_every_slice_holds_a_mesh_of_every_model_axis(kind):
             grid = sharding.device_grid(found, len(found) // model, model)
             assert grid.shape == (len(found) // model, model), (shape, model)
             assert {chip.id for chip in grid.flat} == set(range(len(found)))
+
+
+MOVES = """
+import jax, numpy as np
+from diq_jax.run import processes, sharding
+processes.join()
+mesh = sharding.make_mesh(jax.devices(), 2, 1)
+rows, whole = (jax.sharding.NamedSharding(mesh, jax.P(axis)) for axis in ("data", None))
+values = np.arange(6.0).reshape(2, 3)
+split = sharding.put(values, rows)
+assert sharding.put(split, rows) is split
+for moved in (sharding.put(split, whole), sharding.put(sharding.put(split, whole), rows)):
+    assert (sharding.whole(moved) == values).all()
+print("equal")
+"""
+
+
+def test_between_processes_an_array_moves_only_where_it_has_to():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    both = [forks.Running(["-c", MOVES], env | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    for out, err in [running.communicate(timeout=100) for running in both]:
+        assert out.splitlines()[-1:] == ["equal"], err[-2000:]
