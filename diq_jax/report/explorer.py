@@ -1,6 +1,6 @@
 """The explorer: all rows of a run for explorer/*.js, as compressed blobs inside or beside the page.
 
-The page unpacks the columns at once and the texts of CHUNK_ROWS rows when one of them is read.
+The page unpacks the columns at once and the texts of a chunk of rows when one of them is read.
 """
 
 import base64
@@ -18,7 +18,8 @@ import numpy as np
 
 from diq_jax.report import detail, figures, tables
 
-CHUNK_ROWS = 128
+CHUNK_CHARACTERS = 2**20  # of texts: larger chunks are searched sooner, smaller ones read sooner
+HEAT = 6  # characters of a chunk for each of a text with the heat of its tokens
 INLINE_BYTES = 48 * 2**20  # of the page; more rows than that lie beside it, for a server
 START = 110  # characters of a question in the table
 MOST_LABELS = 2**16 - 1  # of a group
@@ -85,14 +86,17 @@ def make(
     starts = [" ".join(text[: 2 * START].split())[:START] for text in examples["question"]]
     head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
     blobs = {k: _gzip(v) for k, v in head.items()}
-    spans = _spans(n)
+    characters = sum(len(text) for name in TEXTS for text in examples[name])
+    stored = characters * (1 if details.heat is None else HEAT)
+    chunk_rows = max(1, CHUNK_CHARACTERS * n // max(stored, CHUNK_CHARACTERS))
+    spans = [(first, min(first + chunk_rows, n)) for first in range(0, n, chunk_rows)]
     served, texts, rest = _inside(_packed(examples, rows, details, spans))
     blobs |= {} if served else texts
     index = {
         "rows": n,
-        "chunk_rows": CHUNK_ROWS,
+        "chunk_rows": chunk_rows,
         "chunks": len(spans),
-        "characters": sum(len(text) for name in TEXTS for text in examples[name]),
+        "characters": characters,
         "numbers": [_described(name, titles) for name in numbers],
         "groups": [{"name": name, "labels": found} for name, found in labels.items()],
         "fences": {k: _fence(v) for k, v in numbers.items() if k.startswith("influence")},
@@ -141,10 +145,6 @@ def _described(name: str, titles: Mapping[str, str]) -> dict[str, Any]:
     """Returns what the page knows of a column of numbers."""
     hidden = name in HIDDEN or name.startswith("rank by ")
     return {"name": name, "title": titles.get(name, name), "fact": not hidden, "hidden": hidden}
-
-
-def _spans(n):
-    return [(first, min(first + CHUNK_ROWS, n)) for first in range(0, n, CHUNK_ROWS)]
 
 
 def _numbers(examples, details) -> dict[str, np.ndarray]:
