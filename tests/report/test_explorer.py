@@ -29,13 +29,15 @@ def browser():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The report of a run over the sample, with the ranks of three methods."""
+    """The report of a run over the sample, with the ranks of two methods, in several chunks."""
     context = fabricate(tmp_path_factory.mktemp("run"), quoted_rows())
     table = context.table("selection/selection.parquet")
     rank, n = table["rank"].to_numpy(), len(table)
     columns = {"example_id": table["example_id"], "diq": rank, "random": n + 1 - rank}
     artifacts.write_table(context.path("selection/baselines.parquet"), columns)
-    stage.run(context)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(explorer, "CHUNK_CHARACTERS", 20_000)
+        stage.run(context)
     return context
 
 
@@ -203,6 +205,28 @@ def test_the_lasso_filters(page):
     assert len(saved(page, "#export-filtered")) == inside
     page.click("#unlasso")
     assert shown(page)[0] == 160
+
+
+def test_keys_move_a_threshold_and_filter_by_the_view(page, run):
+    grip = page.locator("#cut-difficulty")
+    was = float(grip.get_attribute("aria-valuenow"))
+    grip.press("ArrowRight")
+    until(page, "document.getElementById('state').textContent.includes('Thresholds')")
+    low, high, now = (float(grip.get_attribute(f"aria-value{k}")) for k in ("min", "max", "now"))
+    assert now == pytest.approx(was + (high - low) / 100)
+    difficulty = run.table("selection/selection.parquet")["difficulty"].to_numpy()
+    influence = run.table("influence/influence.parquet")["influence"].to_numpy()
+    cut = float(page.locator("#cut-influence").get_attribute("aria-valuenow"))
+    first = np.sum((difficulty >= np.float32(now)) & (influence >= np.float32(cut)))
+    assert grip.get_attribute("aria-valuetext").endswith(f"{first} rows in Q1")
+    for key in ("+", "+", "ArrowRight", "Enter"):
+        page.locator("#marks").press(key)
+    page.wait_for_selector("#unlasso:not([hidden])")
+    assert 0 < shown(page)[0] < 160
+    page.locator("#marks").press("?")
+    assert page.is_visible("#keys") and "without a pointer" in page.inner_text("#keys")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#keys")
 
 
 def test_the_scatter_and_the_methods_are_saved(page):

@@ -107,15 +107,16 @@ function controls() {
     const line = event.target.closest("[data-row]");
     if (line) open(Number(line.dataset.row));
   };
+  byId("help").onclick = () => byId("keys").showModal();
   byId("methods-fold")?.addEventListener("toggle", compareMethods);
   document.addEventListener("keydown", event => {
-    if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) {
+    if (event.target.matches("input, select, textarea, dialog *") || event.ctrlKey || event.metaKey || event.altKey) {
       if (event.key === "Escape") event.target.blur();
       return;
     }
     const keys = {
       j: () => step(1), k: () => step(-1), "/": () => byId("search").focus(), Escape: closeReader,
-      l: () => byId("lasso").click(), c: () => [...panel.querySelectorAll("button")].find(b => b.textContent === "Copy")?.click(),
+      l: () => byId("lasso").click(), "?": () => byId("keys").showModal(), c: () => [...panel.querySelectorAll("button")].find(b => b.textContent === "Copy")?.click(),
     };
     if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
   });

@@ -103,7 +103,7 @@ function heat(row) {
   const list = element("ol");
   for (const { said, sum } of sums) {
     const line = element("li");
-    line.append(element("b", "", digits(sum)), ` ${said.trim().slice(0, 200) || "⏎"}`);
+    line.append(element("b", "", digits(sum)), ` ${said.trim().slice(0, 200) || "line break"}`);
     list.append(line);
   }
   return [element("h4", "", "Reasoning and answer, by influence of each token"),
