@@ -83,7 +83,7 @@ def make(
         [np.asarray(v, "<f4").tobytes() for v in numbers.values()]
         + [np.asarray(v, "<u2").tobytes() for v in codes.values()]
     )
-    starts = [" ".join(text[: 2 * START].split())[:START] for text in examples["question"]]
+    starts = [tables.cut(text, START) for text in examples["question"]]
     head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
     blobs = {k: _gzip(v) for k, v in head.items()}
     characters = sum(len(text) for name in TEXTS for text in examples[name])
@@ -167,7 +167,7 @@ def _codes(groups):
         if 2 <= len(found) <= MOST_LABELS:
             place = {label: k for k, label in enumerate(found)}
             codes[name] = [place[v] for v in values]
-            labels[name] = [_cut(label, 80) for label in found]
+            labels[name] = [v if len(v) <= 80 else tables.cut(v, 80) for v in found]
     return codes, labels
 
 
@@ -200,10 +200,6 @@ def _fence(influence):
     low, high = figures.fences(influence)
     pad = 0.08 * (high - low) or 0.5
     return [low - pad, high + pad]
-
-
-def _cut(text, room):
-    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def _digits(value):

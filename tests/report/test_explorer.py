@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from report.test_report import fabricate, sample_rows
+from report.test_report import HOSTILE, fabricate, sample_rows
 
 from diq_jax.report import compare, explorer, server, stage
 from diq_jax.run import artifacts
@@ -254,6 +254,28 @@ def test_nothing_is_wider_than_the_window(browser, run, width):
     size = {"width": width, "height": 800}
     for page in opened(browser, run.path("report/report.html").as_uri(), viewport=size):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_hostile_rows_are_text(browser, tmp_path):
+    attack = HOSTILE + "<img src=x onerror=alert(1)>"
+    rows = [row | dict.fromkeys(("question", "answer", "source"), attack) for row in sample_rows()]
+    context = fabricate(tmp_path, [*rows[:2], *sample_rows()[2:30]])
+    table = context.table("influence/influence.parquet").to_pydict()
+    table["influence_by_target"] = [[-1.0]] * 30
+    artifacts.write_table(context.path("influence/influence.parquet"), table)
+    target = {"example_id": ["t"], "task": ["test"], "question": [attack]}
+    artifacts.write_table(context.path("prepare/targets.parquet"), target)
+    stage.run(context)
+    for page in opened(browser, context.path("report/report.html").as_uri()):
+        page.on("dialog", lambda _: pytest.fail("a script of the data ran"))
+        page.fill("#search", "onerror")
+        counts(page, 2)
+        page.click(".line[aria-rowindex='2'] .start")
+        page.wait_for_selector("#reader:not([hidden])")
+        assert page.text_content("#reader .text") == attack
+        read = page.text_content("#reader")
+        assert "Targets that it helps most: none" in read and "onerror" in read.split("hurts")[1]
+        assert page.locator("#explorer :is(img, script, b:text-is('bold'))").count() == 0
 
 
 def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
