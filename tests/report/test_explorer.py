@@ -247,6 +247,9 @@ def test_the_scatter_and_the_methods_are_saved(page):
     assert len(shown) == 16 and "rank by random" in "".join(svg.itertext())
     assert fetched("#png").startswith(b"\x89PNG")
     assert fetched("#methods button:text('CSV') >> nth=0").decode().count("\n") == 4
+    drawn = ElementTree.fromstring(fetched("#methods button:text('SVG') >> nth=1"))
+    assert {"diq", "random", "Rows"} <= {mark.text for mark in drawn.iter()}
+    assert fetched("#methods button:text('PNG') >> nth=1").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("width", [360, 1400])
