@@ -97,6 +97,7 @@ def make(
         "chunk_rows": chunk_rows,
         "chunks": len(spans),
         "characters": characters,
+        "served": served,
         "numbers": [_described(name, titles) for name in numbers],
         "groups": [{"name": name, "labels": found} for name, found in labels.items()],
         "fences": {k: _fence(v) for k, v in numbers.items() if k.startswith("influence")},

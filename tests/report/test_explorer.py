@@ -283,6 +283,7 @@ def test_hostile_rows_are_text(browser, tmp_path):
 
 def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
     monkeypatch.setattr(explorer, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(explorer, "CHUNK_CHARACTERS", 20_000)
     shutil.copytree(run.workdir, tmp_path / "run")
     import dataclasses
 
@@ -293,6 +294,9 @@ def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
             page.click(".line[aria-rowindex='2'] .start")
             page.wait_for_selector("#reader h4")
             assert "Answer" in page.inner_text("#reader")
+            page.route("**/rows/*", lambda route: route.fulfill(body="cut off"))
+            page.evaluate("location.hash = '#row=s159'")
+            until(page, "document.getElementById('reader').textContent.includes('still run')")
         serving.shutdown()
 
 

@@ -45,11 +45,12 @@ async function load() {
 }
 
 async function chunk(number) {
-  if (!recent.has(number)) recent.set(number, (await unpack(String(number))).json());
-  const found = await recent.get(number);
+  if (!recent.has(number)) recent.set(number, unpack(String(number)).then(response => response.json()));
+  const found = await recent.get(number).catch(error => { recent.delete(number); throw error; });
   while (recent.size > KEPT_CHUNKS) recent.delete(recent.keys().next().value);
   return found;
 }
+const unread = error => `The rows could not be read: ${error.message}` + (index.served ? ". Does the server still run?" : "");
 const record = async i => (await chunk(Math.floor(i / index.chunk_rows)))[i % index.chunk_rows];
 
 // Text of each chunk in lower case: as the JSON that was unpacked, and from its first match on by row.

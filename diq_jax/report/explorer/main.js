@@ -101,7 +101,7 @@ function controls() {
     filtered.matches = mask;
     byId("progress").textContent = share < 1 ? `searched ${Math.round(100 * share)} %` : "";
     filterChanged();
-  });
+  }).catch(error => { byId("progress").textContent = unread(error); });
   holder.onscroll = () => soon(lines);
   body.onclick = event => {
     const line = event.target.closest("[data-row]");
@@ -147,5 +147,5 @@ load().then(() => {
 }).catch(error => {
   byId("state").textContent = location.protocol === "file:" && !byId("blob-0")
     ? "This report's rows are files beside it, which a browser reads only from a server: run `diq view` on the run's folder."
-    : `The rows could not be read: ${error.message}`;
+    : unread(error);
 });

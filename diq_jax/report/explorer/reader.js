@@ -20,7 +20,14 @@ async function open(i, { scroll = false } = {}) {
   drawMarks();
   lines();
   history.replaceState(null, "", `#row=${encodeURIComponent(rows.ids[i])}`);
-  const row = await record(i);
+  let row;
+  try {
+    row = await record(i);
+  } catch (error) {
+    panel.replaceChildren(element("p", "", unread(error)));
+    panel.hidden = false;
+    return;
+  }
   if (reader.row !== i) return;
   const parts = [top(i, row), facts(i), decision(i)];
   if (row.question) parts.push(...text("Question", row.question));
@@ -34,6 +41,8 @@ async function open(i, { scroll = false } = {}) {
   panel.replaceChildren(...parts);
   panel.hidden = false;
   reveal(i);
+  const next = filtered.rows[filtered.place.get(i) + 1];
+  if (next !== undefined) record(next).catch(() => {}); // unpacked before it is asked for
   panel.scrollTop = 0;
   if (scroll) panel.scrollIntoView({ block: "nearest" });
 }
