@@ -7,12 +7,14 @@ import shutil
 import threading
 from xml.etree import ElementTree
 
+import folders
 import numpy as np
 import pytest
 from report.test_report import HOSTILE, fabricate, sample_rows
 
+from diq_jax import config, pipeline
 from diq_jax.report import compare, explorer, server, stage
-from diq_jax.run import artifacts
+from diq_jax.run import artifacts, reading
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -163,6 +165,43 @@ def test_decisions_by_hand_change_the_selection_and_are_exported(page, run):
     assert "by hand" in page.inner_text("#state")  # kept by the browser
     page.click("#reset")
     assert page.inner_text("#state") == "As the run selected."
+
+
+@pytest.mark.slow
+def test_what_is_decided_in_the_browser_is_trained_on(browser, tmp_path):
+    folders.decoder(tmp_path / "decoder")
+    folders.write(tmp_path / "pool.jsonl", folders.pool_rows(24))
+    folders.write(tmp_path / "targets.jsonl", folders.choice_rows(6, "target"))
+    folders.write(tmp_path / "tests.jsonl", folders.choice_rows(2, "test"))
+    settings = config.default()
+    settings.model.update({"path": str(tmp_path / "decoder"), "max_tokens": 256})
+    settings.data.update({n: str(tmp_path / f"{n}.jsonl") for n in ("pool", "targets", "tests")})
+    settings.difficulty.source = "columns"
+    settings.selection.retention_ratio = 0.25
+    settings.finetune.epochs = 1
+
+    def run(workdir, stages):
+        cfg, folder = config.resolve(settings), tmp_path / workdir
+        pipeline.run(cfg, folder, pipeline.parse_stages(stages), False)
+        return [row["id"] for row in reading.read_jsonl(folder / "selection/selected.jsonl")]
+
+    before = run("first", "prepare,difficulty,influence,selection,report")
+    for page in opened(browser, (tmp_path / "first/report/report.html").as_uri()):
+        page.click(".line[aria-rowindex='2'] .start")
+        page.fill("#reader input", "wrong dose")
+        page.click("text=Never this one")
+        until(page, "document.getElementById('state').textContent.includes('by hand')")
+        for name in ("selection", "edits"):
+            artifacts.write_jsonl(tmp_path / f"{name}.jsonl", saved(page, f"#export-{name}"))
+    wanted = [row["example_id"] for row in reading.read_jsonl(tmp_path / "selection.jsonl")]
+    assert wanted[:5] == before[1:] and before[0] not in wanted
+    settings.selection.edits = str(tmp_path / "edits.jsonl")
+    assert run("edited", "prepare,difficulty,influence,selection") == wanted
+    settings.selection.edits, settings.selection.method = "", f"file:{tmp_path}/selection.jsonl"
+    assert run("filed", "prepare,difficulty,influence,selection,finetune") == wanted
+    arms = reading.read_json(tmp_path / "filed/finetune/stage.json")["arms"]
+    assert arms["selected"]["rows"] == 6
+    assert (tmp_path / "filed/finetune/adapter/adapter_model.safetensors").stat().st_size > 0
 
 
 def test_budget_method_and_thresholds_show_what_would_be_selected(page, run):
