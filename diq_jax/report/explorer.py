@@ -87,14 +87,12 @@ def make(
     head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
     blobs = {k: _gzip(v) for k, v in head.items()}
     characters = sum(len(text) for name in TEXTS for text in examples[name])
-    stored = characters * (1 if details.heat is None else HEAT)
-    chunk_rows = max(1, CHUNK_CHARACTERS * n // max(stored, CHUNK_CHARACTERS))
-    spans = [(first, min(first + chunk_rows, n)) for first in range(0, n, chunk_rows)]
+    spans = _spans(n, characters * (1 if details.heat is None else HEAT))
     served, texts, rest = _inside(_packed(examples, rows, details, spans))
     blobs |= {} if served else texts
     index = {
         "rows": n,
-        "chunk_rows": chunk_rows,
+        "chunk_rows": spans[0][1],
         "chunks": len(spans),
         "characters": characters,
         "served": served,
@@ -140,6 +138,11 @@ def _inside(chunks):
 def _source(*names: str) -> markupsafe.Markup:
     """Joins files of FOLDER."""
     return markupsafe.Markup("\n".join((FOLDER / n).read_text(encoding="utf-8") for n in names))
+
+
+def _spans(n, characters):
+    each = max(1, CHUNK_CHARACTERS * n // max(characters, CHUNK_CHARACTERS))
+    return [(first, min(first + each, n)) for first in range(0, n, each)]
 
 
 def _described(name: str, titles: Mapping[str, str]) -> dict[str, Any]:
