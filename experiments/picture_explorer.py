@@ -63,7 +63,9 @@ def main() -> None:
             opened.evaluate(f"() => {{ {act}; }}")
             opened.wait_for_timeout(500)
             image = PIL.Image.open(io.BytesIO(opened.screenshot()))
-            small = image.convert("RGB").quantize(64, dither=PIL.Image.Dither.NONE)
+            # Few colors, of which the rare ones of a legend are not lost.
+            few = PIL.Image.Quantize.MAXCOVERAGE
+            small = image.convert("RGB").quantize(256, few, dither=PIL.Image.Dither.NONE)
             small.save(cli.folder(OUT) / f"explorer-{name}.png", optimize=True)
             opened.close()
         started.close()

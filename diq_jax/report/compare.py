@@ -222,7 +222,7 @@ def _only(a, b, which):
     columns = ("rank", "influence", "difficulty")
     rows = []
     for i in best:
-        question = " ".join(a.examples["question"][i].split())[:START]
+        question = tables.cut(a.examples["question"][i], START)
         numbers = (_median(s.examples[name][[i]]) for name in columns for s in (a, b))
         rows.append([f"{a.examples['example_id'][i]} · {question}", *numbers])
     headers = ["Row", *(f"{name}, {s.name}" for name in columns for s in (a, b))]

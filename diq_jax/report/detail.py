@@ -8,6 +8,7 @@ import numpy as np
 
 from diq_jax import config
 from diq_jax.data import encoded, example, gradient_store
+from diq_jax.report import tables
 from diq_jax.run import reading, stages
 
 MODEL_SCORES = "difficulty/model_scores.parquet"
@@ -100,9 +101,7 @@ def _target_names(context):
     if context.config.influence.targets == "task":
         return sorted(set(table["task"].to_pylist()))
     columns = (table[name].to_pylist() for name in ("example_id", "task", "question"))
-    return [
-        f"{i} ({task}): {' '.join(q.split())[:160]}" for i, task, q in zip(*columns, strict=True)
-    ]
+    return [f"{i} ({task}): {tables.cut(q, 160)}" for i, task, q in zip(*columns, strict=True)]
 
 
 def _pieces(context) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """The explorer: all rows of a run for explorer/*.js, as compressed blobs inside or beside the page.
 
-The page unpacks the columns at once and the texts of CHUNK_ROWS rows when one of them is read.
+The page unpacks the columns at once and the texts of a chunk of rows when one of them is read.
 """
 
 import base64
@@ -18,7 +18,8 @@ import numpy as np
 
 from diq_jax.report import detail, figures, tables
 
-CHUNK_ROWS = 128
+CHUNK_CHARACTERS = 2**20  # of texts: larger chunks are searched sooner, smaller ones read sooner
+HEAT = 6  # characters of a chunk for each of a text with the heat of its tokens
 INLINE_BYTES = 48 * 2**20  # of the page; more rows than that lie beside it, for a server
 START = 110  # characters of a question in the table
 MOST_LABELS = 2**16 - 1  # of a group
@@ -82,17 +83,19 @@ def make(
         [np.asarray(v, "<f4").tobytes() for v in numbers.values()]
         + [np.asarray(v, "<u2").tobytes() for v in codes.values()]
     )
-    starts = [" ".join(text[: 2 * START].split())[:START] for text in examples["question"]]
+    starts = [tables.cut(text, START) for text in examples["question"]]
     head = {"columns": columns, "names": _json([list(examples["example_id"]), starts])}
     blobs = {k: _gzip(v) for k, v in head.items()}
-    spans = _spans(n)
+    characters = sum(len(text) for name in TEXTS for text in examples[name])
+    spans = _spans(n, characters * (1 if details.heat is None else HEAT))
     served, texts, rest = _inside(_packed(examples, rows, details, spans))
     blobs |= {} if served else texts
     index = {
         "rows": n,
-        "chunk_rows": CHUNK_ROWS,
+        "chunk_rows": spans[0][1],
         "chunks": len(spans),
-        "characters": sum(len(text) for name in TEXTS for text in examples[name]),
+        "characters": characters,
+        "served": served,
         "numbers": [_described(name, titles) for name in numbers],
         "groups": [{"name": name, "labels": found} for name, found in labels.items()],
         "fences": {k: _fence(v) for k, v in numbers.items() if k.startswith("influence")},
@@ -137,14 +140,15 @@ def _source(*names: str) -> markupsafe.Markup:
     return markupsafe.Markup("\n".join((FOLDER / n).read_text(encoding="utf-8") for n in names))
 
 
+def _spans(n, characters):
+    each = max(1, CHUNK_CHARACTERS * n // max(characters, CHUNK_CHARACTERS))
+    return [(first, min(first + each, n)) for first in range(0, n, each)]
+
+
 def _described(name: str, titles: Mapping[str, str]) -> dict[str, Any]:
     """Returns what the page knows of a column of numbers."""
     hidden = name in HIDDEN or name.startswith("rank by ")
     return {"name": name, "title": titles.get(name, name), "fact": not hidden, "hidden": hidden}
-
-
-def _spans(n):
-    return [(first, min(first + CHUNK_ROWS, n)) for first in range(0, n, CHUNK_ROWS)]
 
 
 def _numbers(examples, details) -> dict[str, np.ndarray]:
@@ -167,7 +171,7 @@ def _codes(groups):
         if 2 <= len(found) <= MOST_LABELS:
             place = {label: k for k, label in enumerate(found)}
             codes[name] = [place[v] for v in values]
-            labels[name] = [_cut(label, 80) for label in found]
+            labels[name] = [v if len(v) <= 80 else tables.cut(v, 80) for v in found]
     return codes, labels
 
 
@@ -200,10 +204,6 @@ def _fence(influence):
     low, high = figures.fences(influence)
     pad = 0.08 * (high - low) or 0.5
     return [low - pad, high + pad]
-
-
-def _cut(text, room):
-    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def _digits(value):

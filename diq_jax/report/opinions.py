@@ -176,7 +176,7 @@ def apart(opinions: Opinions) -> tables.Table | None:
     rows = []
     for name, model, criterion in wide[:MOST_APART]:
         said = "; ".join(f"{w} {level}" for w, level in found[name, model, criterion].items())
-        question = " ".join(opinions.questions.get(name, "").split())[:120]
+        question = tables.cut(opinions.questions.get(name, ""), 120)
         rows.append([" · ".join(filter(None, (name, model, question))), criterion, said])
     headers = ["Judged", "criterion", "levels"]
     return tables.Table.of_texts(headers, rows) if rows else None

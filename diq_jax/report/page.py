@@ -28,7 +28,7 @@ def render(
         examples=len(selected),
         selected=int(selected.sum()),
         headline=outcomes.headline(run.results),
-        cuts=None not in run.thresholds.values(),
+        cuts=None not in (run.thresholds["difficulty"], run.thresholds["influence"]),
         outliers=int(np.sum(run.influence != e["influence"])),
         comparisons=_comparisons(run.results) if run.results else [],
         averages=outcomes.averages(run.results) if run.results else None,

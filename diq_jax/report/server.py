@@ -1,5 +1,6 @@
 """A server of a run's report, on the loopback address (`diq view`)."""
 
+import contextlib
 import functools
 import http.server
 import pathlib
@@ -16,6 +17,11 @@ class ReportHandler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Drops the line that a request would print."""
+
+    def handle(self) -> None:
+        """Answers until the browser goes away, which is no error."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
 
 def open_server(workdir: str, port: int) -> http.server.ThreadingHTTPServer:

@@ -61,6 +61,12 @@ def script_json(value: Any) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def cut(text: str, room: int) -> str:
+    """Writes the first words of a text on one line of at most `room` characters."""
+    line = " ".join(text[: 4 * room].split())
+    return line if len(line) <= room else line[: room - 1] + "…"
+
+
 def number(value: float | None, decimals: int, sign: bool = False) -> str:
     """Writes fixed decimals, thousands apart, a true minus; a dash for what is not defined.
 

@@ -7,12 +7,14 @@ import shutil
 import threading
 from xml.etree import ElementTree
 
+import folders
 import numpy as np
 import pytest
-from report.test_report import fabricate, sample_rows
+from report.test_report import HOSTILE, fabricate, sample_rows
 
+from diq_jax import config, pipeline
 from diq_jax.report import compare, explorer, server, stage
-from diq_jax.run import artifacts
+from diq_jax.run import artifacts, reading
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -29,13 +31,15 @@ def browser():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The report of a run over the sample, with the ranks of three methods."""
+    """The report of a run over the sample, with the ranks of two methods, in several chunks."""
     context = fabricate(tmp_path_factory.mktemp("run"), quoted_rows())
     table = context.table("selection/selection.parquet")
     rank, n = table["rank"].to_numpy(), len(table)
     columns = {"example_id": table["example_id"], "diq": rank, "random": n + 1 - rank}
     artifacts.write_table(context.path("selection/baselines.parquet"), columns)
-    stage.run(context)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(explorer, "CHUNK_CHARACTERS", 20_000)
+        stage.run(context)
     return context
 
 
@@ -163,6 +167,43 @@ def test_decisions_by_hand_change_the_selection_and_are_exported(page, run):
     assert page.inner_text("#state") == "As the run selected."
 
 
+@pytest.mark.slow
+def test_what_is_decided_in_the_browser_is_trained_on(browser, tmp_path):
+    folders.decoder(tmp_path / "decoder")
+    folders.write(tmp_path / "pool.jsonl", folders.pool_rows(24))
+    folders.write(tmp_path / "targets.jsonl", folders.choice_rows(6, "target"))
+    folders.write(tmp_path / "tests.jsonl", folders.choice_rows(2, "test"))
+    settings = config.default()
+    settings.model.update({"path": str(tmp_path / "decoder"), "max_tokens": 256})
+    settings.data.update({n: str(tmp_path / f"{n}.jsonl") for n in ("pool", "targets", "tests")})
+    settings.difficulty.source = "columns"
+    settings.selection.retention_ratio = 0.25
+    settings.finetune.epochs = 1
+
+    def run(workdir, stages):
+        cfg, folder = config.resolve(settings), tmp_path / workdir
+        pipeline.run(cfg, folder, pipeline.parse_stages(stages), False)
+        return [row["id"] for row in reading.read_jsonl(folder / "selection/selected.jsonl")]
+
+    before = run("first", "prepare,difficulty,influence,selection,report")
+    for page in opened(browser, (tmp_path / "first/report/report.html").as_uri()):
+        page.click(".line[aria-rowindex='2'] .start")
+        page.fill("#reader input", "wrong dose")
+        page.click("text=Never this one")
+        until(page, "document.getElementById('state').textContent.includes('by hand')")
+        for name in ("selection", "edits"):
+            artifacts.write_jsonl(tmp_path / f"{name}.jsonl", saved(page, f"#export-{name}"))
+    wanted = [row["example_id"] for row in reading.read_jsonl(tmp_path / "selection.jsonl")]
+    assert wanted[:5] == before[1:] and before[0] not in wanted
+    settings.selection.edits = str(tmp_path / "edits.jsonl")
+    assert run("edited", "prepare,difficulty,influence,selection") == wanted
+    settings.selection.edits, settings.selection.method = "", f"file:{tmp_path}/selection.jsonl"
+    assert run("filed", "prepare,difficulty,influence,selection,finetune") == wanted
+    arms = reading.read_json(tmp_path / "filed/finetune/stage.json")["arms"]
+    assert arms["selected"]["rows"] == 6
+    assert (tmp_path / "filed/finetune/adapter/adapter_model.safetensors").stat().st_size > 0
+
+
 def test_budget_method_and_thresholds_show_what_would_be_selected(page, run):
     page.fill("#percent", "50")
     until(page, "document.getElementById('budget-text').textContent.includes('80 rows')")
@@ -205,6 +246,28 @@ def test_the_lasso_filters(page):
     assert shown(page)[0] == 160
 
 
+def test_keys_move_a_threshold_and_filter_by_the_view(page, run):
+    grip = page.locator("#cut-difficulty")
+    was = float(grip.get_attribute("aria-valuenow"))
+    grip.press("ArrowRight")
+    until(page, "document.getElementById('state').textContent.includes('Thresholds')")
+    low, high, now = (float(grip.get_attribute(f"aria-value{k}")) for k in ("min", "max", "now"))
+    assert now == pytest.approx(was + (high - low) / 100)
+    difficulty = run.table("selection/selection.parquet")["difficulty"].to_numpy()
+    influence = run.table("influence/influence.parquet")["influence"].to_numpy()
+    cut = float(page.locator("#cut-influence").get_attribute("aria-valuenow"))
+    first = np.sum((difficulty >= np.float32(now)) & (influence >= np.float32(cut)))
+    assert grip.get_attribute("aria-valuetext").endswith(f"{first} rows in Q1")
+    for key in ("+", "+", "ArrowRight", "Enter"):
+        page.locator("#marks").press(key)
+    page.wait_for_selector("#unlasso:not([hidden])")
+    assert 0 < shown(page)[0] < 160
+    page.locator("#marks").press("?")
+    assert page.is_visible("#keys") and "without a pointer" in page.inner_text("#keys")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#keys")
+
+
 def test_the_scatter_and_the_methods_are_saved(page):
     def fetched(button):
         with page.expect_download() as found:
@@ -223,6 +286,9 @@ def test_the_scatter_and_the_methods_are_saved(page):
     assert len(shown) == 16 and "rank by random" in "".join(svg.itertext())
     assert fetched("#png").startswith(b"\x89PNG")
     assert fetched("#methods button:text('CSV') >> nth=0").decode().count("\n") == 4
+    drawn = ElementTree.fromstring(fetched("#methods button:text('SVG') >> nth=1"))
+    assert {"diq", "random", "Rows"} <= {mark.text for mark in drawn.iter()}
+    assert fetched("#methods button:text('PNG') >> nth=1").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("width", [360, 1400])
@@ -232,8 +298,31 @@ def test_nothing_is_wider_than_the_window(browser, run, width):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_hostile_rows_are_text(browser, tmp_path):
+    attack = HOSTILE + "<img src=x onerror=alert(1)>"
+    rows = [row | dict.fromkeys(("question", "answer", "source"), attack) for row in sample_rows()]
+    context = fabricate(tmp_path, [*rows[:2], *sample_rows()[2:30]])
+    table = context.table("influence/influence.parquet").to_pydict()
+    table["influence_by_target"] = [[-1.0]] * 30
+    artifacts.write_table(context.path("influence/influence.parquet"), table)
+    target = {"example_id": ["t"], "task": ["test"], "question": [attack]}
+    artifacts.write_table(context.path("prepare/targets.parquet"), target)
+    stage.run(context)
+    for page in opened(browser, context.path("report/report.html").as_uri()):
+        page.on("dialog", lambda _: pytest.fail("a script of the data ran"))
+        page.fill("#search", "onerror")
+        counts(page, 2)
+        page.click(".line[aria-rowindex='2'] .start")
+        page.wait_for_selector("#reader:not([hidden])")
+        assert page.text_content("#reader .text") == attack
+        read = page.text_content("#reader")
+        assert "Targets that it helps most: none" in read and "onerror" in read.split("hurts")[1]
+        assert page.locator("#explorer :is(img, script, b:text-is('bold'))").count() == 0
+
+
 def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
     monkeypatch.setattr(explorer, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(explorer, "CHUNK_CHARACTERS", 20_000)
     shutil.copytree(run.workdir, tmp_path / "run")
     import dataclasses
 
@@ -244,6 +333,9 @@ def test_a_large_report_is_served(browser, run, tmp_path, monkeypatch):
             page.click(".line[aria-rowindex='2'] .start")
             page.wait_for_selector("#reader h4")
             assert "Answer" in page.inner_text("#reader")
+            page.route("**/rows/*", lambda route: route.fulfill(body="cut off"))
+            page.evaluate("location.hash = '#row=s159'")
+            until(page, "document.getElementById('reader').textContent.includes('still run')")
         serving.shutdown()
 
 

@@ -92,7 +92,12 @@ def fabricate(
     )
     artifacts.write_json(
         workdir / "selection/thresholds.json",
-        {"difficulty": tau_d, "influence": m_dot, "selected": keep},
+        {
+            "difficulty": tau_d,
+            "influence": m_dot,
+            "influence_residual": None,
+            "selected": keep,
+        },
     )
     done = ["prepare", "difficulty", "influence", "selection"]
     if trained:

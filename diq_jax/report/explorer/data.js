@@ -13,19 +13,19 @@ const recent = new Map(); // chunk -> its rows, the last few that were read
 const lowered = []; // what `search` read of each chunk, kept while it is small
 const KEPT_CHUNKS = 8, KEPT_CHARACTERS = (navigator.deviceMemory ?? 4) >= 4 ? 8e8 : 2e8; // a byte each, mostly
 
-async function bytesOf(name) {
+const unzip = stream => new Response(stream.pipeThrough(new DecompressionStream("gzip")));
+async function unpack(name) {
   const element = document.getElementById(`blob-${name}`);
   if (!element) {
     const response = await fetch(`rows/${name}.gz`);
     if (!response.ok) throw new Error(`rows/${name}.gz: ${response.status}`);
-    return response.body;
+    // Some servers have the browser unpack what is called .gz.
+    return response.headers.get("Content-Encoding") ? response : unzip(response.body);
   }
   const text = atob(element.textContent.trim()), bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  return new Blob([bytes]).stream();
+  return unzip(new Blob([bytes]).stream());
 }
-const unpack = async name =>
-  new Response((await bytesOf(name)).pipeThrough(new DecompressionStream("gzip")));
 
 async function load() {
   const [buffer, names] = await Promise.all([
@@ -45,11 +45,12 @@ async function load() {
 }
 
 async function chunk(number) {
-  if (!recent.has(number)) recent.set(number, (await unpack(String(number))).json());
-  const found = await recent.get(number);
+  if (!recent.has(number)) recent.set(number, unpack(String(number)).then(response => response.json()));
+  const found = await recent.get(number).catch(error => { recent.delete(number); throw error; });
   while (recent.size > KEPT_CHUNKS) recent.delete(recent.keys().next().value);
   return found;
 }
+const unread = error => `The rows could not be read: ${error.message}` + (index.served ? ". Does the server still run?" : "");
 const record = async i => (await chunk(Math.floor(i / index.chunk_rows)))[i % index.chunk_rows];
 
 // Text of each chunk in lower case: as the JSON that was unpacked, and from its first match on by row.

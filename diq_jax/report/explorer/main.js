@@ -101,21 +101,22 @@ function controls() {
     filtered.matches = mask;
     byId("progress").textContent = share < 1 ? `searched ${Math.round(100 * share)} %` : "";
     filterChanged();
-  });
+  }).catch(error => { byId("progress").textContent = unread(error); });
   holder.onscroll = () => soon(lines);
   body.onclick = event => {
     const line = event.target.closest("[data-row]");
     if (line) open(Number(line.dataset.row));
   };
+  byId("help").onclick = () => byId("keys").showModal();
   byId("methods-fold")?.addEventListener("toggle", compareMethods);
   document.addEventListener("keydown", event => {
-    if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) {
+    if (event.target.matches("input, select, textarea, dialog *") || event.ctrlKey || event.metaKey || event.altKey) {
       if (event.key === "Escape") event.target.blur();
       return;
     }
     const keys = {
       j: () => step(1), k: () => step(-1), "/": () => byId("search").focus(), Escape: closeReader,
-      l: () => byId("lasso").click(), c: () => [...panel.querySelectorAll("button")].find(b => b.textContent === "Copy")?.click(),
+      l: () => byId("lasso").click(), "?": () => byId("keys").showModal(), c: () => [...panel.querySelectorAll("button")].find(b => b.textContent === "Copy")?.click(),
     };
     if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
   });
@@ -146,5 +147,5 @@ load().then(() => {
 }).catch(error => {
   byId("state").textContent = location.protocol === "file:" && !byId("blob-0")
     ? "This report's rows are files beside it, which a browser reads only from a server: run `diq view` on the run's folder."
-    : `The rows could not be read: ${error.message}`;
+    : unread(error);
 });

@@ -10,12 +10,18 @@ function compareMethods() {
   const holder = byId("methods");
   if (!holder || !byId("methods-fold").open) return;
   const sets = index.methods.map(inside);
-  holder.replaceChildren(...sheet("methods.csv", overlapTable(sets)), ...sheet("overlap.csv", upset(sets)));
+  holder.replaceChildren(...sheet("methods", overlapTable(sets)), ...sheet("overlap", upset(sets)));
 }
 function sheet(name, table) {
-  const scroll = element("div", "scroll"), lines = () => [...table.rows].map(line => csvLine([...line.cells].map(cell => cell.title || cell.textContent)));
+  const scroll = element("div", "scroll"), said = element("p", "soft caption", table.caption.textContent), saves = element("div", "actions");
+  const lines = () => [...table.rows].map(line => csvLine([...line.cells].map(cell => cell.title || cell.textContent)));
+  table.setAttribute("aria-label", table.caption.textContent);
+  table.deleteCaption(); // above, where it does not scroll
   scroll.append(table);
-  return [scroll, action("CSV", "Save this table", () => download(name, lines()))];
+  saves.append("save", action("PNG", "Save this table as a picture", async () => download(`${name}.png`, [await pngOf(tableSvg(said, table))])),
+    action("SVG", "Save this table as a picture", () => download(`${name}.svg`, [tableSvg(said, table)])),
+    action("CSV", "Save this table", () => download(`${name}.csv`, lines())));
+  return [said, scroll, saves];
 }
 function overlapTable(sets) {
   const table = element("table"), head = table.createTHead().insertRow(), body = table.createTBody();

@@ -1,4 +1,4 @@
-// The scatter as a file: SVG by the functions that draw it, PNG of that SVG, and what it shows as CSV.
+// The scatter and the tables of methods as files: the scatter's SVG by the functions that draw it, PNG of an SVG, CSV.
 
 const escaped = text => String(text).replace(/[&<>"]/g, c => `&#${c.charCodeAt(0)};`);
 const quoted = text => /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
@@ -31,7 +31,7 @@ class Paper {
   fillText(text, x, y) {
     const anchor = { left: "start", center: "middle", right: "end" }[this.textAlign], [size] = this.font.match(/[\d.]+px/);
     this.add("text", `x="${x.toFixed(1)}" y="${y.toFixed(1)}" fill="${this.fillStyle}" text-anchor="${anchor}"
-      font-size="${size}"${this.font.startsWith("600") ? ' font-weight="600"' : ""}`, escaped(text));
+      font-size="${size}"${/^[67]00/.test(this.font) ? ' font-weight="600"' : ""}`, escaped(text));
   }
 }
 
@@ -63,16 +63,43 @@ function pictureSvg() {
     paper.fillStyle = css("--ink");
     paper.fillText(said, x + 16, y);
   });
-  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height + head}" viewBox="0 ${-head} ${width} ${height + head}"
-    font-family="${escaped(family)}"><rect y="${-head}" width="100%" height="100%" fill="${css("--paper")}"/>\n${paper.parts.join("")}</svg>\n`;
+  return svgOf(paper, 0, -head, width, height + head);
+}
+const svgOf = (paper, left, top, width, height) =>
+  `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="${left} ${top} ${width} ${height}" font-family="${
+    escaped(getComputedStyle(document.body).fontFamily)}"><rect x="${left}" y="${top}" width="100%" height="100%" fill="${css("--paper")}"/>\n${paper.parts.join("")}</svg>\n`;
+function* wordsOf(...parts) {
+  for (const part of parts) {
+    const walker = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode())
+      for (const { 0: word, index: at } of walker.currentNode.data.matchAll(/\S+/g)) yield [walker.currentNode, word, at];
+  }
+}
+// A table under its caption, where they stand: bars, and each word.
+function tableSvg(said, table) {
+  const paper = new Paper(), { left, bottom, width } = table.getBoundingClientRect(), { top } = said.getBoundingClientRect(), range = document.createRange();
+  for (const bar of table.querySelectorAll("i, .bar")) {
+    const box = bar.getBoundingClientRect(), { backgroundColor, opacity } = getComputedStyle(bar);
+    Object.assign(paper, { fillStyle: backgroundColor, globalAlpha: Number(opacity) });
+    if (box.width && box.height) paper.fillRect(box.left, box.top, box.width, box.height);
+  }
+  Object.assign(paper, { fillStyle: css("--ink"), globalAlpha: 1 });
+  for (const [node, word, at] of wordsOf(said, table)) {
+    range.setStart(node, at);
+    range.setEnd(node, at + word.length);
+    const box = range.getBoundingClientRect(), { fontSize, fontWeight } = getComputedStyle(node.parentElement);
+    paper.font = `${fontWeight} ${fontSize}`;
+    paper.fillText(word, box.left, box.bottom - 0.24 * box.height);
+  }
+  return svgOf(paper, left - 8, top - 8, Math.max(width, said.clientWidth) + 16, bottom - top + 16);
 }
 function pictureCsv() {
   const [names, color] = colours(), score = index.numbers.some(n => n.name === plot.color && !n.hidden) && rows.numbers[plot.color];
   return [csvLine(["example_id", titleOf(plot.x), titleOf(plot.y), titleOf(plot.color)]), ...Array.from(filtered.rows, i =>
     csvLine([rows.ids[i], rows.numbers[plot.x][i], rows.numbers[plot.y][i], score ? score[i] : names[color(i)][0]]))];
 }
-async function picturePng() {
-  const image = new Image(), address = URL.createObjectURL(new Blob([pictureSvg()], { type: "image/svg+xml" }));
+async function pngOf(svg) {
+  const image = new Image(), address = URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" }));
   image.src = address;
   await image.decode();
   const canvas = Object.assign(element("canvas"), { width: 2 * image.width, height: 2 * image.height });
@@ -81,7 +108,7 @@ async function picturePng() {
   return new Promise(done => canvas.toBlob(done, "image/png"));
 }
 const saved = {
-  png: async () => download("scatter.png", [await picturePng()]),
+  png: async () => download("scatter.png", [await pngOf(pictureSvg())]),
   svg: () => download("scatter.svg", [pictureSvg()]),
   csv: () => download("scatter.csv", pictureCsv()),
 };

@@ -20,7 +20,14 @@ async function open(i, { scroll = false } = {}) {
   drawMarks();
   lines();
   history.replaceState(null, "", `#row=${encodeURIComponent(rows.ids[i])}`);
-  const row = await record(i);
+  let row;
+  try {
+    row = await record(i);
+  } catch (error) {
+    panel.replaceChildren(element("p", "", unread(error)));
+    panel.hidden = false;
+    return;
+  }
   if (reader.row !== i) return;
   const parts = [top(i, row), facts(i), decision(i)];
   if (row.question) parts.push(...text("Question", row.question));
@@ -30,10 +37,12 @@ async function open(i, { scroll = false } = {}) {
   if (!row.question && !row.answer) parts.push(element("p", "", "A pre-tokenised row: it came without text."));
   parts.push(...targets(row), ...others("Nearest by gradient (cosine)", row.near, ([j, c]) => [j, digits(c)]),
     ...others("Repeats", row.repeats, ([j, where, kind, s]) => [j, `${kind}, in ${where}, ${digits(s)}`]),
-    ...placesBy(i), ...own(row));
+    ...placesBy(i), ...own(i, row));
   panel.replaceChildren(...parts);
   panel.hidden = false;
   reveal(i);
+  const next = filtered.rows[filtered.place.get(i) + 1];
+  if (next !== undefined) record(next).catch(() => {}); // unpacked before it is asked for
   panel.scrollTop = 0;
   if (scroll) panel.scrollIntoView({ block: "nearest" });
 }
@@ -103,7 +112,7 @@ function heat(row) {
   const list = element("ol");
   for (const { said, sum } of sums) {
     const line = element("li");
-    line.append(element("b", "", digits(sum)), ` ${said.trim().slice(0, 200) || "⏎"}`);
+    line.append(element("b", "", digits(sum)), ` ${said.trim().slice(0, 200) || "line break"}`);
     list.append(line);
   }
   return [element("h4", "", "Reasoning and answer, by influence of each token"),
@@ -122,7 +131,7 @@ function sentences(row) {
 }
 function targets(row) {
   return [["Targets that it helps most", row.helps], ["Targets that it hurts most", row.hurts]]
-    .filter(([, list]) => list?.length).flatMap(([title, list]) => {
+    .filter(([, list]) => list).map(([title, list]) => {
       const made = element("ol");
       for (const [t, score] of list) {
         const line = element("li");
@@ -130,8 +139,8 @@ function targets(row) {
         made.append(line);
       }
       const folded = element("details");
-      folded.append(element("summary", "", title), made);
-      return [folded];
+      folded.append(element("summary", "", list.length ? title : `${title}: none`), made);
+      return folded;
     });
 }
 function others(title, list, told) {
@@ -158,8 +167,8 @@ function placesBy(i) {
   folded.append(element("summary", "", "Its rank by every method (marked: inside the budget)"), list);
   return [folded];
 }
-function own(row) {
-  const names = Object.keys(row.own || {});
+function own(i, row) { // but those that the facts show
+  const names = Object.keys(row.own || {}).filter(name => !rows.groups[name] || cell(name, i) !== String(row.own[name]));
   if (!names.length) return [];
   const list = element("dl", "facts");
   for (const name of names) {

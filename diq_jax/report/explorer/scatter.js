@@ -155,6 +155,7 @@ function drawMarks() {
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   context.clearRect(0, 0, width, height);
   const { x, y } = axes();
+  placeGrips(width);
   if (cuts()) drawCuts(context, width, height);
   for (const [i, ring] of [[plot.hovered, "--soft"], [reader.row, "--accent"]]) {
     if (i < 0) continue;
@@ -199,6 +200,36 @@ function drawCuts(context, width, height) {
     context.fillText(text, left, at);
   }
 }
+// A threshold's grip is a slider for keys, and for fingers, to whom the line alone is too thin.
+const grips = ["difficulty", "influence"].map(name => [name, document.getElementById(`cut-${name}`)]).filter(([, grip]) => grip);
+function placeGrips(width) {
+  const { x, y } = axes();
+  for (const [name, grip] of grips) {
+    const across = name === "difficulty", value = choice.thresholds[name], [low, high] = plot.view[across ? "x" : "y"];
+    grip.hidden = !cuts() || value < low || value > high;
+    Object.assign(grip.style, across ? { left: `${x(value)}px`, top: `${EDGE.top}px` } : { left: `${width - EDGE.right}px`, top: `${y(value)}px` });
+    for (const [key, shown] of [["min", low], ["max", high], ["now", value]]) grip.setAttribute(`aria-value${key}`, shown);
+    grip.setAttribute("aria-valuetext", `${digits(value)}, ${counts()[1].all} rows in Q1`);
+  }
+}
+function listenToGrips() {
+  for (const [name, grip] of grips) {
+    const move = value => { choice.thresholds[name] = value; soon(chosenChanged); };
+    grip.onpointerdown = event => grip.setPointerCapture(event.pointerId);
+    grip.onpointermove = event => {
+      if (!grip.hasPointerCapture(event.pointerId)) return;
+      const box = above.getBoundingClientRect(), { atX, atY } = axes();
+      move(name === "difficulty" ? atX(event.clientX - box.left) : atY(event.clientY - box.top));
+    };
+    grip.onkeydown = event => {
+      const steps = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10 }[event.key];
+      if (!steps) return;
+      event.preventDefault();
+      const [low, high] = plot.view[name === "difficulty" ? "x" : "y"];
+      move(Math.min(high, Math.max(low, choice.thresholds[name] + steps * (high - low) / 100)));
+    };
+  }
+}
 let counted = null; // by quadrant; dropped when the choice changes
 function counts() {
   if (counted) return counted;
@@ -232,6 +263,11 @@ function lassoTest() {
     }
     return inside;
   };
+}
+function lassoView() { // the rectangle in sight
+  const { x: [left, right], y: [low, high] } = plot.view;
+  plot.lasso = [[left, low], [right, low], [right, high], [left, high]];
+  filterChanged();
 }
 function zoom(factor, px, py) {
   const { atX, atY } = axes(), centre = { x: atX(px), y: atY(py) };
@@ -300,10 +336,11 @@ function listen() {
       "+": () => zoom(1 / 1.3, width / 2, height / 2), "=": () => zoom(1 / 1.3, width / 2, height / 2),
       "-": () => zoom(1.3, width / 2, height / 2), 0: () => { resetView(); draw(); },
       ArrowLeft: () => pan(40, 0), ArrowRight: () => pan(-40, 0),
-      ArrowUp: () => pan(0, 40), ArrowDown: () => pan(0, -40),
+      ArrowUp: () => pan(0, 40), ArrowDown: () => pan(0, -40), Enter: lassoView,
     };
     if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
   });
+  listenToGrips();
   new ResizeObserver(() => draw()).observe(plain);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
