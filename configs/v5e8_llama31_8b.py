@@ -5,8 +5,8 @@ Run:     diq run --config=v5e8_llama31_8b --workdir=runs/v5e8 \
 Plan:    diq plan --config=v5e8_llama31_8b --shape=llama31_8b --topology=v5e:2x4 \
              --mesh=1x8 --programs=exact,lora_step
              program    GiB of 16  est ms  of that link  tokens/s a chip  collectives
-             exact      3.83       228     54            2,247            525
-             lora_step  2.66       354     93            1,445            1,015
+             exact      3.83       204     40            2,509            525
+             lora_step  2.63       291     65            1,757            1,015
          4 rows of 1,024 tokens; the compiler's estimates, not a measured speed.
 Cost:    not measured
 Result:  not measured

@@ -27,7 +27,7 @@ def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> 
     """Reads and checks all rows, opens the models, tries the chat template. Writes nothing.
 
     Where influence is to do, times three of its batches on these devices, after the one that
-    compiles.
+    compiles; with parallel.distributed there is no such estimate, as no other process has joined.
 
     Returns:
         Lines to print: each input with its rows, each stage with what would become of it, and of
@@ -38,7 +38,8 @@ def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> 
     """
     methods.check(cfg)
     names = pipeline.wanted(cfg, names)
-    context = stages.Context(cfg, workdir, devices.make_placement(cfg.parallel))
+    alone = config.Parallel() if cfg.parallel.distributed else cfg.parallel  # none has joined
+    context = stages.Context(cfg, workdir, devices.make_placement(alone))
     pipeline.check(context, names)
     lines = [f"{'model.path':<20} {cfg.model.path}"]
     counts = {}
@@ -48,7 +49,9 @@ def dry_run(cfg: config.Config, workdir: pathlib.Path, names: Sequence[str]) -> 
     lines.append("")
     outlooks = {name: stages.outlook(pipeline.STAGES[name], context) for name in names}
     lines += [f"{name:<20} {outlook}" for name, outlook in outlooks.items()]
-    if "data.pool" in counts and outlooks.get("influence", "").startswith("to "):
+    if cfg.parallel.distributed:
+        lines += ["", "What several hosts need and take: `diq plan`."]
+    elif "data.pool" in counts and outlooks.get("influence", "").startswith("to "):
         with devices.matmul_precision(cfg.model.dtype):
             lines += ["", *_cost(context, counts["data.pool"])]
     return "\n".join(lines)

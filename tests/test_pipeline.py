@@ -459,6 +459,9 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(made, tmp_path):
         told = preflight.dry_run(timed, tmp_path / "run", [*names, "influence"])
         hours = r"hours +[\d.e-]+: 3 batches of \d+ x \d+ timed, [\d,]+ tokens/s"
         assert re.search(hours, told), told
+    many = config.resolve(make_config(made, parallel__distributed=True, parallel__model=64))
+    told_many = preflight.dry_run(many, tmp_path / "run", [*names, "influence"])
+    assert "hours" not in told_many and told_many.endswith("need and take: `diq plan`.")
     assert not (tmp_path / "run").exists()
     run(made, tmp_path / "run", "prepare")
     rows = pq.read_table(tmp_path / "run/prepare/pool.parquet")["input_ids"].to_pylist()
