@@ -88,7 +88,8 @@ def find(part: str, field: str) -> list[str]:
         is_file(path, field)
         raise errors.UserError(f"{field}: {part} is neither a file nor a folder.")
     folder, name = os.path.split(path)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    known = os.path.isdir(folder or ".") and os.access(folder or ".", os.R_OK)
+    names = os.listdir(folder or ".") if known else []
     raise errors.UserError(f"{field}: there is no file {part}.{errors.nearest(name, names)}")
 
 
