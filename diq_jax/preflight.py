@@ -127,10 +127,14 @@ def _inputs(cfg, names):
     data, source, dpo = cfg.data, cfg.difficulty.source, cfg.finetune.dpo
     if "prepare" in names:
         prepare.open_layout(cfg)
-        pool = sources.stream_examples(data.pool, data.columns, data.pool_limit)
+        pool = sources.stream_examples(data.pool, data.columns, data.pool_limit, turns=data.turns)
         yield "data.pool", data.pool, sum(1 for _ in pool)
-        targets = sources.load_targets(data.targets, data.targets_per_task, data.seed, data.columns)
-        tests = sources.load_tests(data.tests, data.tests_per_task, data.seed, texts=True)
+        targets = sources.load_targets(
+            data.targets, data.targets_per_task, data.seed, data.columns, turns=data.turns
+        )
+        tests = sources.load_tests(
+            data.tests, data.tests_per_task, data.seed, texts=True, columns=data.columns
+        )
         prepare.check_tests(tests, cfg.evaluate.protocol)
         yield "data.targets", data.targets, len(targets)
         yield "data.tests", data.tests, len(tests)

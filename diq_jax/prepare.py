@@ -56,7 +56,9 @@ def run(context: stages.Context) -> dict[str, Any]:
     targets = sources.load_targets(
         data.targets, data.targets_per_task, data.seed, data.columns, turns=data.turns
     )
-    tests = sources.load_tests(data.tests, data.tests_per_task, data.seed, texts=True)
+    tests = sources.load_tests(
+        data.tests, data.tests_per_task, data.seed, texts=True, columns=data.columns
+    )
     evaluate.groups(cfg.evaluate, {test.task for test in tests})
     check_tests(tests, cfg.evaluate.protocol)
     layout = open_layout(cfg)
@@ -121,7 +123,8 @@ class Written:
     def __init__(self, cfg: config.Config, layout: chat.Layout) -> None:
         self.rows = self.tokens = 0
         self.counts: dict[str, Any] = {}
-        self._cfg, self._layout = cfg, layout
+        self._cfg, self._layout, self._marks = cfg, layout, encoded.turn_marks(layout)
+        self._marked: list[str] = []  # ids of those that hold a mark
 
     def tables(
         self, name: str, examples: Iterable[example.Example], columns: Sequence[str]
@@ -156,6 +159,9 @@ class Written:
         )  # fmt: skip
         outcomes.update(found)
         dropped += left_out
+        if self._marks:
+            texts = ((e.example_id, encoded.texts_of(e, cfg.data.template)) for e in chunk)
+            self._marked += [id_ for id_, text in texts if self._marks.search(text)]
         return rows
 
     def _close(self, name, outcomes, dropped, kept):
@@ -170,6 +176,13 @@ class Written:
                 name, outcomes["cut"] + outcomes["dropped"], total, model.max_tokens,
                 outcomes["cut"], outcomes["dropped"], model.truncation,
             )  # fmt: skip
+        if self._marked:
+            logging.warning(
+                "%s: %d of %d examples, such as %r, hold the text of a token that begins or ends a "
+                "turn: it is read as that token.",
+                name, len(self._marked), total, self._marked[0],
+            )  # fmt: skip
+            self._marked.clear()
         if not kept:
             raise errors.UserError(
                 f"data.{name}: all {total} examples are longer than model.max_tokens = "
@@ -197,7 +210,9 @@ def open_layout(cfg: config.Config) -> chat.Layout:
         logging.warning(
             "%s has no chat template: prompts are 'Question: ... Answer: ...'.", cfg.model.path
         )
-    elif layout.opened and chat.OPEN not in wording.TEMPLATES.get(cfg.data.template, ""):
+    if not layout.end_ids:
+        logging.warning("%s has no token that ends an answer: none is scored.", cfg.model.path)
+    if layout.opened and chat.OPEN not in wording.TEMPLATES.get(cfg.data.template, ""):
         logging.warning(
             "%s opens %s at the end of its prompts. data.template=%s closes it at once; "
             "data.template=think puts the reasoning into it.",

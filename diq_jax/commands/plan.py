@@ -29,7 +29,9 @@ from diq_jax.pods import topology
 
 CONFIG = cli.define_config()
 SHAPE = flags.DEFINE_string(
-    "shape", "", "A model: llama31_8b, llama31_70b, qwen3_8b, qwen3_32b or gemma3_27b."
+    "shape",
+    "",
+    "A model: llama31_8b, llama31_70b, qwen3_8b, qwen3_32b, gemma3_27b or qwen35_27b.",
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their shape, such as v5e:2x4.")
 MESH = flags.DEFINE_string(

@@ -1,6 +1,7 @@
 """Token ids with a loss mask: made from examples, and to and from parquet tables."""
 
 import collections
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,7 +60,7 @@ def encode_all(
     texts = [example for example in examples if example.input_ids is None]
     end = list(layout.end_ids)
     answers = [[wording.completion_text(e, template)] for e in texts]
-    tokens = iter(chat.pairs(texts, answers, layout, template))
+    tokens = iter(_pairs(texts, answers, layout, where, template))
     made, outcomes, dropped = [], collections.Counter(), []
     for example in examples:
         if example.input_ids is None or example.labels is None:
@@ -90,6 +91,24 @@ def encode_all(
     return made, outcomes, dropped
 
 
+def turn_marks(layout: chat.Layout) -> re.Pattern[str] | None:
+    """Returns a pattern of the special tokens that begin or end a turn; None where there are none.
+
+    In a text they are read as these tokens, as tokenizers do.
+    """
+    [prompt] = chat.prompt_ids([example_lib.Example("", "a", "", "a", {})], layout)
+    known = layout.tokenizer.added_tokens_decoder
+    found = {known[i].content for i in (*prompt, *layout.end_ids) if i in known}
+    return re.compile("|".join(map(re.escape, sorted(found)))) if found else None
+
+
+def texts_of(example: example_lib.Example, template: str) -> str:
+    """Returns all texts of an example, as they are encoded."""
+    if example.input_ids is not None:
+        return ""
+    return "\n".join(message["content"] for message in wording.conversation(example, template))
+
+
 def encode_options(
     examples: Sequence[example_lib.Example], layout: chat.Layout, max_tokens: int
 ) -> list[list[example_lib.Encoded]]:
@@ -106,7 +125,7 @@ def encode_options(
         [f"{letter}. {text}" for letter, text in (e.options or {}).items()] for e in examples
     ]
     made = []
-    for example, pair in zip(examples, chat.pairs(examples, answers, layout), strict=True):
+    for example, pair in zip(examples, _pairs(examples, answers, layout), strict=True):
         (prompt, completions), asked = pair, f"question {example.example_id!r}"
         chat.check_tokens(prompt, layout, f"The prompt of {asked}")
         room = max_tokens - max(map(len, completions))
@@ -133,3 +152,22 @@ def _kept(labels: np.ndarray, max_tokens: int, truncation: str) -> slice:
     excess = len(labels) - max_tokens
     fits = truncation == "prompt" and excess < prompt
     return slice(excess, None) if fits else slice(0)
+
+
+def _pairs(
+    examples: Sequence[example_lib.Example],
+    completions: Sequence[Sequence[str]],
+    layout: chat.Layout,
+    where: str = "Question",
+    template: str = "plain",
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Tokenises as `chat.pairs`; an error names the first example that it comes of."""
+    try:
+        return chat.pairs(examples, completions, layout, template)
+    except errors.UserError:
+        for example, own in zip(examples, completions, strict=True):
+            try:
+                chat.pairs([example], [own], layout, template)
+            except errors.UserError as e:
+                raise errors.UserError(f"{where} {example.example_id!r}: {e}") from None
+        raise

@@ -180,7 +180,7 @@ def lettered(options: Any, where: str) -> dict[str, str]:
             raise errors.UserError(
                 f"{where}: an option must be named by one letter, got {reading.shorten(letter)}."
             )
-        if not isinstance(text, str) or not text.strip():
+        if type(text) is not str or not text.strip():
             raise errors.UserError(
                 f"{where}: option {letter} must be a text, got {reading.shorten(text)}."
             )
@@ -242,7 +242,7 @@ def _text(row: dict, columns: str, where: str, required: bool = True) -> str:
     parts = []
     for column in columns.split("+"):
         value = row.get(column)
-        if value is not None and not isinstance(value, str):
+        if value is not None and type(value) is not str:  # no reading.Base64 either
             raise errors.UserError(
                 f"{where}: {column} must be a text, got {reading.shorten(value)}."
             )

@@ -7,12 +7,14 @@ datasets library wrote, or its files are read in order (`in_folder`).
 
 import base64
 import csv
+import glob
 import gzip
 import io
 import json
 import math
 import os
 import pathlib
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,8 @@ from diq_jax.run import reading
 PlacedRows = Iterator[tuple[dict[str, Any], str]]  # a row and where it stands
 HUB, BENCHMARK = "hub:", "benchmark:"
 SAVED = ("state.json", "dataset_dict.json")  # what a folder of save_to_disk holds one of
+# What the name of a split's file begins with, such as train-00000-of-00003.parquet.
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![a-z])")
 MOST_JSON_BYTES = 2**32  # of a .json, which is read as a whole
 DAMAGED = (EOFError, OSError, ValueError, zlib.error, csv.Error, pa.ArrowException)
 
@@ -64,23 +68,65 @@ def is_saved(path: str) -> bool:
     return any(os.path.isfile(os.path.join(path, name)) for name in SAVED)
 
 
+def find(part: str, field: str) -> list[str]:
+    """Lists what a path, a glob (sorted), a folder or a hub name stands for, as `read` takes it.
+
+    Raises:
+        UserError: naming `field`: nothing is there, or no file; or as `in_folder`.
+    """
+    path = os.path.expanduser(part)
+    if part.startswith(HUB) or os.path.isfile(path) or is_saved(path):
+        return [path]
+    if os.path.isdir(path):
+        return in_folder(path, field)
+    if glob.has_magic(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        if found := [match for match in matches if is_file(match, field)]:
+            return found
+        raise errors.UserError(f"{field}: no file matches {part}.")
+    if os.path.lexists(path):
+        is_file(path, field)
+        raise errors.UserError(f"{field}: {part} is neither a file nor a folder.")
+    folder, name = os.path.split(path)
+    known = os.path.isdir(folder or ".") and os.access(folder or ".", os.R_OK)
+    names = os.listdir(folder or ".") if known else []
+    raise errors.UserError(f"{field}: there is no file {part}.{errors.nearest(name, names)}")
+
+
 def in_folder(path: str, field: str) -> list[str]:
     """Lists the files of a folder that `read` knows, sorted; of those below it none.
 
     Raises:
-        UserError: there is none, or they are of several formats, which would be copies of one.
+        UserError: there is none, one is a link to nothing, or they are of several formats, which
+            would be copies of one, or of several splits.
     """
     found: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(path)):
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as e:
+        raise errors.UserError(f"{field}: {path} cannot be read: {e.strerror}.") from None
+    for name in names:
         ending = next((ending for ending in READERS if name.endswith(ending)), "")
-        if ending and not name.startswith(".") and os.path.isfile(os.path.join(path, name)):
+        if ending and not name.startswith(".") and is_file(os.path.join(path, name), field):
             found.setdefault(ending, []).append(os.path.join(path, name))
-    if len(found) != 1:
-        held = " and ".join(found) or f"no file that ends in {', '.join(READERS)}"
-        raise errors.UserError(
-            f"{field}: {path} is a folder with {held}; name its files, such as {path}/*.jsonl."
-        )
-    return found.popitem()[1]
+    held = " and ".join(found)
+    if len(found) == 1:
+        [files] = found.values()
+        splits = {match[0] for file in files if (match := SPLIT.match(os.path.basename(file)))}
+        if len(splits) < 2:
+            return files
+        held = f"the splits {' and '.join(sorted(splits))}"
+    held = held or f"no file that ends in {', '.join(READERS)}"
+    raise errors.UserError(
+        f"{field}: {path} is a folder with {held}; name its files, such as {path}/*.jsonl."
+    )
+
+
+def is_file(path: str, field: str) -> bool:
+    """Returns whether `path` is a file. Raises UserError for a link to nothing."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise errors.UserError(f"{field}: {path} is a link to what is not there.")
+    return os.path.isfile(path)
 
 
 def _as_json(row: dict, where: str, said: set[str]) -> dict:
@@ -115,7 +161,7 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
+        return reading.Base64(base64.b64encode(value).decode())
     return value if isinstance(value, str | int | None) else str(value)
 
 
@@ -140,10 +186,10 @@ def _read_json(path: str) -> PlacedRows:
         raise errors.UserError(
             f"{path} is over {MOST_JSON_BYTES:,} bytes: write one object a line, as .jsonl."
         )
-    rows = reading.parse_json(_decode(pathlib.Path(path).read_bytes(), path), path, 1)
-    if not isinstance(rows, list):
+    text = _decode(pathlib.Path(path).read_bytes(), path)
+    if not text.lstrip().startswith("["):
         raise errors.UserError(f"{path} must hold a list of objects (one a line: name it .jsonl).")
-    return _numbered(rows, path)
+    return _numbered(reading.parse_json(text, path, 1), path)
 
 
 def _read_cells(path: str) -> PlacedRows:
@@ -163,6 +209,11 @@ def _read_cells(path: str) -> PlacedRows:
         except UnicodeDecodeError:  # which says the place in a piece of the file
             _decode(pathlib.Path(path).read_bytes(), path)
             raise
+        except csv.Error as e:
+            raise errors.UserError(
+                f"{path}:{reader.reader.line_num} has a quote that is left open, or text behind a "
+                f'closing one ({" ".join(str(e).split())}); expected "..." around a whole cell.'
+            ) from None
 
 
 def _read_arrow(path: str) -> PlacedRows:

@@ -262,8 +262,10 @@ def named(columns: str) -> RowLayout | None:
     return mapped(mapping)
 
 
-def recognise(rows: Sequence[dict], where: str) -> tuple[str, RowLayout]:
-    """Finds the layout of a source by the columns of its first rows.
+def recognise(
+    rows: Sequence[dict], where: str, flag: str = "--config.data.columns"
+) -> tuple[str, RowLayout]:
+    """Finds the layout of a source by the columns of its first rows; `flag` takes a mapping.
 
     Raises:
         UserError: none fits; the nearest is named, and a flag that can be pasted.
@@ -281,21 +283,31 @@ def recognise(rows: Sequence[dict], where: str) -> tuple[str, RowLayout]:
     raise errors.UserError(
         f"{where}: the rows have the columns {', '.join(known) or '(none)'}, which are no layout "
         f"that is known{hint}. Say which hold the question and the answer, such as "
-        f"--config.data.columns={_guess(known)}"
+        f"{flag}={_guess(known)}"
     )
 
 
-def check_columns(layout: RowLayout, rows: Sequence[dict], where: str) -> None:
-    """Refuses a column, named by data.columns, that no row has: a typo."""
+def concerns(layout: RowLayout, rows: Sequence[dict], where: str) -> bool:
+    """Returns whether a source is of the layout that data.columns asks for.
+
+    It is not where it has none of the columns for question and answer: pool, targets and tests may
+    be of several layouts.
+
+    Raises:
+        UserError: it has one of these, and lacks a column of the layout: a typo.
+    """
     known = {column for row in rows for column in row}
-    if layout is OURS or not known or "input_ids" in known:
-        return
-    for column in layout.columns or layout.lacks(known):
+    if "input_ids" in known:
+        return True
+    if len(layout.lacks(known)) == len(layout.needs):
+        return False
+    for column in () if layout is OURS else layout.columns or layout.lacks(known):
         if column not in known:
             raise errors.UserError(
                 f"data.columns names the column {column!r}, but the rows from {where} on have "
                 f"{', '.join(sorted(known))}.{errors.nearest(column, known)}"
             )
+    return True
 
 
 def check_questions(examples: Sequence[example_lib.Example], where: str) -> None:

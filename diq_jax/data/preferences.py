@@ -9,6 +9,7 @@ from diq_jax.data import chat, encoded, layouts, sources
 from diq_jax.data import example as example_lib
 
 SIDES = ("chosen", "rejected")
+ASKED = ("prompt", "question", "conversations")  # the first of them that a row has
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,8 +43,9 @@ def load_preferences(
     """Loads (chosen, rejected) examples: the first `limit` rows, or all for 0.
 
     A row has id, question (or prompt), chosen and rejected; each of the two is a text, or an object
-    with `answer` and, which may be empty, `reasoning`; or both are lists of messages that end with
-    the assistant's answer and share what stands before it. `options` belong to the question.
+    with `answer` and, which may be empty, `reasoning`; or the prompt (or conversations), or one of
+    the two, is a message or a list of messages: then both end with the assistant's answer and share
+    what stands before it. `options` belong to the question.
 
     Raises:
         UserError: naming `field`, the file and the line, where a row is not like that, prefers a
@@ -92,8 +94,14 @@ def encode(
 
 def _from_row(row, where, position):
     place = layouts.Place(where, example_lib.row_id(row, where, position), "")
-    if any(isinstance(row.get(name), list) for name in SIDES):
-        chosen, rejected = _from_messages(row, place)
+    # Whole chats, or one message.
+    parts = {
+        name: [value] if isinstance(value, dict) and {"role", "from"} & value.keys() else value
+        for name in (*ASKED, *SIDES)
+        if (value := row.get(name)) is not None
+    }
+    if any(isinstance(value, list) for value in parts.values()):
+        chosen, rejected = _from_messages(row, parts, place)
     else:
         if "question" not in row and "prompt" in row:
             row = {**row, "question": row["prompt"]}
@@ -116,16 +124,13 @@ def _side(row, name, place):
     return example_lib.from_row(asked, where, place.example_id, "", columns)
 
 
-def _from_messages(row, place):
-    """Makes both sides of lists of messages, after those of `prompt` where there is one."""
-    given = row.get("prompt") or row.get("question")
-    asked = []
-    if given is not None:
-        where = f"{place.where}: prompt"
-        asked = layouts.read_messages(layouts.as_messages(given, "user", where), where)
+def _from_messages(row, parts, place):
+    """Makes both sides of lists of messages, after those of the prompt where there is one."""
+    given = next((name for name in ASKED if parts.get(name)), None)
+    asked = _messages(parts, given, "user", place) if given else []
     sides = []
     for name in SIDES:
-        said = layouts.read_messages(row.get(name), f"{place.where}: {name}")
+        said = _messages(parts, name, "assistant", place)
         if asked and said[: len(asked)] != asked:
             if len(said) > 1:
                 raise _different(place)
@@ -134,6 +139,11 @@ def _from_messages(row, place):
     if any(getattr(sides[0], k) != getattr(sides[1], k) for k in ("question", "context")):
         raise _different(place)
     return sides
+
+
+def _messages(parts, name, role, place):
+    where = f"{place.where}: {name}"
+    return layouts.read_messages(layouts.as_messages(parts.get(name), role, where), where)
 
 
 def _different(place):

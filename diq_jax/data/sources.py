@@ -6,11 +6,9 @@ unless given) or `sample`; several are separated by commas. Targets and tests ma
 """
 
 import dataclasses
-import glob
 import hashlib
 import importlib.resources
 import itertools
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,10 +77,10 @@ def load_examples(
 
     Args:
         columns: "" (each source's layout is recognised), a name of `layouts.LAYOUTS`, or
-            "question=Q,reasoning=R,answer=A[,id=ID]". A row without an id is named after its
-            position in the pool, counted from 0: "row-000017". Pre-tokenised rows need no mapping;
-            rows of choices have `options` and `answer_idx` under these names, and then need no
-            answer (example.from_choices).
+            "question=Q,reasoning=R,answer=A[,id=ID]", which a source without these columns does not
+            follow. A row without an id is named after its position in the pool, counted from 0:
+            "row-000017". Pre-tokenised rows need no mapping; rows of choices have `options` and
+            `answer_idx` under these names, and then need no answer (example.from_choices).
         turns: of a conversation, whether the `last` answer is scored or `all`.
     """
     return list(stream_examples(spec, columns, limit, field, turns))
@@ -108,7 +106,7 @@ def stream_examples(
                     layout = _layout(head, where, source, field, asked)
                 place = _place(row, f"{field}: {where}", position, "", layout)
                 position += 1
-                yield _turned(layout.read(row, place), turns), where
+                yield _turned(layout.read(row, place), turns, place.where), where
 
     examples = (example for example, _ in unique(read, spec, field))
     first = list(itertools.islice(examples, HEAD_ROWS))
@@ -136,33 +134,48 @@ def load_targets(
     targets, or tests for those of the shipped sample and of benchmarks.
     """
     return _load_tasks(
-        spec, per_task, seed, field, sample, columns,
-        lambda row, place, layout: _turned(layout.read(row, place), turns),
+        spec, per_task, seed, field, sample, layouts.named(columns),
+        lambda row, place, layout: _turned(layout.read(row, place), turns, place.where),
     )  # fmt: skip
 
 
 def load_tests(
-    spec: str, per_task: int, seed: int, field: str = "data.tests", texts: bool = False
+    spec: str,
+    per_task: int,
+    seed: int,
+    field: str = "data.tests",
+    texts: bool = False,
+    columns: str = "",
 ) -> list[example_lib.Example]:
     """Loads multiple-choice rows (id, task, question, options, answer_idx), drawn as targets.
 
     Args:
         texts: whether rows without options are taken too, as questions whose answer is a text.
+        columns: as of `load_targets`.
     """
+    asked = layouts.named(columns)
 
     def parse(row: dict, place: layouts.Place, layout: layouts.RowLayout) -> example_lib.Example:
-        if texts and not example_lib.has_options(row):
-            return layout.read(row, place)
-        return _from_test(row, place)
+        if layout is asked or (texts and not example_lib.has_options(row)):
+            example = layout.read(row, place)
+            if texts and example.options is None:
+                return example
+        else:
+            example = example_lib.from_choices(row, *place)
+        return _with_right_option(example, place)
 
-    return _load_tasks(spec, per_task, seed, field, "tests", "", parse)
+    return _load_tasks(spec, per_task, seed, field, "tests", asked, parse)
 
 
 def _load_tasks(
-    spec: str, per_task: int, seed: int, field: str, sample: str, columns: str, parse: Callable
+    spec: str,
+    per_task: int,
+    seed: int,
+    field: str,
+    sample: str,
+    asked: layouts.RowLayout | None,
+    parse: Callable,
 ) -> list[example_lib.Example]:
-    asked = layouts.named(columns)
-
     def read() -> Iterator[tuple[example_lib.Example, str]]:
         position = 0
         for source in _resolve(spec, field, sample):
@@ -181,6 +194,7 @@ def _load_tasks(
                 yield parse(row, place, chosen), where
 
     examples = [example for example, _ in unique(read, spec, field)]
+    layouts.check_questions(examples, f"{field}: {spec}")
     ids: dict[str, list[str]] = {}
     for example in examples:
         ids.setdefault(example.task, []).append(example.example_id)
@@ -206,11 +220,11 @@ def _layout(
     asked: layouts.RowLayout | None = None,
 ) -> layouts.RowLayout:
     """Returns the layout that is asked for, or else the one that a source's first rows show."""
-    if asked is not None:
-        layouts.check_columns(asked, head, where)
+    if asked is not None and layouts.concerns(asked, head, where):
         return asked
-    name, found = layouts.recognise(head, f"{field}: {where}")
-    if found is not layouts.OURS:
+    flag = "--columns" if field.startswith("--") else "--config.data.columns"
+    name, found = layouts.recognise(head, f"{field}: {where}", flag)
+    if asked is not None or found is not layouts.OURS:
         told = ", ".join(found.needs)
         progress.say(f"{field}: {source.place}: rows of the layout {name} ({told})")
     return found
@@ -223,9 +237,16 @@ def _place(
     return layouts.Place(where, id_, task)
 
 
-def _turned(example: example_lib.Example, turns: str) -> example_lib.Example:
-    whole = turns == "all" and any(m["role"] == "assistant" for m in example.context)
-    return dataclasses.replace(example, every_turn=True) if whole else example
+def _turned(example: example_lib.Example, turns: str, where: str) -> example_lib.Example:
+    earlier = [m for m in example.context if m["role"] == "assistant"]
+    if turns != "all" or not earlier:
+        return example
+    if not all(message["content"].strip() for message in earlier):
+        raise errors.UserError(
+            f"{where}: an earlier answer is empty after its reasoning; set data.turns=last, which "
+            "scores the last one alone."
+        )
+    return dataclasses.replace(example, every_turn=True)
 
 
 def _draw(ids: list[str], task: str, count: int, seed: int) -> list[str]:
@@ -271,12 +292,11 @@ def unique(
         raise errors.UserError(f"{field} holds no rows: {spec}.")
 
 
-def _from_test(row: dict, place: layouts.Place) -> example_lib.Example:
-    """Makes an example of a row of choices with one right letter, which tests ask for."""
-    example = example_lib.from_choices(row, *place)
+def _with_right_option(example: example_lib.Example, place: layouts.Place) -> example_lib.Example:
+    """Returns a test with the right option as its answer; it must have one."""
     options = example.options or {}
     if not example.answer_idx:
-        letters = ", ".join(options)
+        letters = ", ".join(options) or "those of its options"
         raise errors.UserError(f"{place.where}: answer_idx must be one of {letters}; got None.")
     return dataclasses.replace(example, answer=options[example.answer_idx])
 
@@ -285,7 +305,6 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
     """Returns the sources of `spec` in order, a glob's sorted."""
     sources: list[Source] = []
     for part in filter(None, map(str.strip, spec.split(","))):
-        path = os.path.expanduser(part)
         if part == "sample" and sample:
             shipped = importlib.resources.files("diq_jax.data") / "sample" / f"{sample}.jsonl"
             sources.append(Source(str(shipped)))
@@ -295,20 +314,8 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
             from diq_jax.run import remote
 
             sources += [Source(str(file)) for file in remote.fetch(part, field)]
-        elif part.startswith(files.HUB) or os.path.isfile(path) or files.is_saved(path):
-            sources.append(Source(path))
-        elif os.path.isdir(path):
-            sources += map(Source, files.in_folder(path, field))
-        elif glob.has_magic(path):
-            found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-            if not found:
-                raise errors.UserError(f"{field}: no file matches {part}.")
-            sources += map(Source, found)
         else:
-            folder, name = os.path.split(path)
-            names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-            near = errors.nearest(name, names)
-            raise errors.UserError(f"{field}: there is no file {part}.{near}")
+            sources += map(Source, files.find(part, field))
     if not sources:
         raise errors.UserError(f"{field} must name a file, glob, hub:NAME or sample; got {spec!r}.")
     return sources

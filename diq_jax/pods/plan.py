@@ -55,6 +55,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6, "query_pre_attn_scalar": 168,
         "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
     },
+    "qwen35_27b": {
+        "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 5120,
+        "intermediate_size": 17408, "num_hidden_layers": 64, "num_attention_heads": 24,
+        "num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144, "hidden_act": "silu", "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 48, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+        },
+    },
 }  # fmt: skip
 
 
@@ -66,7 +77,7 @@ def model_shape(path: str) -> dict[str, Any]:
     """
     import huggingface_hub
 
-    from diq_jax.models import checkpoint
+    from diq_jax.models import checkpoint, multimodal
     from diq_jax.run import reading
 
     if not re.fullmatch(checkpoint.HUB_ID, path) or pathlib.Path(path).exists():
@@ -79,7 +90,7 @@ def model_shape(path: str) -> dict[str, Any]:
             f"model.path: config.json of {path!r} cannot be had from the hub ({type(e).__name__}); "
             f"give --shape, one of {', '.join(SHAPES)}."
         ) from None
-    return reading.read_record(pathlib.Path(file), {})
+    return multimodal.language_part(reading.read_record(pathlib.Path(file), {}), {}, path)[0]
 
 
 @dataclasses.dataclass(frozen=True)

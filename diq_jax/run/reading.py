@@ -26,6 +26,10 @@ _MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
+class Base64(str):
+    """Stands for bytes in a row: JSON writes it, and nothing reads it as a text."""
+
+
 def parse_json(text: str, where: str, first_line: int | None = None, mend: bool = False) -> Any:
     """Parses one JSON value that can be written again as JSON in UTF-8.
 

@@ -75,6 +75,41 @@ def test_echoed_tokens_have_the_models_own_likelihoods(server):
     assert again["token_logprobs"] == told["token_logprobs"][:-1]
 
 
+def test_the_client_of_lm_eval_gets_the_models_own_numbers(server, tmp_path):
+    """Its local-completions, which sends token ids: sums of log-likelihoods, and greedy texts."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: extra `harness`")
+    from lm_eval.api import instance
+    from lm_eval.models import openai_completions
+
+    served = server.served
+    folders.tokenizer().save_pretrained(tmp_path)
+    client = openai_completions.LocalCompletionsAPI(
+        base_url=f"http://127.0.0.1:{server.server_address[1]}/v1/completions",
+        model="tiny", tokenizer=str(tmp_path), num_concurrent=1, max_length=96,
+    )  # fmt: skip
+
+    def ask_all(kind, arguments):
+        made = [instance.Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+        return getattr(client, kind)(made)
+
+    asked = [("what is 1 plus 1", " it is 2"), ("why?", " because"), ("why?", " so")]
+    for (question, answer), (found, greedy) in zip(
+        asked, ask_all("loglikelihood", asked), strict=True
+    ):
+        before, ids = (
+            served.layout.tokenizer(text)["input_ids"] for text in (question, question + answer)
+        )
+        logits = np.asarray(jax.nn.log_softmax(served.model.logits(np.array([ids]))[0]))
+        places = np.arange(len(before) - 1, len(ids) - 1)
+        own = logits[places, ids[len(before) :]].sum()
+        np.testing.assert_allclose(found, own, atol=1e-4)
+        assert greedy == (logits[places].argmax(-1) == ids[len(before) :]).all()
+    settings = {"until": ["<|user|>"], "max_gen_toks": 8, "do_sample": False}
+    [text] = ask_all("generate_until", [("why?", settings)])
+    body = {"prompt": "why?", "max_tokens": 8, "temperature": 0, "stop": ["<|user|>"]}
+    assert ask(server, "/v1/completions", body)[1]["choices"][0]["text"] == text
+
+
 def test_texts_stop_and_a_seed_repeats_them(server):
     asked = {"prompt": ["what", "what is"], "max_tokens": 12, "temperature": 1.5, "n": 2}
     first, again = (ask(server, "/v1/completions", asked | {"seed": 7})[1] for _ in range(2))

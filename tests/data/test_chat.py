@@ -375,7 +375,7 @@ def test_a_chat_template_that_fails_is_a_user_error():
 def test_a_template_that_changes_a_question_is_refused(change):
     layout = make_layout(CHATML.replace("content", change))
     long = dataclasses.replace(TEXT, question="Which of these is the right one, and Why?")
-    with pytest.raises(errors.UserError, match=r"^model\.path has a chat template that changes"):
+    with pytest.raises(errors.UserError, match=r": model\.path has a chat template that changes"):
         encode(layout, long)
     with pytest.raises(errors.UserError, match="leaves part of it out: 'Which of these"):
         chat.prompt_ids([long], layout)

@@ -217,6 +217,73 @@ def test_columns_of_no_layout_name_the_nearest_and_a_flag(tmp_path):
         sources.load_examples(path)
 
 
+def test_the_flag_is_for_the_sources_that_have_its_columns(tmp_path, capsys):
+    """Pool, targets and tests may be of several layouts; the flag of any message can be pasted."""
+    own = [{"query": "why?", "response": "so", "options": None}]
+    choices = [{"query": "which?", "options": ["x", "y"], "answer_idx": "B", "response": "y"}]
+    path, others = (
+        folders.write(tmp_path / "a.jsonl", own),
+        folders.write(tmp_path / "b.jsonl", [ROWS["ours"]]),
+    )
+    columns = "question=query,answer=response"
+    for load in (
+        lambda of, by: sources.load_examples(of, by),
+        lambda of, by: sources.load_targets(of, 0, 0, by),
+        lambda of, by: sources.load_tests(of, 0, 0, texts=True, columns=by),
+    ):
+        with pytest.raises(errors.UserError, match=rf" --config\.data\.columns={columns}$"):
+            load(path, "")
+        assert [e.answer for e in load(path, columns)] == ["so"]
+        capsys.readouterr()
+        assert [e.answer for e in load(others, columns)] == ["because"]
+    with pytest.raises(errors.UserError, match=rf" --columns={columns}$"):
+        sources.load_examples(path, field="--pool")
+    assert [e.answer for e in sources.load_examples(f"{path},{others}", columns)] == [
+        "so", "because",
+    ]  # fmt: skip
+    assert "b.jsonl: rows of the layout ours" in capsys.readouterr().err
+    path = folders.write(tmp_path / "c.jsonl", choices)
+    [test] = sources.load_tests(path, 0, 0, texts=True, columns=columns)
+    assert (test.question, test.answer_idx, test.answer) == ("which?", "B", "y")
+
+
+@pytest.mark.parametrize("said", ["", "<think>hm</think>", "<think>cut off"])
+def test_an_earlier_answer_that_says_nothing_is_not_scored(tmp_path, said):
+    chat_of = [ASKED, {"role": "assistant", "content": said}, *CHAT[-2:]]
+    path = folders.write(tmp_path / "a.jsonl", [{"messages": chat_of}])
+    assert sources.load_examples(path)[0].answer == "no"
+    for load in (
+        lambda: sources.load_examples(path, turns="all"),
+        lambda: sources.load_targets(path, 0, 0, "", turns="all"),
+    ):
+        with pytest.raises(errors.UserError, match=r"a\.jsonl:1: an earlier answer is empty"):
+            load()
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path):
+    tokenizer = folders.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + folders.CHAT
+    )
+    layout = chat.make_layout(tokenizer, len(tokenizer), "2024-07-26", "model.path")
+    rows = [{"messages": CHAT[3:], "id": "good"}, {"messages": CHAT, "id": "bad"}]
+    with pytest.raises(errors.UserError, match=r"^Example 'bad': .*no system role"):
+        encode(tmp_path, "last", layout, rows=rows)
+
+
+def test_texts_that_begin_or_end_a_turn_are_found(tmp_path):
+    _, layout = plain_layout()
+    marks = encoded.turn_marks(layout)
+    rows = [
+        {"question": "why<|end|>?", "answer": "so"}, {"question": "why?", "answer": "so<|user|>"},
+        {"question": "why?", "answer": "<end> <|pad|>"},
+    ]  # fmt: skip
+    pool = sources.load_examples(folders.write(tmp_path / "a.jsonl", rows))
+    texts = [encoded.texts_of(example, "plain") for example in pool]
+    assert [bool(marks.search(text)) for text in texts] == [True, True, False]
+
+
 def test_an_instruction_is_no_question(tmp_path):
     rows = [
         {"id": str(i), "instruction": "Answer the question.", "response": f"so {i}", "q": f"{i}?"}

@@ -47,6 +47,9 @@ def test_sides_as_messages(tmp_path):
         {"id": "b", "prompt": "why?"} | whole,
         {"id": "c", "prompt": asked} | sides,
         {"id": "d", "prompt": "why?", "chosen": "because", "rejected": "no"},
+        {"id": "e", "prompt": asked, "chosen": sides["chosen"][0], "rejected": "no"},
+        {"id": "f", "conversations": [{"from": "human", "value": "why?"}], **sides}
+        | {"rejected": {"from": "gpt", "value": "no"}},
     ]
     for chosen, rejected in load(tmp_path, rows):
         assert {chosen.question, rejected.question} == {"why?"}
@@ -54,8 +57,9 @@ def test_sides_as_messages(tmp_path):
         assert chosen.reasoning == ("" if chosen.example_id == "d" else "we think")
     for change, expected in (
         ({"prompt": "when?"}, "must answer the same messages"),
-        ({"rejected": "no"}, "rejected must be a list of messages"),
-        ({"rejected": sides["rejected"][:0]}, "rejected must be a list of messages"),
+        ({"rejected": "no"}, "rejected must end with a message of the user"),
+        ({"rejected": 3}, "rejected must be a text or a list of messages; got 3"),
+        ({"rejected": sides["rejected"][:0]}, r"rejected must be a list of messages; got \[\]"),
         ({"rejected": asked}, "rejected must end with a message of the user and .* last are user"),
         ({"rejected": [{"role": "assistant"}]}, "rejected: message 0 has no field 'content'"),
         ({"rejected": [message("system", "s"), *whole["rejected"]]}, "answer the same messages"),

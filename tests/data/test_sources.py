@@ -6,6 +6,7 @@ import decimal
 import gzip
 import json
 import math
+import os
 
 import datasets
 import hypothesis
@@ -142,7 +143,13 @@ BAD_FILES = {
     "not UTF-8": ("a.jsonl", jsonl(ROWS[:1]).encode() + b'"\xff"\n', r"a\.jsonl:2 is not UTF-8"),
     "csv not UTF-8": ("a.csv", b"id\n\xff\n", r"a\.csv:2 is not UTF-8"),
     "csv with too many cells": ("a.csv", "id,answer\n1,2\n1,2,3\n", r"a\.csv:3 must have 2 cells"),
-    "csv with an open quote": ("a.csv", 'id,answer\n1,"2\n', r"a\.csv cannot be read"),
+    "csv with an open quote": ("a.csv", 'id,answer\n1,"2\n', r"a\.csv:2 has a quote that is left"),
+    "tsv with bare quotes": (
+        "a.tsv",
+        'id\tanswer\n1\t"a" b\n',
+        r"a\.tsv:2 has a quote that is left",
+    ),
+    "lines in .json": ("a.json", jsonl(ROWS[:2]), r"a\.json must hold a list .*name it \.jsonl"),
     "no parquet": ("a.parquet", "PAR1 not", r"a\.parquet is not a readable parquet file"),
     "half a surrogate": ("a.jsonl", '{"id": "\\ud800"}', r"a\.jsonl:1 .* half of a surrogate pair"),
     "deep": ("a.jsonl", '{"id": ' + "[" * 20000 + "]" * 20000 + "}", r"a\.jsonl:1 .*nested deeper"),
@@ -201,6 +208,37 @@ def test_a_folder_is_its_files_of_one_format(tmp_path):
     write(tmp_path / "a.parquet", ROWS)
     with pytest.raises(errors.UserError, match=r"is a folder with \.jsonl and \.parquet; name"):
         sources.load_examples(str(tmp_path))
+
+
+def test_a_folder_of_splits_is_no_pool(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "trainees", "testimony"):
+        write(tmp_path / f"{name}.jsonl", [ROWS[0] | {"id": name}])
+    assert len(sources.load_examples(str(tmp_path))) == 4
+    write(tmp_path / "test-00000-of-00001.jsonl", ROWS)
+    with pytest.raises(errors.UserError, match="is a folder with the splits test and train; name"):
+        sources.load_examples(str(tmp_path))
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl").symlink_to("nowhere")
+    for spec in (tmp_path, tmp_path / "*.jsonl", tmp_path / "b.jsonl"):
+        with pytest.raises(errors.UserError, match=r"b\.jsonl is a link to what is not there"):
+            sources.load_examples(str(spec))
+    os.mkfifo(tmp_path / "c.jsonl")
+    with pytest.raises(errors.UserError, match=r"c\.jsonl is neither a file nor a folder"):
+        sources.load_examples(str(tmp_path / "c.jsonl"))
+
+
+def test_bytes_are_no_text(tmp_path):
+    made = {"question": [b"Why?"], "answer": ["So."], "options": [[b"x", b"y"]]}
+    for table, message in (
+        ({k: made[k] for k in ("question", "answer")}, "question must be a text, got 'V2h5Pw=='"),
+        (made | {"question": ["Why?"]}, "option A must be a text, got 'eA=='"),
+    ):
+        pq.write_table(pa.table(table), tmp_path / "a.parquet")
+        with pytest.raises(errors.UserError, match=message):
+            sources.load_examples(str(tmp_path / "a.parquet"))
 
 
 def test_the_pool_keeps_its_rows_and_names_those_without_an_id(tmp_path):
@@ -456,7 +494,7 @@ def test_the_same_id_in_two_tasks_is_a_user_error(tmp_path):
 
 
 def test_the_draw_does_not_depend_on_order_or_on_other_tasks(tmp_path):
-    rows = [choice(i, task) for task in "abc" for i in range(9)]
+    rows = [choice(i, task, question=f"Which {i}?") for task in "abc" for i in range(9)]
     one = write(tmp_path / "one.jsonl", rows)
     two = write(tmp_path / "two.jsonl", [row for row in reversed(rows) if row["task"] != "c"])
 

@@ -5,6 +5,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from diq_jax import config
+from diq_jax.models import config as model_config
 from diq_jax.models import decoder
 from diq_jax.pods import measured, plan, programs
 
@@ -53,6 +54,17 @@ def test_ideal_flops_by_hand():
     assert programs.ideal_flops("loss", *size) == products + attention
     assert programs.ideal_flops("exact", *size) == 3 * (products + attention)
     assert programs.ideal_flops("factored", *size) == 2 * products + 3 * attention
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    {"llama31_8b": 8.03, "llama31_70b": 70.55, "qwen3_8b": 8.19, "qwen3_32b": 32.76,
+     "gemma3_27b": 27.01, "qwen35_27b": 26.90}.items(),
+)  # fmt: skip
+def test_a_named_shape_has_the_parameters_that_its_model_has(name, billions):
+    """Of Qwen3.5-27B's 27.78 billion 0.46 are the image encoder's and 0.42 another head's."""
+    shape = model_config.decoder_config(plan.SHAPES[name], "--shape")
+    assert round(decoder.size(shape) / 1e9, 2) == billions
 
 
 def test_matrices_are_split_over_data_where_they_fill_a_quarter_of_a_chip():
