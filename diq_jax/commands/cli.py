@@ -46,7 +46,11 @@ URL_FLAGS = {
     "pool", "against", "rows", "targets", "model", "general", "data", "base_url", "workdir",
 }  # fmt: skip
 HELP = {"-h", "-help", "--help"}
-FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# What the system says of a place that is full, forbidden, or no file or folder as it must be.
+REFUSED = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 def main(job: str = "") -> None:
@@ -109,7 +113,7 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
     except errors.UserError as e:
         _fail(str(e))
     except OSError as e:
-        if e.errno not in FULL_OR_FORBIDDEN:
+        if e.errno not in REFUSED:
             raise
         _fail(
             f"Cannot write {e.filename or 'in --workdir'}: {e.strerror}. What was finished is kept."

@@ -50,7 +50,7 @@ def base_of(adapter: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Writes the folder, and uploads it where --push asks for that."""
+    """Writes the folder, new or empty, and uploads it where --push asks for that."""
     from diq_jax.commands import card
 
     if PUSH.value and not re.fullmatch(r"[\w.-]+/[\w.-]+", PUSH.value):
@@ -58,6 +58,8 @@ def main() -> None:
     if bool(ADAPTER.value) == bool(SELECTION.value):
         raise errors.UserError("Give either --adapter, a PEFT folder, or --selection, a run.")
     output = pathlib.Path(OUTPUT.value)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise errors.UserError(f"--output: {output} is not an empty folder; name another.")
     if SELECTION.value:
         write_selection(pathlib.Path(SELECTION.value), output)
     else:
@@ -71,7 +73,7 @@ def write_selection(workdir: pathlib.Path, output: pathlib.Path) -> None:
     """Writes the selected rows of a run as chats, with their card.
 
     Raises:
-        UserError: the selection is not finished or has no chats, or the folder is not empty.
+        UserError: the selection is not finished or has no chats.
     """
     from diq_jax.commands import card
     from diq_jax.run import artifacts, records
@@ -83,8 +85,6 @@ def write_selection(workdir: pathlib.Path, output: pathlib.Path) -> None:
         raise errors.UserError(f"--selection: {workdir} selected no rows with texts ({rows.name}).")
     if cli.verify(VERIFY):
         records.verify(rows)
-    if output.exists() and any(output.iterdir()):
-        raise errors.UserError(f"--output: {output} is not empty; name another folder.")
     artifacts.write_text(output / rows.name, rows.read_text(encoding="utf-8"))
     artifacts.write_text(output / card.CARD, text)
     print(f"wrote {output}: {rows.name} and {card.CARD}")
@@ -94,7 +94,7 @@ def write_model(adapter: pathlib.Path, output: pathlib.Path) -> None:
     """Merges, and writes the model's folder with its card.
 
     Raises:
-        UserError: the adapter does not fit its base, or the folder holds a model.
+        UserError: the adapter does not fit its base.
     """
     import jax
 
@@ -107,8 +107,6 @@ def write_model(adapter: pathlib.Path, output: pathlib.Path) -> None:
             if (adapter / name).is_file():
                 records.verify(adapter / name)
     path = MODEL.value or base_of(adapter)
-    if (output / "config.json").exists():
-        raise errors.UserError(f"--output: {output} holds a model already; name another folder.")
     placement = devices.make_placement(config.Parallel(data=1))
     # Merged in float32, so that only the sum is rounded.
     model = load.load(path, "float32", placement, "--model")

@@ -6,6 +6,7 @@ datasets library wrote, or its files are read in order (`in_folder`).
 """
 
 import base64
+import collections
 import csv
 import glob
 import gzip
@@ -91,6 +92,14 @@ def find(part: str, field: str) -> list[str]:
     known = os.path.isdir(folder or ".") and os.access(folder or ".", os.R_OK)
     names = os.listdir(folder or ".") if known else []
     raise errors.UserError(f"{field}: there is no file {part}.{errors.nearest(name, names)}")
+
+
+def check_once(places: Iterable[str], field: str) -> None:
+    """Raises UserError where a file or name stands twice: its rows would count twice."""
+    whole = (os.path.realpath(place) if os.path.exists(place) else place for place in places)
+    [(place, count)] = collections.Counter(whole).most_common(1)
+    if count > 1:
+        raise errors.UserError(f"{field} names {place} {count} times; name it once.")
 
 
 def in_folder(path: str, field: str) -> list[str]:
@@ -232,7 +241,12 @@ def _read_arrow(path: str) -> PlacedRows:
 def _read_saved(path: str) -> PlacedRows:
     import datasets  # a second to import
 
-    found = datasets.load_from_disk(path)
+    try:
+        found = datasets.load_from_disk(path)
+    except (LookupError, TypeError, AttributeError) as e:  # of a state.json, or a table of no rows
+        raise errors.UserError(
+            f"{path} is not a folder of rows as save_to_disk writes it ({type(e).__name__}: {e})."
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         if "train" not in found:
             raise errors.UserError(

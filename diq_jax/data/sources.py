@@ -320,6 +320,7 @@ def _resolve(spec: str, field: str, sample: str = "") -> list[Source]:
             sources += map(Source, files.find(part, field))
     if not sources:
         raise errors.UserError(f"{field} must name a file, glob, hub:NAME or sample; got {spec!r}.")
+    files.check_once((f"{source.place}{source.benchmark}" for source in sources), field)
     return sources
 
 

@@ -24,8 +24,8 @@ def save_model(
     config.json comes last (checkpoint.save_checkpoint): a folder that has one is whole.
 
     Raises:
-        UserError: `base` has no tokenizer; or a parameter is not finite, perhaps since its last
-            cast: then nothing is written.
+        UserError: `base` has no tokenizer, or a damaged generation_config.json; or a parameter is
+            not finite, perhaps since its last cast: then nothing is written.
     """
     if bad := trees.not_finite(params):
         raise errors.UserError(
@@ -36,9 +36,9 @@ def save_model(
     if not processes.is_first():
         collections.deque(hf.decoder_tensors(params), 0)  # of each it may hold a part
         return
+    generation = _generation_config(checkpoint.resolve(base, field), tok)
     _write_tokenizer(pathlib.Path(folder), tok)
     artifacts.sync_tree(folder)
-    generation = _generation_config(checkpoint.resolve(base, field), tok)
     artifacts.write_json(pathlib.Path(folder) / GENERATION, generation)
     hf.save_decoder(folder, params, hf_config, MAX_SHARD_BYTES)
 

@@ -219,6 +219,22 @@ def test_a_folder_of_splits_is_no_pool(tmp_path):
         sources.load_examples(str(tmp_path))
 
 
+def test_a_file_counts_once(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
+    for spec in (f"{path},{path}", f"{tmp_path}/*.jsonl,{tmp_path}/../{tmp_path.name}/a.jsonl"):
+        with pytest.raises(errors.UserError, match=r"^data\.pool names .*a\.jsonl 2 times"):
+            sources.load_examples(spec)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", None])
+def test_a_damaged_saved_dataset_is_a_user_error(tmp_path, state):
+    datasets.Dataset.from_list(ROWS).select(range(5 if state else 0)).save_to_disk(tmp_path / "a")
+    if state:
+        (tmp_path / "a/state.json").write_text(state)
+    with pytest.raises(errors.UserError, match=r"^data\.pool: .*a is not a folder of rows"):
+        sources.load_examples(str(tmp_path / "a"))
+
+
 def test_what_is_no_file_is_named(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl").symlink_to("nowhere")
