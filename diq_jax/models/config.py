@@ -189,7 +189,9 @@ class Reader:
         self.config, self.field, self.built, self.what = config, field, built, what
         name = config.get("model_type")
         if not isinstance(name, str) or name not in built:
-            missing = families.MISSING.get(name) if isinstance(name, str) else None
+            from diq_jax.models import unsupported
+
+            missing = unsupported.MISSING.get(name) if isinstance(name, str) else None
             has = f" (it has {missing}, which is not built here)" if missing else ""
             raise errors.UserError(
                 f"{field}: model family {reading.shorten(name)} is not supported here{has}:"

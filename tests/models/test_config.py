@@ -8,7 +8,7 @@ import tiny
 import transformers
 
 from diq_jax import errors
-from diq_jax.models import config, encoder, families, rope
+from diq_jax.models import config, encoder, families, rope, unsupported
 
 FIELD = "model.path"
 BERT = {
@@ -94,7 +94,7 @@ def test_values_of_decoders_are_checked(change, message):
 def test_families_that_are_not_supported_are_refused_without_a_guess(family):
     with pytest.raises(errors.UserError) as caught:
         config.decoder_config(tiny.HF_CONFIG | {"model_type": family}, FIELD)
-    has = families.MISSING.get(family) if isinstance(family, str) else None
+    has = unsupported.MISSING.get(family) if isinstance(family, str) else None
     part = f" (it has {has}, which is not built here)" if has else ""
     assert (has is not None) == (family in ("mixtral", "llama4"))
     assert str(caught.value) == (

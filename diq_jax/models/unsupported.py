@@ -1,0 +1,28 @@
+"""What families have that no layer here does, for the message that refuses them."""
+
+MISSING = {
+    "gemma2": "soft caps of scores and logits", "gemma3n": "per-layer embeddings",
+    "gemma4_text": "two head sizes in one model",
+    "mixtral": "mixture of experts", "qwen2_moe": "mixture of experts",
+    "olmoe": "mixture of experts", "phimoe": "mixture of experts",
+    "granitemoe": "mixture of experts",
+    "deepseek_v3": "latent attention and mixture of experts",
+    "llama4": "mixture of experts and chunked attention",
+    "gpt_oss": "mixture of experts and attention sinks",
+    "qwen3_next": "gated delta layers and mixture of experts",
+    "qwen3_5_moe": "gated delta layers and mixture of experts",
+    "ministral3": "the growth of queries with position", "falcon_mamba": "state-space layers",
+    "mamba": "state-space layers",
+    "gpt2": "learned positions and norms with a mean and a bias",
+    "opt": "learned positions and norms with a mean and a bias",
+    "gpt_neox": "attention and MLP side by side and norms with a mean",
+    "falcon": "attention and MLP side by side and norms with a mean",
+    "phi": "attention and MLP side by side and norms with a mean",
+    "cohere": "attention and MLP side by side and norms with a mean",
+    "cohere2": "attention and MLP side by side and norms with a mean",
+    "starcoder2": "an MLP without a gate and norms with a mean and a bias",
+    "stablelm": "norms with a mean and a bias", "bloom": "distances in place of positions (ALiBi)",
+    "glm": "rotary pairs of neighbours", "glm4": "rotary pairs of neighbours",
+    "t5": "an encoder before its decoder", "bert": "attention to later tokens",
+    "roberta": "attention to later tokens", "modernbert": "attention to later tokens",
+}  # fmt: skip
