@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_string("rows", None, "The labelled questions, as data.tests.", required=True)
+COLUMNS = flags.DEFINE_string("columns", "", "As data.columns.")
 OUT = flags.DEFINE_string("out", None, "The .jsonl file to write.", required=True)
 SAMPLES = flags.DEFINE_integer("samples", 8, "Answers to each question.", lower_bound=1)
 flags.mark_flag_as_required("config")
@@ -125,7 +126,7 @@ def main() -> None:
     from diq_jax.models import generate, load
     from diq_jax.run import artifacts, compiled, devices, parts, progress
 
-    tests = sources.load_tests(ROWS.value, 0, 0, "--rows")
+    tests = sources.load_tests(ROWS.value, 0, 0, "--rows", columns=COLUMNS.value)
     compiled.keep()
     placement = devices.make_placement(cfg.parallel)
     model = load.load(cfg.model.path, cfg.model.dtype, placement)
