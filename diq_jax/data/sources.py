@@ -225,10 +225,9 @@ def _layout(
     flag = "--columns" if field.startswith("--") else "--config.data.columns"
     name, found = layouts.recognise(head, f"{field}: {where}", flag)
     if asked is not None or found is not layouts.OURS:
-        told = ", ".join(found.needs) + (
-            ")" if asked is None else "), as it has no column of data.columns"
-        )
-        progress.say(f"{field}: {source.place}: rows of the layout {name} ({told}")
+        told = f"rows of the layout {name} ({', '.join(found.needs)})"
+        why = "" if asked is None else ", as it has no column of data.columns"
+        progress.say(f"{field}: {source.place}: {told}{why}")
     return found
 
 
