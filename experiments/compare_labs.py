@@ -20,7 +20,7 @@ from absl import flags
 
 from diq_jax import errors
 from diq_jax.commands import cli
-from diq_jax.report import style
+from diq_jax.report import studies, style
 from diq_jax.run import artifacts, reading
 from lab import summary
 
@@ -42,7 +42,7 @@ def read(folders: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     common: dict[str, Any] | None = None
     for folder in folders:
-        file = pathlib.Path(folder) / "lab.json"
+        file = pathlib.Path(folder) / studies.LAB
         if not file.is_file():
             raise errors.UserError(f"--labs: {file} does not exist; selection_lab.py writes it.")
         made = reading.read_record(file, {"settings": dict, "rows": list})
@@ -79,7 +79,7 @@ def table(labs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any
 
 def better(cell: Cell) -> bool:
     """Tells whether an arm is below random in one lab."""
-    return cell["high"] < 0 and cell["p_holm"] < summary.SURE
+    return cell["high"] < 0 and cell["p_holm"] < studies.SURE
 
 
 def mean_of(row: Mapping[str, Any]) -> float:
@@ -118,7 +118,7 @@ def draw(rows: Sequence[Mapping[str, Any]], labs: Sequence[str]) -> matplotlib.f
                 axis.errorbar(
                     mean, np.arange(len(mine)) + 0.2 * (k - (len(labs) - 1) / 2),
                     xerr=[mean - low, high - mean], fmt="o", ms=3, lw=1,
-                    color=summary.COLORS[k % len(summary.COLORS)], label=lab,
+                    color=studies.COLORS[k % len(studies.COLORS)], label=lab,
                 )  # fmt: skip
             axis.axvline(0, color=style.MUTED, linewidth=1)
             axis.grid(axis="y", visible=False)

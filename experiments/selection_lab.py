@@ -36,6 +36,7 @@ from diq_jax import config, errors, prepare
 from diq_jax.commands import cli
 from diq_jax.data import encoded, sources
 from diq_jax.evaluate import options
+from diq_jax.report import studies
 from diq_jax.run import artifacts, records, stages
 from diq_jax.selection import select
 from lab import arms, base, summary, trainings
@@ -185,11 +186,12 @@ def write(cfg: config.Config, workdir: pathlib.Path, lab: trainings.Lab, rows: l
     )
     settings = {**dataclasses.asdict(base_settings()), "finetune": dataclasses.asdict(cfg.finetune)}
     artifacts.write_json(
-        workdir / "lab.json",
+        workdir / studies.LAB,
         {"title": title, "settings": settings, "rows": rows, "versions": stages.versions()},
     )
     artifacts.write_text(workdir / "lab.md", summary.as_markdown(rows, title))
-    pictures.write(workdir, "lab", summary.lines(rows), summary.draw, rows, title)
+    study = studies.read(workdir / studies.LAB)
+    pictures.write(workdir, "lab", summary.lines(rows), studies.draw, study)
 
 
 def main() -> None:

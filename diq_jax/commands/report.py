@@ -1,10 +1,13 @@
-"""Writes a page that holds two runs over one pool against each other.
+"""Writes a page that holds two runs over one pool, or several studies, against each other.
 
     diq report --compare=runs/a,runs/b --out=a_against_b
+    diq report --studies=runs/compare,runs/lab --out=studies
 
-What both select, what one alone does and with which scores, rank against rank, and the settings
-that differ: the folder gets report.html and its pictures. `diq view RUN RUN` serves the same page
-without writing it. The report of one run is its stage report: diq run --stages=report.
+Of two runs: what both select, what one alone does and with which scores, rank against rank, and
+the settings that differ; `diq view RUN RUN` serves the same page without writing it. Of studies,
+the folders of compare_selection.py and selection_lab.py: each method's difference to random.
+--out gets report.html and its pictures. The report of one run is its stage report:
+diq run --stages=report.
 """
 
 from absl import flags
@@ -13,21 +16,29 @@ from diq_jax import errors
 from diq_jax.commands import cli
 
 VERIFY = cli.define_verify()
-COMPARE = flags.DEFINE_list("compare", None, "Two runs' folders, RUN,RUN.", required=True)
+COMPARE = flags.DEFINE_list("compare", None, "Two runs' folders, RUN,RUN.")
+STUDIES = flags.DEFINE_list("studies", None, "Folders of studies.")
 OUT = flags.DEFINE_string("out", None, "The folder to write, which is new.", required=True)
 
 
 def main() -> None:
     """Writes the page."""
-    if len(COMPARE.value) != 2:
-        raise errors.UserError(f"--compare must name two runs; got {','.join(COMPARE.value)!r}.")
+    if bool(COMPARE.value) == bool(STUDIES.value):
+        raise errors.UserError("Give one of --compare=RUN,RUN and --studies=FOLDER,FOLDER.")
+    runs = COMPARE.value or []
+    if runs and len(runs) != 2:
+        raise errors.UserError(f"--compare must name two runs; got {','.join(runs)!r}.")
     out = cli.folder(OUT)
     if out.exists():
         raise errors.UserError(f"--out: {out} exists; name another folder, or remove it.")
+    if STUDIES.value:
+        from diq_jax.report import page, studies
 
-    from diq_jax.report import compare
+        page.write_studies(out, [studies.load(name, "--studies") for name in STUDIES.value])
+    else:
+        from diq_jax.report import compare
 
-    first, second = COMPARE.value
-    sides = compare.load(first, second, "--compare", cli.verify(VERIFY))
-    compare.write(out, sides)
-    print(f"{compare.headline(*sides)}\nwrote {out / 'report.html'}")
+        sides = compare.load(runs[0], runs[1], "--compare", cli.verify(VERIFY))
+        compare.write(out, sides)
+        print(compare.headline(*sides))
+    print(f"wrote {out / 'report.html'}")

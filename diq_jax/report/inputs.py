@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diq_jax import config
-from diq_jax.report import detail, figures, opinions, tables, texts
+from diq_jax.report import detail, figures, opinions, studies, tables, texts
 from diq_jax.run import reading, records, stages
 
 STAGES = ("prepare", "difficulty", "influence", "selection", "finetune", "dpo", "evaluate")
@@ -36,6 +36,7 @@ class ReportData:
             finetune/losses.jsonl, dpo/losses.jsonl, empty where the stage has not run.
         repeats: the rows of selection/hygiene.parquet; None where nothing was compared.
         records: stage.json of each finished stage, in order.
+        study: methods compared by training in this folder; None where none were.
     """
 
     config: config.Config
@@ -50,6 +51,7 @@ class ReportData:
     records: Sequence[Mapping[str, Any]]
     detail: detail.Detail
     opinions: opinions.Opinions
+    study: studies.Study | None
 
     @property
     def has_difficulty(self) -> bool:
@@ -107,6 +109,7 @@ def load(context: stages.Context) -> ReportData:
         records=[record for record in made if record and record["status"] == records.DONE],
         detail=detail.load(context, columns["example_id"]),
         opinions=opinions.load(context),
+        study=study(context),
     )
 
 
@@ -130,6 +133,11 @@ def read_examples(
     reasons = "why" in scores.column_names  # selections of earlier versions give none
     columns["why"] = scores["why"].to_pylist() if reasons else [""] * len(scores)
     return columns, texts.Column(workdir, POOL, "row", json.loads)
+
+
+def study(context: stages.Context) -> studies.Study | None:
+    """Reads the study in the run's folder, None where there is none."""
+    return next(map(studies.read, studies.files(context.workdir)), None)
 
 
 def optional(context: stages.Context, name: str) -> dict[str, Any]:

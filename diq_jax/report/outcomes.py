@@ -12,6 +12,7 @@ METRICS = {  # name: (title, unit, factor, decimals)
     "test_loss": ("Test loss", "nats/token", 1, 3),
     "test_loss_without_end": ("Test loss without the end of turn", "nats/token", 1, 3),
     "target_loss": ("Target loss", "nats/token", 1, 3),
+    "held_out_loss": ("Loss on held-out rows", "nats/token", 1, 3),  # of selection_lab.py
     "accuracy": ("Accuracy", "%", 100, 1),
     "accuracy_norm": ("Accuracy, length-normalised", "%", 100, 1),
     "choice_loss": ("Choice loss", "nats", 1, 3),
@@ -20,7 +21,7 @@ METRICS = {  # name: (title, unit, factor, decimals)
     "margin": ("Margin", "nats", 1, 3),
 }
 # Two tables: how well answers are written, and how well they are told from the other options.
-WRITTEN, CHOSEN = list(METRICS)[:5], list(METRICS)[5:]
+WRITTEN, CHOSEN = list(METRICS)[:6], list(METRICS)[6:]
 REFERENCES = ("base", "random")  # what an arm is compared with
 
 
@@ -30,10 +31,14 @@ def arms(results: Mapping[str, Any]) -> list[str]:
     return sorted(models, key=lambda arm: {"base": 0, "selected": 1}.get(arm, 2))
 
 
-def headline(results: Mapping[str, Any] | None) -> str:
-    """Says what loss and accuracy show of the selection in this run, which is one seed."""
+def headline(results: Mapping[str, Any] | None, study: str = "") -> str:
+    """Says what loss and accuracy show of the selection in this run, which is one seed.
+
+    Args:
+        study: what several seeds showed, if there are any.
+    """
     if not results or "selected" not in results["models"]:
-        return "Not evaluated: whether this selection helps is not known."
+        return study or "Not evaluated: whether this selection helps is not known."
     models = results["models"]
     versus = models["selected"].get("versus", {})
     against = next((name for name in ("random", "base") if name in versus), None)
@@ -45,7 +50,7 @@ def headline(results: Mapping[str, Any] | None) -> str:
         said.append("The selection was compared with nothing.")
     elif against == "base":
         said.append("No random subset was trained to compare with.")
-    said.append("Another seed may differ: compare_selection.py runs several.")
+    said.append(study or "Another seed may differ: compare_selection.py runs several.")
     return " ".join(said)
 
 

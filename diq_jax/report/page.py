@@ -2,14 +2,14 @@
 
 import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import markupsafe
 import numpy as np
 
-from diq_jax.report import explorer, figures, inputs, opinions, outcomes, style, tables
+from diq_jax.report import explorer, figures, inputs, opinions, outcomes, studies, style, tables
 from diq_jax.run import artifacts
 
 
@@ -27,11 +27,13 @@ def render(
         config=cfg,
         examples=len(selected),
         selected=int(selected.sum()),
-        headline=outcomes.headline(run.results),
+        headline=outcomes.headline(run.results, studies.claim(run.study, cfg.selection)),
         cuts=None not in (run.thresholds["difficulty"], run.thresholds["influence"]),
         outliers=int(np.sum(run.influence != e["influence"])),
         comparisons=_comparisons(run.results) if run.results else [],
         averages=outcomes.averages(run.results) if run.results else None,
+        study=run.study,
+        studied=studies.tabled(run.study) if run.study else [],
         tests=run.results.get("tests"),
         tasks=[
             (f"{task} ({n} questions)", outcomes.levels(run.results, task, metrics))
@@ -66,9 +68,12 @@ def render(
 
 
 def fill(
-    template: str, drawn: Mapping[str, style.Picture], explored: explorer.Explorer, **values: Any
+    template: str,
+    drawn: Mapping[str, style.Picture],
+    explored: explorer.Explorer | None,
+    **values: Any,
 ) -> str:
-    """Fills a template of this folder that extends base.html."""
+    """Fills a template of this folder that extends base.html, without an explorer for None."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -84,10 +89,10 @@ def write(
     folder: pathlib.Path,
     text: str,
     drawn: Mapping[str, style.Picture],
-    explored: explorer.Explorer,
+    explored: explorer.Explorer | None,
 ) -> None:
     """Writes report.html, its pictures (style.SUFFIXES), and for a large pool rows/*.gz."""
-    beside = ((f"rows/{name}.gz", blob) for name, blob in explored.files)
+    beside = ((f"rows/{name}.gz", blob) for name, blob in (explored.files if explored else ()))
     shown = (
         (f"{name}.{suffix}", blob)
         for name, picture in drawn.items()
@@ -96,6 +101,15 @@ def write(
     for name, blob in itertools.chain(beside, shown, [("report.html", text.encode())]):
         with artifacts.atomic(folder / name) as temporary:
             temporary.write_bytes(blob)
+
+
+def write_studies(folder: pathlib.Path, found: Sequence[studies.Study]) -> None:
+    """Writes report.html of methods compared by training, and a picture of each study."""
+    names = [f"study-{i}" for i in range(1, len(found) + 1)]
+    pictures = {name: studies.picture(study) for name, study in zip(names, found, strict=True)}
+    drawn = {name: made for name, made in pictures.items() if made is not None}
+    shown = [(name, s, studies.tabled(s)) for name, s in zip(names, found, strict=True)]
+    write(folder, fill("studies.html", drawn, None, studies=shown), drawn, None)
 
 
 def _comparisons(results):

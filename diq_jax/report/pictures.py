@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from diq_jax.report import classifier, figures, inputs, outcomes, style, tables
+from diq_jax.report import classifier, figures, inputs, outcomes, studies, style, tables
 
 PREFERENCES = {"loss": "loss (nats)", "margin": "margin (nats)", "accuracy": "pairs in order"}
 
@@ -105,6 +105,10 @@ def _classifier(run):
     return style.render(_columns(classifier.rows(perspectives)), classifier.draw, perspectives)
 
 
+def _study(run):
+    return studies.picture(run.study) if run.study else None
+
+
 def _columns(rows):
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -117,5 +121,6 @@ PICTURES: Mapping[str, Callable[[inputs.ReportData], style.Picture | None]] = {
     "preferences": _preferences,
     "quadrants": _quadrants,
     "sources": _sources,
+    "study": _study,
     "tokens": _tokens,
 }

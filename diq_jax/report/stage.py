@@ -2,11 +2,15 @@
 
 from typing import Any
 
-from diq_jax.report import inputs, opinions, outcomes, page, pictures, style
+from diq_jax.report import inputs, opinions, outcomes, page, pictures, studies, style
 from diq_jax.run import stages
 
-fingerprints = opinions.fingerprints
 FILES = tuple(f"{name}.{suffix}" for name in pictures.PICTURES for suffix in style.SUFFIXES)
+
+
+def fingerprints(context: stages.Context) -> dict[str, str]:
+    """Returns {name: hash} of what the report reads that no stage has made."""
+    return opinions.fingerprints(context) | studies.fingerprints(context.workdir)
 
 
 def run(context: stages.Context) -> dict[str, Any]:
@@ -24,7 +28,8 @@ def run(context: stages.Context) -> dict[str, Any]:
 def summary(context: stages.Context) -> str:
     """Writes the comparison as aligned text, and where to look, for the end of a run."""
     results = inputs.optional(context, "evaluate/results.json")
-    parts = [outcomes.headline(results)]
+    claim = studies.claim(inputs.study(context), context.config.selection)
+    parts = [outcomes.headline(results, claim)]
     if results:
         shown = [
             of(results, metrics=metrics)

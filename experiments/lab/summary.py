@@ -1,4 +1,4 @@
-"""What the lab's trainings say: a row for each arm and budget, as CSV, Markdown and a figure.
+"""What the lab's trainings say: a row for each arm and budget, as CSV and Markdown.
 
 Differences are to `random` at the same budget, paired by seed and question, with intervals over
 both (comparison/statistics.py). p-values are of the same resamplings, corrected by Holm over the
@@ -8,13 +8,11 @@ arms of a budget.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
-import pictures
 
 from comparison import statistics
 from diq_jax.evaluate import intervals, significance
-from diq_jax.report import style
+from diq_jax.report import studies
 from lab import arms, trainings
 
 PANELS = {
@@ -23,8 +21,6 @@ PANELS = {
     "held_out_loss": "loss on held-out reasoning (nats/token)",
 }
 MORE = {"choice_loss": "choice loss, whole options (nats)", "test_loss": "test loss (nats/token)"}
-SURE = 0.05  # Holm's p, where a star stands
-COLORS = (style.SELECTED, style.ARMS[0], style.ARMS[1], style.MUTED)
 Values = Mapping[str, np.ndarray]
 
 
@@ -122,43 +118,6 @@ def _cell(cell: Mapping[str, Any]) -> str:
 
 
 def difference(cell: Mapping[str, float], digits: int) -> str:
-    """Writes a difference with its interval; * where Holm's p is below SURE."""
+    """Writes a difference with its interval; * where Holm's p is below studies.SURE."""
     mean, low, high = (f"{cell[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high}){'*' if cell.get('p_holm', 1) < SURE else ''}"
-
-
-def draw(found: Sequence[Mapping[str, Any]], title: str) -> matplotlib.figure.Figure:
-    """Draws the difference to random of each arm: a panel for each metric, a color a budget."""
-    compared = [r for r in found if "versus_random" in r["metrics"]["choice_loss_letters"]]
-    budgets = sorted({row["budget"] for row in compared})
-    names = _by_mean(compared)
-    figure = matplotlib.figure.Figure((11, 0.3 * len(names) + 1.6))
-    axes = figure.subplots(1, len(PANELS), sharey=True, squeeze=False)[0]
-    for axis, (metric, label) in zip(axes, PANELS.items(), strict=True):
-        for k, budget in enumerate(budgets):
-            mine = [row for row in compared if row["budget"] == budget]
-            cells = [row["metrics"][metric]["versus_random"] for row in mine]
-            places = np.array([names.index(row["arm"]) for row in mine]) + 0.22 * (k - 1)
-            mean, low, high = (np.array([c[n] for c in cells]) for n in ("mean", "low", "high"))
-            axis.errorbar(
-                mean, places, xerr=[mean - low, high - mean], fmt="o", ms=3, lw=1,
-                color=COLORS[k % len(COLORS)], label=f"{100 * budget:g} %",
-            )  # fmt: skip
-        axis.axvline(0, color=style.MUTED, linewidth=1)
-        axis.set_xlabel(f"{label}\nminus random; left is better", fontsize=8)
-        axis.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
-    pictures.title(figure, title)
-    return figure
-
-
-def _by_mean(compared):
-    """Lists the arms by their mean difference in choice loss over budgets, the best first."""
-    gaps: dict[str, list[float]] = {}
-    for row in compared:
-        gaps.setdefault(row["arm"], []).append(
-            row["metrics"]["choice_loss_letters"]["versus_random"]["mean"]
-        )
-    return sorted(gaps, key=lambda arm: np.mean(gaps[arm]))
+    return f"{mean} ({low} to {high}){'*' if cell.get('p_holm', 1) < studies.SURE else ''}"

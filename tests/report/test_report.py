@@ -228,7 +228,7 @@ def test_a_whole_run_gives_one_page_and_all_pictures(whole, whole_page):
         assert text.startswith("<svg ") and "var(--" not in text
     assert "selected 2.310, random 2.400 nats/token" in whole_page
     assert "(95 % interval −0.120 to −0.050): better than random in this run." in whole_page
-    assert whole_page.count("Left out") == 2  # a judge and an annotator: test_opinions.py
+    assert whole_page.count("Left out") == 3  # test_opinions.py and test_studies.py have these
     assert whole_page.count("<b>label 1, level 4.2</b> Which dose?") == len(config.PERSPECTIVES)
     assert whole_page.startswith("<!doctype html>")
 
