@@ -80,6 +80,15 @@ def test_a_folder_and_its_adapter(tmp_path):
     assert_exported(tmp_path / "merged", base, adapter)
     again = export(*flags)
     assert again.returncode == 2 and "merged is not an empty folder" in again.stderr
+    left = tmp_path / "merged"  # as if the first had been killed, but for its mark
+    whole = {path.name: path.read_bytes() for path in left.iterdir()}
+    (left / "model.safetensors").unlink()
+    (left / ".unfinished").write_text(f"{tmp_path / 'adapter'}  bfloat16\n", encoding="utf-8")
+    other = export(*flags)
+    assert other.returncode == 2 and "merged is not an empty folder" in other.stderr
+    (left / ".unfinished").write_text(f"{tmp_path / 'adapter'}  float32\n", encoding="utf-8")
+    assert export(*flags).returncode == 0
+    assert {path.name: path.read_bytes() for path in left.iterdir()} == whole
     inside = export(flags[0], f"--output={tmp_path / 'adapter'}")
     assert inside.returncode == 2 and "adapter is not an empty folder" in inside.stderr
     below = export(flags[0], f"--output={base / 'config.json' / 'new'}")

@@ -10,11 +10,13 @@ uploads the folder to the hub, as a private repository ORG/NAME.
 
 The base is the one that the adapter names (--model for another place of the same weights); of a
 .gguf file the weights are dequantised. The adapter's folder itself is what PEFT loads, and needs no
-export.
+export. The same command goes on with a folder that a killed one left, and with no other.
 """
 
+import contextlib
 import pathlib
 import re
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -27,6 +29,7 @@ SELECTION = flags.DEFINE_string("selection", "", "A finished run, whose selected
 OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 MODEL = flags.DEFINE_string("model", "", "As model.path; empty = the base that the adapter names.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.")
+MARK = ".unfinished"  # lies in the folder until it is whole, and names what is exported
 PUSH = flags.DEFINE_string("push", "", "A hub repository ORG/NAME to upload to; empty = none.")
 
 
@@ -58,15 +61,40 @@ def main() -> None:
     if bool(ADAPTER.value) == bool(SELECTION.value):
         raise errors.UserError("Give either --adapter, a PEFT folder, or --selection, a run.")
     output = pathlib.Path(OUTPUT.value)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise errors.UserError(f"--output: {output} is not an empty folder; name another.")
-    if SELECTION.value:
-        write_selection(pathlib.Path(SELECTION.value), output)
-    else:
-        write_model(pathlib.Path(ADAPTER.value), output)
+    with unfinished(output):
+        if SELECTION.value:
+            write_selection(pathlib.Path(SELECTION.value), output)
+        else:
+            write_model(pathlib.Path(ADAPTER.value), output)
     if PUSH.value:
         kind = "dataset" if SELECTION.value else "model"
         print(f"pushed to {card.push(output, PUSH.value, kind)}")
+
+
+@contextlib.contextmanager
+def unfinished(output: pathlib.Path) -> Iterator[None]:
+    """Marks a folder while it is written; a mistake before the first file leaves no folder.
+
+    Raises:
+        UserError: it is neither new nor empty, nor begun by the same command.
+    """
+    from diq_jax.run import artifacts
+
+    told, mark = f"{ADAPTER.value or SELECTION.value} {MODEL.value} {DTYPE.value}\n", output / MARK
+    begun = mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == told
+    if not begun and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise errors.UserError(f"--output: {output} is not an empty folder; name another.")
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    artifacts.write_text(mark, told)
+    try:
+        yield
+    except errors.UserError:
+        if not begun and not set(output.iterdir()) - {mark}:
+            mark.unlink()
+            for folder in made:
+                folder.rmdir()
+        raise
+    mark.unlink()
 
 
 def write_selection(workdir: pathlib.Path, output: pathlib.Path) -> None:
