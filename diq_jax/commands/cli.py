@@ -4,6 +4,7 @@ A job is a module of this folder that defines its flags and main(). What takes s
 imports inside its functions, so that --help and a mistyped flag are answered at once.
 """
 
+import contextlib
 import errno
 import importlib
 import inspect
@@ -44,7 +45,9 @@ JOBS = {
 # job says whether it may be a URL.
 URL_FLAGS = {
     "pool", "against", "rows", "targets", "model", "general", "data", "base_url", "workdir",
+    "compare", "studies", "selection", "answers",
 }  # fmt: skip
+_OPENED = contextlib.ExitStack()  # copies of runs at URLs, for the life of the process
 HELP = {"-h", "-help", "--help"}
 # What the system says of a place that is full, forbidden, or no file or folder as it must be.
 REFUSED = (
@@ -100,7 +103,8 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> None:
         left = flags.FLAGS(sys.argv)[1:]
         if extra := left[len(arguments) :]:
             raise errors.UserError(f"{extra[0]!r} is not a flag; flags look like --name=value.")
-        _check_local(left)
+        named = zip(left, arguments, strict=False)
+        _check_local([text for text, name in named if not name.strip("[]").startswith("RUN")])
         if len(left) < sum(name[0] != "[" for name in arguments):
             raise errors.UserError(f"expected {' '.join(arguments)}; got {' '.join(left) or '-'}.")
         main(*left)
@@ -174,6 +178,30 @@ def folder(holder: flags.FlagHolder) -> pathlib.Path:
     if not holder.value.strip():
         raise errors.UserError(f"--{holder.name} must name a folder; got {holder.value!r}.")
     return pathlib.Path(holder.value)
+
+
+def run_folder(run: str, field: str) -> str:
+    """Returns the folder of a run that is read; of one at a URL, a copy of it as it is now.
+
+    Args:
+        run: may have :MODEL behind it, which stays.
+        field: the flag that names it, for messages.
+
+    Raises:
+        UserError: the URL cannot be reached, or holds no run.
+    """
+    if not run.strip():
+        raise errors.UserError(f"{field} must name a run's folder; got {run!r}.")
+    if not errors.is_url(run):
+        return run
+    from diq_jax.run import mirror
+
+    scheme, _, rest = run.partition("://")
+    place, colon, model = rest.partition(":")
+    copy = _OPENED.enter_context(mirror.opened(f"{scheme}://{place}", writes=False, field=field))
+    if not any(copy.iterdir()):
+        raise errors.UserError(f"{field}: {scheme}://{place} holds no run.")
+    return f"{copy}{colon}{model}"
 
 
 def read_config(holder: flags.FlagHolder) -> config.Config:

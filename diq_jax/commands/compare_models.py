@@ -32,6 +32,7 @@ ARGUMENTS = ("RUN:MODEL", "RUN:MODEL")
 
 def read(specs: list[str]) -> tuple[list[str], list[predictions.ById], list[str]]:
     """Reads the names and rows of both models, and the questions that both answered."""
+    specs = [cli.run_folder(spec, "the models") for spec in specs]
     found = predictions.read_all(specs, "the models", cli.verify(VERIFY))
     names, (first, second) = list(found), found.values()
     ids = compare.common(first, second)

@@ -63,7 +63,7 @@ def main() -> None:
     output = pathlib.Path(OUTPUT.value)
     with unfinished(output):
         if SELECTION.value:
-            write_selection(pathlib.Path(SELECTION.value), output)
+            write_selection(pathlib.Path(cli.run_folder(SELECTION.value, "--selection")), output)
         else:
             write_model(pathlib.Path(ADAPTER.value), output)
     if PUSH.value:

@@ -50,7 +50,8 @@ def read_answers() -> tuple[dict[str, predictions.ById], list[str]]:
         UserError: a row without question or text, questions that differ between the models, or not
             two models for --pairwise.
     """
-    found = predictions.read_all(ANSWERS.value, "--answers", cli.verify(VERIFY))
+    specs = [cli.run_folder(spec, "--answers") for spec in ANSWERS.value]
+    found = predictions.read_all(specs, "--answers", cli.verify(VERIFY))
     if PAIRWISE.value and len(found) != 2:
         raise errors.UserError(f"--pairwise compares two models; --answers names {len(found)}.")
     for model, rows in found.items():

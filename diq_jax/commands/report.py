@@ -25,7 +25,7 @@ def main() -> None:
     """Writes the page."""
     if bool(COMPARE.value) == bool(STUDIES.value):
         raise errors.UserError("Give one of --compare=RUN,RUN and --studies=FOLDER,FOLDER.")
-    runs = COMPARE.value or []
+    runs = [cli.run_folder(run, "--compare") for run in COMPARE.value or []]
     if runs and len(runs) != 2:
         raise errors.UserError(f"--compare must name two runs; got {','.join(runs)!r}.")
     out = cli.folder(OUT)
@@ -34,7 +34,13 @@ def main() -> None:
     if STUDIES.value:
         from diq_jax.report import page, studies
 
-        page.write_studies(out, [studies.load(name, "--studies") for name in STUDIES.value])
+        page.write_studies(
+            out,
+            [
+                studies.load(cli.run_folder(name, "--studies"), "--studies")
+                for name in STUDIES.value
+            ],
+        )
     else:
         from diq_jax.report import compare
 

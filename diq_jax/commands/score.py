@@ -50,7 +50,8 @@ def read_run(workdir: pathlib.Path) -> config.Config:
 
 def main() -> None:
     """Scores the pool of a run anew."""
-    workdir, verified = cli.folder(WORKDIR), cli.verify(VERIFY)
+    workdir = pathlib.Path(cli.run_folder(WORKDIR.value, "--workdir"))
+    verified = cli.verify(VERIFY)
     cfg = read_run(workdir)
 
     import numpy as np

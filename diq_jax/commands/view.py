@@ -23,13 +23,14 @@ ARGUMENTS = ("RUN", "[RUN]")
 
 def main(workdir: str, other: str = "") -> None:
     """Serves until Ctrl-C."""
+    runs = [cli.run_folder(run, "diq view") for run in (workdir, other) if run]
     with tempfile.TemporaryDirectory() as scratch:
         if other:
             from diq_jax.report import compare
 
-            sides = compare.load(workdir, other, "diq view", cli.verify(VERIFY))
+            sides = compare.load(runs[0], runs[1], "diq view", cli.verify(VERIFY))
             compare.write(pathlib.Path(scratch), sides)
-        with server.open_server(scratch if other else workdir, PORT.value) as opened:
+        with server.open_server(scratch if other else runs[0], PORT.value) as opened:
             address = f"http://127.0.0.1:{opened.server_address[1]}/{server.PAGE}"
             print(f"{address}  (Ctrl-C ends it)", flush=True)
             opened.serve_forever()

@@ -39,12 +39,13 @@ VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "created", "LastMo
 
 
 @contextlib.contextmanager
-def opened(url: str, writes: bool = True) -> Iterator[pathlib.Path]:
+def opened(url: str, writes: bool = True, field: str = FIELD) -> Iterator[pathlib.Path]:
     """Yields the copy of a workdir, in the user's cache, as the URL is now.
 
     Args:
         writes: whether what changes inside goes to the URL, which nobody else may write then. Every
             process that has joined must call it so.
+        field: the flag that names the URL, for messages.
 
     Raises:
         UserError: the URL cannot be reached, holds no run, or another run is at work there.
@@ -54,11 +55,11 @@ def opened(url: str, writes: bool = True) -> Iterator[pathlib.Path]:
     if not processes.is_first():
         name = f"{name}-{processes.index()}"  # they may share a disk
     home = compiled.cache() / "workdirs" / name
-    with remote.reached(url, FIELD):
+    with remote.reached(url, field):
         system, place = fsspec.core.url_to_fs(url)
     home.mkdir(parents=True, exist_ok=True)
     with _held(home / "lock", url):
-        mirror = _Mirror(url, system, place.rstrip("/"), home)
+        mirror = _Mirror(url, field, system, place.rstrip("/"), home)
         mirror.check()
         with contextlib.ExitStack() as stack:
             if writes and processes.is_first():
@@ -93,8 +94,9 @@ class _Mirror:
         folder: the copy.
     """
 
-    def __init__(self, url: str, system: Any, place: str, home: pathlib.Path) -> None:
-        self._url, self._system, self._place, self._index = url, system, place, home / INDEX
+    def __init__(self, url: str, field: str, system: Any, place: str, home: pathlib.Path) -> None:
+        self._url, self._field, self._system, self._place = url, field, system, place
+        self._index = home / INDEX
         self.folder = home / (place.rpartition("/")[2] or "run")
         artifacts.make_folder(self.folder)
         kept = reading.read_json(self._index) if self._index.exists() else {}
@@ -104,7 +106,7 @@ class _Mirror:
         self._lost = False
 
     def _reached(self) -> contextlib.AbstractContextManager[None]:
-        return remote.reached(self._url, FIELD, "read or written")
+        return remote.reached(self._url, self._field, "read or written")
 
     def _at(self, name: str) -> str:
         return f"{self._place}/{name}"
@@ -121,7 +123,9 @@ class _Mirror:
         names = {path[begin:]: info for path, info in found.items() if not path.endswith("/")}
         for name in names:
             if not name or {"..", ""} & set(name.split("/")):
-                raise errors.UserError(f"{FIELD}: {self._url} holds {name!r}, no name of a file.")
+                raise errors.UserError(
+                    f"{self._field}: {self._url} holds {name!r}, no name of a file."
+                )
         return names
 
     def check(self) -> None:
@@ -130,8 +134,8 @@ class _Mirror:
         ours = {LOCK, *LOGS}
         if names and not any(n in ours or n.endswith(f"/{records.NAME}") for n in names):
             raise errors.UserError(
-                f"{FIELD}: {self._url} holds {len(names):,} files, such as {min(names)!r}, but no "
-                "run; name a place of its own."
+                f"{self._field}: {self._url} holds {len(names):,} files, such as {min(names)!r}, "
+                "but no run; name a place of its own."
             )
 
     def fetch(self) -> None:
@@ -204,8 +208,8 @@ class _Mirror:
         size, changed = self._state(name)
         if info["size"] != size:
             raise errors.UserError(
-                f"{FIELD}: {self._url}/{name} has {info['size']:,} bytes there, {size:,} here: the "
-                "transfer failed, or another run is at work."
+                f"{self._field}: {self._url}/{name} has {info['size']:,} bytes there, {size:,} "
+                "here: the transfer failed, or another run is at work."
             )
         self._known[name] = [_version(info), size, changed]
 
@@ -275,7 +279,7 @@ class _Mirror:
             except FileNotFoundError:
                 return None
         if not isinstance(said, dict) or not {"run", "host", "process"} <= said.keys():
-            raise errors.UserError(f"{FIELD}: {self._url}/{LOCK} is damaged: remove it.")
+            raise errors.UserError(f"{self._field}: {self._url}/{LOCK} is damaged: remove it.")
         return said
 
     def _is_taken(self) -> bool:

@@ -15,6 +15,8 @@ import pytest
 import scripts
 
 from diq_jax import errors
+from diq_jax.commands import cli
+from diq_jax.evaluate import predictions
 from diq_jax.run import artifacts, mirror, reading
 
 FILE = pathlib.Path(buckets.__file__)
@@ -269,3 +271,27 @@ def test_hosts_that_see_no_file_of_each_other_are_as_those_that_do(made, store, 
 def test_a_dry_run_writes_nothing_there(made, store, tmp_path):
     out, _ = finish(start(made, tmp_path / "here", "--dry_run"))
     assert "to do" in out and not store.exists()
+
+
+def test_a_command_reads_a_run_at_a_url_as_one_here(store, capsys):
+    row = {"example_id": "q", "model": "selected", "task": "t", "answer": 0, "predicted": 0}
+    with mirror.opened("bucket://b/run") as copy:
+        artifacts.write_json(copy / "evaluate/stage.json", {})
+        artifacts.write_jsonl(copy / "evaluate/predictions.jsonl", [row])
+    shutil.rmtree(copy)
+    try:
+        [(name, found)] = predictions.read_all(
+            [cli.run_folder("bucket://b/run:selected", "--answers")], "--answers", verified=False
+        ).items()
+        assert (name, found["q"]["task"]) == ("selected", "t")
+        assert files(store) == {"evaluate/stage.json", "evaluate/predictions.jsonl"}  # no sign
+        assert cli.run_folder("runs/here:selected", "--answers") == "runs/here:selected"
+        for url, message in (("bucket://b/none", "holds no run"), (" ", "must name a run's")):
+            with pytest.raises(errors.UserError, match=f"--answers.* {message}"):
+                cli.run_folder(url, "--answers")
+        (store.parent / "other").mkdir()
+        (store.parent / "other/x").write_text("of somebody")
+        with pytest.raises(errors.UserError, match=r"--selection: .* holds 1 files, such as 'x'"):
+            cli.run_folder("bucket://b/other", "--selection")
+    finally:
+        cli._OPENED.close()
