@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from comparison import experiment, grid
 from diq_jax.commands import cli
+from diq_jax.run import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRESETS = {
@@ -84,6 +85,8 @@ def main() -> None:
         METHODS.value, BUDGETS.value, SEEDS.value, RANKINGS.value, UNITS.value, DIRECTIONS.value
     )
     run = experiment.dry_run if DRY_RUN.value else experiment.run
+    if cfg.parallel.distributed and not DRY_RUN.value:
+        processes.join()
     run(cfg, cli.folder(WORKDIR), request, cli.verify(VERIFY))
 
 

@@ -30,7 +30,7 @@ def made(tmp_path_factory) -> pathlib.Path:
     return scripts.make(tmp_path_factory.mktemp("processes"))
 
 
-def start(made, workdir, *flags, processes=1, devices=1, stages=SCORE):
+def start(made, workdir, *flags, processes=1, devices=1, stages=SCORE, script="run_diq"):
     """The processes of one run, with as many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -44,7 +44,7 @@ def start(made, workdir, *flags, processes=1, devices=1, stages=SCORE):
         "JAX_NUM_PROCESSES": str(processes),
     }  # fmt: skip
     return [
-        scripts.start("run_diq", *flags, env=env | {"JAX_PROCESS_ID": str(index)})
+        scripts.start(script, *flags, env=env | {"JAX_PROCESS_ID": str(index)})
         for index in range(processes)
     ]
 
@@ -273,7 +273,8 @@ def test_processes_train_parameters_that_lie_in_parts(made, stages, two, tmp_pat
     "script, message",
     [
         ("run_diq", "set JAX_COORDINATOR_ADDRESS"),
-        ("compare_selection", "is for `diq run`"),
+        ("compare_selection", "set JAX_COORDINATOR_ADDRESS"),
+        ("ablate_projection", "is for `diq run`"),
     ],
 )
 def test_a_run_without_others_is_one_sentence(script, message, made, tmp_path):
@@ -290,3 +291,36 @@ def test_a_warm_up_of_two_processes_is_that_of_one(made, tmp_path):
     finish(start(made, tmp_path / "two", *flags, processes=2))
     finish(start(made, tmp_path / "one", *flags, devices=2))
     assert_close(scores(tmp_path / "two"), scores(tmp_path / "one"))
+
+
+COMPARE = (
+    "--methods=influence,short_answers", "--budgets=0.25,1", "--seeds=2", "--directions=adam",
+    "--config.influence.warmup.epochs=1", "--config.influence.warmup.fraction=0.5",
+    "--config.evaluate.bootstrap_samples=100", "--config.difficulty.source=columns",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_comparison_of_two_processes_is_that_of_one(made, tmp_path):
+    """Two processes are killed once a cell is kept, and go on; then both are as one."""
+    how = {"script": "compare_selection", "stages": COMPARE}
+    running = start(made, tmp_path / "two", processes=2, **how)
+    cells = tmp_path / "two/compare/cells"
+    while len(list(cells.glob("*.json"))) < 2:
+        assert running[0].poll() is None, running[0].communicate()[1][-2000:]
+        time.sleep(0.01)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    first, second = finish(start(made, tmp_path / "two", processes=2, **how))
+    finish(start(made, tmp_path / "one", devices=2, **how))
+    assert "Wrote" in first and "Wrote" not in second
+    found, expected = (
+        reading.read_json(tmp_path / run / "compare/results.json")["rows"] for run in ("two", "one")
+    )
+    assert len(expected) == 6  # base, full, and at 25 % random and three methods
+    for row, other in zip(found, expected, strict=True):
+        assert (row["method"], row["budget"]) == (other["method"], other["budget"])
+        for metric in row["metrics"]:
+            means = (r["metrics"][metric]["mean"] for r in (row, other))
+            np.testing.assert_allclose(*means, rtol=1e-4, atol=1e-5, err_msg=row["method"])

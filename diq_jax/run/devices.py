@@ -297,7 +297,7 @@ def make_placement(settings: config.Parallel, everywhere: bool = False) -> Place
         UserError: more devices asked for than there are, or a compiler that gives wrong sums.
     """
     if settings.distributed and not processes.joined():
-        raise errors.UserError("parallel.distributed is for `diq run`.")
+        raise errors.UserError("parallel.distributed is for `diq run` and compare_selection.py.")
     if not reduces_right():
         raise errors.UserError(
             "This jaxlib gives wrong sums on a CPU: set XLA_FLAGS="

@@ -11,7 +11,7 @@ import pictures
 
 from comparison import cost, grid, picture, runner, statistics, table
 from diq_jax import config, pipeline
-from diq_jax.run import artifacts, records, stages
+from diq_jax.run import artifacts, devices, processes, records, stages
 from diq_jax.selection import methods, select
 
 STAGES = ("prepare", "difficulty", "influence", "selection")
@@ -22,6 +22,8 @@ def run(
 ) -> dict[str, Any]:
     """Runs the stages up to selection and every cell that is not done; writes compare/.
 
+    With parallel.distributed every process calls this after processes.join(), as pipeline.run.
+
     Raises:
         UserError: bad input, or another run holds the workdir.
     """
@@ -29,6 +31,9 @@ def run(
     pipeline.run(cfg, workdir, STAGES, overwrite=False, verify=verify)
     request = with_directions(cfg, workdir, request, verify)
     with pipeline.at_work(cfg, workdir, verify) as context:
+        if cfg.parallel.distributed:
+            everywhere = devices.make_placement(cfg.parallel, everywhere=True)
+            context = dataclasses.replace(context, placement=everywhere)
         data = runner.read_data(context)
         ranks, removed = grid.orders(context, request)
         tokens = np.array([len(row.input_ids) for row in data.pool])
@@ -40,8 +45,9 @@ def run(
         artifacts.write_text(context.path("compare/table.md"), table.markdown(results))
         shown = picture.lines(results)
         pictures.write(context.path("compare"), "figure", shown, picture.draw, results)
-    print(table.plain(results))
-    print(f"Wrote {workdir / 'compare'}: results.json, table.md, figure.png, .svg, .csv.")
+    if processes.is_first():
+        print(table.plain(results))
+        print(f"Wrote {workdir / 'compare'}: results.json, table.md, figure.png, .svg, .csv.")
     return results
 
 
@@ -57,12 +63,14 @@ def with_directions(
     for name in request.directions:
         folder = workdir / "compare" / "directions" / name
         for stage in STAGES[:2]:
-            if not (folder / stage / records.NAME).exists():
+            if processes.is_first() and not (folder / stage / records.NAME).exists():
                 shutil.rmtree(folder / stage, ignore_errors=True)
                 shutil.copytree(workdir / stage, folder / stage)
         influence = dataclasses.replace(cfg.influence, direction=name, **_needs(cfg, name))
         along = dataclasses.replace(cfg, influence=influence)
-        print(f"influence.direction={name}: {folder}", flush=True)
+        processes.wait(f"the stages before {name} are copied")
+        if processes.is_first():
+            print(f"influence.direction={name}: {folder}", flush=True)
         pipeline.run(along, folder, STAGES, overwrite=False, verify=verify)
         moved = {"influence", "by_target"}
         for method in request.methods:

@@ -25,7 +25,7 @@ from diq_jax.data import steps as steps_lib
 from diq_jax.evaluate import generation, intervals, measure, options
 from diq_jax.finetune import fit, sft
 from diq_jax.models import checkpoint, load
-from diq_jax.run import artifacts, records, stages
+from diq_jax.run import artifacts, processes, records, stages
 
 BASE = "base"
 FOLDER = "compare/cells"
@@ -114,13 +114,14 @@ def run(
     names = [keys.of(ids[list(cell.indices)].tolist(), cell.seed) for cell in cells]
     base = keys.of(None, 0)
     files = {key: context.path(f"{FOLDER}/{key}.json") for key in (base, *names)}
+    done = processes.agreed(lambda: [key for key, file in files.items() if file.exists()])
     todo: dict[str, grid.GridCell] = {}
     for key, cell in zip(names, cells, strict=True):
-        if not files[key].exists():
+        if key not in done:
             todo.setdefault(key, cell)
-    if todo or not files[base].exists():
+    if todo or base not in done:
         bench = make_bench(context, data)
-        if not files[base].exists():
+        if base not in done:
             # An adapter that adds exactly 0, so that the base model meets the same programs.
             nothing = sft.init_adapter(bench.model.cfg, bench.settings, 0)
             nothing = jax.tree.map(jnp.zeros_like, nothing)
@@ -129,9 +130,11 @@ def run(
             warm_up(bench)
         for number, (key, cell) in enumerate(todo.items()):
             shown = f"{cell.name}: {len(cell.indices):,} examples"
-            print(f"[{number + 1}/{len(todo)}] {shown}", flush=True)
+            if processes.is_first():
+                print(f"[{number + 1}/{len(todo)}] {shown}", flush=True)
             adapter, record = train(bench, cell)
             _keep(files[key], cell.name, record | evaluate(bench, cell.name, adapter))
+    processes.wait("all trainings are kept")
     found = {key: records.unseal(file, context.verify) for key, file in files.items()}
     return names, {**found, BASE: found[base]}
 
