@@ -48,6 +48,7 @@ URL_FLAGS = {
     "compare", "studies", "selection", "answers",
 }  # fmt: skip
 _OPENED = contextlib.ExitStack()  # copies of runs at URLs, for the life of the process
+_COPIES: dict[str, pathlib.Path] = {}
 HELP = {"-h", "-help", "--help"}
 # What the system says of a place that is full, forbidden, or no file or folder as it must be.
 REFUSED = (
@@ -198,10 +199,12 @@ def run_folder(run: str, field: str) -> str:
 
     scheme, _, rest = run.partition("://")
     place, colon, model = rest.partition(":")
-    copy = _OPENED.enter_context(mirror.opened(f"{scheme}://{place}", writes=False, field=field))
-    if not any(copy.iterdir()):
-        raise errors.UserError(f"{field}: {scheme}://{place} holds no run.")
-    return f"{copy}{colon}{model}"
+    url = f"{scheme}://{place}".rstrip("/")
+    if url not in _COPIES:
+        _COPIES[url] = _OPENED.enter_context(mirror.opened(url, writes=False, field=field))
+    if not any(_COPIES[url].iterdir()):
+        raise errors.UserError(f"{field}: {url} holds no run.")
+    return f"{_COPIES[url]}{colon}{model}"
 
 
 def read_config(holder: flags.FlagHolder) -> config.Config:

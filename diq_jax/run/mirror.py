@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -58,7 +58,12 @@ def opened(url: str, writes: bool = True, field: str = FIELD) -> Iterator[pathli
     with remote.reached(url, field):
         system, place = fsspec.core.url_to_fs(url)
     home.mkdir(parents=True, exist_ok=True)
-    with _held(home / "lock", url):
+    with open(home / "lock", "ab") as lock:
+        alone = _holds(lock, fcntl.LOCK_EX)
+        if not alone and (writes or not _holds(lock, fcntl.LOCK_SH)):
+            raise errors.UserError(
+                f"Another run is at work in {url}, or a command on this machine reads it."
+            )
         mirror = _Mirror(url, field, system, place.rstrip("/"), home)
         mirror.check()
         with contextlib.ExitStack() as stack:
@@ -69,22 +74,26 @@ def opened(url: str, writes: bool = True, field: str = FIELD) -> Iterator[pathli
                 stack.enter_context(processes.following(lambda: None))
             elif writes:
                 stack.enter_context(processes.following(mirror.follow))
-            else:
+            elif alone:
                 mirror.fetch()
+                fcntl.flock(lock, fcntl.LOCK_SH)  # others may read what nobody changes now
+            elif not mirror.is_equal():
+                raise errors.UserError(
+                    f"{field}: {url} has changed since another command on this machine began to "
+                    "read it: end that one first."
+                )
             if writes:
                 processes.wait("the workdir is open")
             yield mirror.folder
 
 
-@contextlib.contextmanager
-def _held(file: pathlib.Path, url: str) -> Iterator[None]:
-    """Keeps other runs of this machine away."""
-    with open(file, "ab") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise errors.UserError(f"Another run is at work in {url}.") from None
-        yield
+def _holds(lock: IO[bytes], how: int) -> bool:
+    """Tells whether no other process of this machine is in the way."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Mirror:
@@ -149,6 +158,12 @@ class _Mirror:
         self._each(lambda name: self._get(name, there[name]), new)
         self._keep()
 
+    def is_equal(self) -> bool:
+        """Tells whether the copy is as the URL is now; changes nothing."""
+        there = {name: info for name, info in self._there().items() if name != LOCK}
+        same = all(self._known.get(n) == self._both(n, info) for n, info in there.items())
+        return same and there.keys() == self._here(self.folder)
+
     def follow(self) -> None:
         """Makes the copy equal to the URL, where the first process may be writing.
 
@@ -168,8 +183,11 @@ class _Mirror:
         for name in self._here(self.folder) - there.keys():
             (self.folder / name).unlink()
         self._known = {name: kept for name, kept in self._known.items() if name in there}
-        state = {name: [_version(info), *self._state(name)] for name, info in there.items()}
-        return there, [name for name in there if self._known.get(name) != state[name]]
+        return there, [n for n, info in there.items() if self._known.get(n) != self._both(n, info)]
+
+    def _both(self, name: str, info: dict[str, Any]) -> list:
+        """Returns what `_known` has of a file that is the same here and there."""
+        return [_version(info), *self._state(name)]
 
     def _get(self, name: str, info: dict[str, Any], settled: bool = True) -> None:
         path = self.folder / name

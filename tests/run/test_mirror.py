@@ -293,5 +293,16 @@ def test_a_command_reads_a_run_at_a_url_as_one_here(store, capsys):
         (store.parent / "other/x").write_text("of somebody")
         with pytest.raises(errors.UserError, match=r"--selection: .* holds 1 files, such as 'x'"):
             cli.run_folder("bucket://b/other", "--selection")
+        # Others may read beside it, as long as the URL stays as it was read, and nobody may write.
+        with mirror.opened("bucket://b/run", writes=False) as beside:
+            assert files(beside) == files(store)
+        with pytest.raises(errors.UserError, match="or a command on this machine reads it"):
+            mirror.opened("bucket://b/run").__enter__()
+        (store / "evaluate/more").write_text("")
+        with pytest.raises(errors.UserError, match="has changed since another command"):
+            mirror.opened("bucket://b/run", writes=False).__enter__()
     finally:
         cli._OPENED.close()
+        cli._COPIES.clear()
+    with mirror.opened("bucket://b/run") as copy:  # nobody reads it now
+        assert "evaluate/more" in files(copy)
