@@ -27,7 +27,7 @@ def render(
         config=cfg,
         examples=len(selected),
         selected=int(selected.sum()),
-        headline=outcomes.headline(run.results, studies.claim(run.study, cfg.selection)),
+        headline=outcomes.headline(run.results, studies.claim(run.study, cfg, len(selected))),
         cuts=None not in (run.thresholds["difficulty"], run.thresholds["influence"]),
         outliers=int(np.sum(run.influence != e["influence"])),
         comparisons=_comparisons(run.results) if run.results else [],

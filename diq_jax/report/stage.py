@@ -28,7 +28,8 @@ def run(context: stages.Context) -> dict[str, Any]:
 def summary(context: stages.Context) -> str:
     """Writes the comparison as aligned text, and where to look, for the end of a run."""
     results = inputs.optional(context, "evaluate/results.json")
-    claim = studies.claim(inputs.study(context), context.config.selection)
+    pool = len(context.table(inputs.POOL, "example_id"))
+    claim = studies.claim(inputs.study(context), context.config, pool)
     parts = [outcomes.headline(results, claim)]
     if results:
         shown = [

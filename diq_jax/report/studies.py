@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.figure
 import numpy as np
 
-from diq_jax import errors, selection_config
+from diq_jax import config, errors
 from diq_jax.report import outcomes, style, tables
 from diq_jax.run import artifacts, reading
 
@@ -51,10 +51,17 @@ class ArmResult:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Holds the arms that one study trained; `about` says on what."""
+    """Holds the arms that one study trained.
+
+    Attributes:
+        about: the sentence that says on what.
+        model, pool: model.path and the rows of the pool; "" and 0 of a lab, whose model is its own.
+    """
 
     name: str
     about: str
+    model: str
+    pool: int
     seeds: int
     outcomes: Sequence[ArmResult]
 
@@ -97,14 +104,15 @@ def read(path: pathlib.Path) -> Study:
     ]
     if of_lab:
         seeds = max((row.get("seeds", 0) for row in record["rows"]), default=0)
-        return Study(path.parent.name, record.get("title", ""), seeds, made)
+        return Study(path.parent.name, record.get("title", ""), "", 0, seeds, made)
     counted = dict.fromkeys(("seeds", "pool", "targets", "tests", "tasks"), int)
     reading.check_record(settings, f"{path}: settings", {"model": str, **counted})
     about = (
         "{model}, pool of {pool:,}, {targets:,} targets, {tests:,} questions of {tasks} tasks, "
         "{seeds} seeds"
     ).format(**settings)
-    return Study(path.parent.parent.name, about, settings["seeds"], made)
+    name, model, pool = path.parent.parent.name, settings["model"], settings["pool"]
+    return Study(name, about, model, pool, settings["seeds"], made)
 
 
 def _outcome(row, arm, versus, where) -> ArmResult:
@@ -127,11 +135,15 @@ def fingerprints(folder: pathlib.Path) -> dict[str, str]:
     return {path.name: artifacts.sha256(path) for path in files(folder)}
 
 
-def claim(study: Study | None, settings: selection_config.Selection) -> str:
-    """Writes what the study found of a run's method at its budget; empty where it has neither."""
-    if study is None:
+def claim(study: Study | None, cfg: config.Config, pool: int) -> str:
+    """Writes what the study found of a run's method at its budget; empty where it has neither.
+
+    Args:
+        pool: rows of the run's; a study of another model or pool says nothing of the run.
+    """
+    if study is None or (study.model, study.pool) != (cfg.model.path, pool):
         return ""
-    method, ratio = settings.method, settings.retention_ratio
+    method, ratio = cfg.selection.method, cfg.selection.retention_ratio
     found = [o for o in study.compared if (o.arm, *o.cell) == (method, ratio, "rows")]
     said = []
     for metric in ("test_loss", "accuracy", "choice_loss"):
@@ -157,7 +169,7 @@ def _difference(cell: Mapping[str, float], factor: float, decimals: int) -> tabl
 
 
 def tabled(study: Study) -> list[tuple[str, tables.Table]]:
-    """Tables the arms, (budget, table) in order: levels of LEVELS, differences of the others."""
+    """Tables the arms, (budget, table) in order: differences to random, levels of those without."""
     shown = [m for m in SHOWN if any(m in found.means for found in study.outcomes)]
     headers = ["Arm", "Rows"]
     headers += [outcomes.title(m).replace("(%)", "(%, points)") for m in shown]

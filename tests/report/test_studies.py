@@ -1,13 +1,14 @@
 """Methods compared by training: one reading of both studies, the page, and what is no study."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 from report import test_report as made
 
 from comparison import statistics
-from diq_jax import errors, selection_config
+from diq_jax import config, errors
 from diq_jax.report import page, stage, studies
 from diq_jax.run import artifacts
 from lab import summary, trainings
@@ -48,11 +49,18 @@ def comparison_record():
     ]  # fmt: skip
     rows = [{"unit": "rows", **row} for row in rows]
     statistics.correct(rows)
-    counts = {"seeds": SEEDS, "pool": 30, "targets": 4, "tests": QUESTIONS, "tasks": 1}
-    return {"settings": {"model": "tiny", **counts}, "rows": rows}
+    counts = {"seeds": SEEDS, "pool": 20, "targets": 4, "tests": QUESTIONS, "tasks": 1}
+    return {"settings": {"model": made.MODEL, **counts}, "rows": rows}
 
 
 RECORDS = {studies.LAB: lab_record, studies.COMPARISON: comparison_record}
+
+
+def run_config(**selection):
+    c = config.default()
+    c.model.path = made.MODEL
+    c.selection.update({"method": "diq", "retention_ratio": 0.1} | selection)
+    return config.resolve(c)
 
 
 def write(folder, name, record=None):
@@ -98,12 +106,13 @@ def test_an_interval_that_chance_gives_is_not_marked(tmp_path):
     [(_, table)] = studies.tabled(study)
     row = dict(zip(table.headers, table.rows[-1], strict=True))
     assert not row["Test loss (nats/token)"].strong and row["Choice loss (nats)"].strong
-    settings = selection_config.Selection(method="diq", retention_ratio=0.1)
-    said = studies.claim(study, settings)
+    said = studies.claim(study, run_config(), 20)
     assert said.startswith("Over 4 seeds, diq − random at 10 %: test loss −0.5")
     assert "(−0.900 to −0.100; not shown)" in said
-    for other in ({"method": "ifd"}, {"retention_ratio": 0.05}):
-        assert studies.claim(study, selection_config.Selection(**other)) == ""
+    for name, other in (("method", "ifd"), ("retention_ratio", 0.05)):
+        assert studies.claim(study, run_config(**{name: other}), 20) == ""
+    assert studies.claim(study, run_config(), 21) == ""  # of another pool
+    assert studies.claim(dataclasses.replace(study, model="other"), run_config(), 20) == ""
 
 
 def test_the_report_shows_the_study_in_its_folder(tmp_path):
@@ -113,7 +122,7 @@ def test_the_report_shows_the_study_in_its_folder(tmp_path):
     write(tmp_path, studies.COMPARISON)
     assert stage.fingerprints(context) != before  # so that the report is made anew
     text = made.read_page(made.page_of(context)).text
-    assert "tiny, pool of 30, 4 targets, 6 questions of 1 tasks, 4 seeds" in text
+    assert f"{made.MODEL}, pool of 20, 4 targets, 6 questions of 1 tasks, 4 seeds" in text
     assert "Over 4 seeds, diq − random at 10 %" in text.split("All rows")[0]  # the headline
     assert "Another seed may differ" not in text
     assert "Over 4 seeds" in stage.summary(context)
