@@ -15,6 +15,9 @@ from diq_jax.pods import plan, programs
 from diq_jax.run import devices, sharding
 
 BATCHES = 3
+PRODUCTS = 20  # of square matrices, one after the other, that measure the devices' rate
+WIDTHS = {"cpu": 1024}  # of those matrices; elsewhere WIDE
+WIDE = 8192
 
 
 def rows(
@@ -25,6 +28,9 @@ def rows(
     names: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     """Yields plan.rows' rows with `measured_ms` for estimates, the median of BATCHES after one.
+
+    `matmul_share` is the program's fewest FLOPs a second (programs.ideal_flops), as a share of what
+    products of large matrices reach on the same devices.
 
     Args:
         mesh: the devices along data and model; 0 = all that `model` leaves.
@@ -42,17 +48,37 @@ def rows(
     grid = sharding.make_mesh(found[: data * model], data, model)
     memory = devices.Placement(grid).memory
     job = programs.make_job(cfg, shape, grid, memory, *batch)
+    rate = matmul_rate(cfg.model.dtype) * grid.size
     for name in names:
         with devices.matmul_precision(cfg.model.dtype):
-            yield _row(name, programs.make(name, job), job, memory)
+            yield _row(name, programs.make(name, job), job, memory, rate)
 
 
-def _row(name, made, job, memory) -> dict[str, Any]:
+def matmul_rate(dtype: str) -> float:
+    """Measures the FLOPs a second of products of large square matrices on one device."""
+    width = WIDTHS.get(jax.default_backend(), WIDE)
+    left = jax.random.normal(jax.random.key(0), (width, width), dtype) / width**0.5
+
+    @jax.jit
+    def multiply(x):
+        return jax.lax.fori_loop(0, PRODUCTS, lambda _, y: left @ y, x)
+
+    with devices.matmul_precision(dtype):
+        multiply(left).block_until_ready()
+        seconds = []
+        for _ in range(BATCHES):
+            started = time.perf_counter()
+            multiply(left).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+    return 2 * width**3 * PRODUCTS / min(seconds)
+
+
+def _row(name, made, job, memory, rate) -> dict[str, Any]:
     row: dict[str, Any] = {
         "program": name, "fits": True, "gib_per_chip": None,
         "hbm_gib": round(memory / plan.GIB, 1) or None, "flops_over_ideal": None, "est_ms": None,
         "link_ms": None, "tokens_per_s_per_chip": None, "collectives": {}, "compile_s": None,
-        "error": "", "measured_ms": None,
+        "error": "", "measured_ms": None, "matmul_share": None,
     }  # fmt: skip
     try:
         seconds, compiling, sizes = zip(*map(_time, made), strict=True)
@@ -62,7 +88,10 @@ def _row(name, made, job, memory) -> dict[str, Any]:
         return row | {"fits": False, "error": " ".join(str(e).split())[:300]}
     mesh = job.placement.mesh
     tokens = job.rows * job.tokens * mesh.shape["data"]
+    size = job.batch.tokens.shape[0], job.tokens, job.answers
+    ideal = programs.ideal_flops(name, job.model.cfg, *size)
     return row | {
+        "matmul_share": round(ideal / sum(seconds) / rate, 3),
         "measured_ms": round(1e3 * sum(seconds), 1),
         "tokens_per_s_per_chip": round(tokens / mesh.size / sum(seconds)),
         "compile_s": round(sum(compiling), 1),

@@ -241,15 +241,16 @@ def _row(name, parts, ideal, job, place):
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Lays rows out for reading."""
     timed = any("measured_ms" in row for row in found)
-    head = ("program", "fits", "GiB", "of", "FLOPs/ideal", "ms" if timed else "est ms",
-            "link ms", "tok/s/chip")  # fmt: skip
+    head = ("program", "fits", "GiB", "of", "of matmul" if timed else "FLOPs/ideal",
+            "ms" if timed else "est ms", "link ms", "tok/s/chip")  # fmt: skip
     lines: list[tuple[str, ...]] = [(*head, "collectives", "compile s")]
     for row in found:
         count = sum(times for times, _ in row["collectives"].values())
         size = sum(size for _, size in row["collectives"].values())
         values = (
             row["program"], "yes" if row["fits"] else "no", row["gib_per_chip"],
-            row["hbm_gib"], row["flops_over_ideal"], row.get("measured_ms", row["est_ms"]),
+            row["hbm_gib"], row.get("matmul_share", row["flops_over_ideal"]),
+            row.get("measured_ms", row["est_ms"]),
             row["link_ms"],
             row["tokens_per_s_per_chip"], f"{count:,} ({size:,.0f} MiB)", row["compile_s"],
         )  # fmt: skip

@@ -41,6 +41,7 @@ def test_measured_programs_run_here():
     assert [row["program"] for row in found] == names
     for row in found:
         assert row["fits"] and row["measured_ms"] > 0 and row["gib_per_chip"] is not None
+        assert row["matmul_share"] > 0
     assert "ms" in plan.table(found).split("\n")[0] and "est ms" not in plan.table(found)
 
 
