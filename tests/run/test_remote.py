@@ -74,7 +74,6 @@ def test_a_url_without_a_model_is_one_sentence(bucket):
 @pytest.mark.parametrize(
     "job, flag",
     [
-        ("score", "--workdir=gs://bucket/run"),
         ("run", "--from=gs://bucket/run"),
         ("run", "--config.influence.lora.path=s3://bucket/adapter"),
         ("run", "--config.influence.direction=peft:gs://bucket/adapter"),
@@ -93,4 +92,12 @@ def test_a_url_is_no_folder_here(job, flag, tmp_path):
     ended = scripts.script(job, *others, flag, cwd=tmp_path)
     assert ended.returncode == 2 and not list(tmp_path.iterdir())
     assert f"{name.removeprefix('--config.')} must be on this machine" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_at_a_url_that_cannot_be_reached_is_one_sentence(tmp_path):
+    flags = ("--workdir=nowhere://bucket/run", "--targets=sample", "--output=a.parquet")
+    ended = scripts.script("score", *flags, cwd=tmp_path)
+    assert ended.returncode == 2 and not list(tmp_path.iterdir())
+    assert "--workdir: nowhere://bucket/run cannot be read" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
