@@ -25,26 +25,22 @@ def main() -> None:
     """Writes the page."""
     if bool(COMPARE.value) == bool(STUDIES.value):
         raise errors.UserError("Give one of --compare=RUN,RUN and --studies=FOLDER,FOLDER.")
-    runs = [cli.run_folder(run, "--compare") for run in COMPARE.value or []]
-    if runs and len(runs) != 2:
-        raise errors.UserError(f"--compare must name two runs; got {','.join(runs)!r}.")
+    named = COMPARE.value or []
+    if named and len(named) != 2:
+        raise errors.UserError(f"--compare must name two runs; got {','.join(named)!r}.")
     out = cli.folder(OUT)
     if out.exists():
         raise errors.UserError(f"--out: {out} exists; name another folder, or remove it.")
     if STUDIES.value:
         from diq_jax.report import page, studies
 
-        page.write_studies(
-            out,
-            [
-                studies.load(cli.run_folder(name, "--studies"), "--studies")
-                for name in STUDIES.value
-            ],
-        )
+        folders = [cli.run_folder(name, "--studies") for name in STUDIES.value]
+        page.write_studies(out, [studies.load(folder, "--studies") for folder in folders])
     else:
         from diq_jax.report import compare
 
-        sides = compare.load(runs[0], runs[1], "--compare", cli.verify(VERIFY))
+        first, second = (cli.run_folder(run, "--compare") for run in named)
+        sides = compare.load(first, second, "--compare", cli.verify(VERIFY))
         compare.write(out, sides)
         print(compare.headline(*sides))
     print(f"wrote {out / 'report.html'}")

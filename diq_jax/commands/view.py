@@ -23,7 +23,7 @@ ARGUMENTS = ("RUN", "[RUN]")
 
 def main(workdir: str, other: str = "") -> None:
     """Serves until Ctrl-C."""
-    runs = [cli.run_folder(run, "diq view") for run in (workdir, other) if run]
+    runs = [cli.run_folder(run, "diq view") for run in (workdir, *filter(None, [other]))]
     with tempfile.TemporaryDirectory() as scratch:
         if other:
             from diq_jax.report import compare

@@ -16,8 +16,7 @@ from diq_jax.run import devices, sharding
 
 BATCHES = 3
 PRODUCTS = 20  # of square matrices, one after the other, that measure the devices' rate
-WIDTHS = {"cpu": 1024}  # of those matrices; elsewhere WIDE
-WIDE = 8192
+WIDTH, CPU_WIDTH = 8192, 1024  # of those matrices
 
 
 def rows(
@@ -56,7 +55,7 @@ def rows(
 
 def matmul_rate(dtype: str) -> float:
     """Measures the FLOPs a second of products of large square matrices on one device."""
-    width = WIDTHS.get(jax.default_backend(), WIDE)
+    width = CPU_WIDTH if jax.default_backend() == "cpu" else WIDTH
     left = jax.random.normal(jax.random.key(0), (width, width), dtype) / width**0.5
 
     @jax.jit

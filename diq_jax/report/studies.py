@@ -191,8 +191,7 @@ def tabled(study: Study) -> list[tuple[str, tables.Table]]:
                     mean = found.means.get(metric)
                     mean = None if mean is None else factor * mean
                     rows[-1].append(tables.Cell(tables.number(mean, decimals)))
-        of = "" if cell[1] == "rows" else f" of {cell[1]}"
-        made.append((f"{100 * cell[0]:g} %{of}", tables.Table(headers, rows)))
+        made.append((_budget(cell), tables.Table(headers, rows)))
     return made
 
 
@@ -211,10 +210,9 @@ def draw(study: Study) -> matplotlib.figure.Figure:
             mean, low, high = ends.reshape(-1, len(ENDS)).T
             places = np.array([names.index(o.arm) for o in mine])
             places = places + 0.22 * (k - (len(cells) - 1) / 2)
-            of = "" if cell[1] == "rows" else f" of {cell[1]}"
             axis.errorbar(
                 mean, places, xerr=[mean - low, high - mean], fmt="o", ms=3, lw=1,
-                color=COLORS[k % len(COLORS)], label=f"{100 * cell[0]:g} %{of}",
+                color=COLORS[k % len(COLORS)], label=_budget(cell),
             )  # fmt: skip
         axis.axvline(0, color=style.MUTED, linewidth=1)
         side = "right" if metric == "accuracy" else "left"
@@ -226,6 +224,11 @@ def draw(study: Study) -> matplotlib.figure.Figure:
     axes[0].legend(fontsize=8)
     figure.suptitle(study.about, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
+
+
+def _budget(cell):
+    share, unit = cell
+    return f"{100 * share:g} %" + ("" if unit == "rows" else f" of {unit}")
 
 
 def _panels(study):

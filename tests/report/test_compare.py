@@ -100,7 +100,7 @@ def test_what_is_no_pair_of_runs_is_said(runs, tmp_path):
 
 
 def test_the_commands_answer_a_mistake_with_one_sentence(runs, tmp_path):
-    for arguments in (("view", f"{runs}/first", f"{tmp_path}/none"),
+    for arguments in (("view", ""), ("view", f"{runs}/first", f"{tmp_path}/none"),
                       ("report", f"--compare={runs}/first", f"--out={tmp_path}/o")):  # fmt: skip
         ended = subprocess.run(
             [sys.executable, "-m", "diq_jax", *arguments], capture_output=True, text=True,

@@ -96,12 +96,8 @@ def test_a_study_is_read_as_it_was_written(tmp_path, name):
 def test_an_interval_that_chance_gives_is_not_marked(tmp_path):
     record = comparison_record()
     cell = record["rows"][2]["metrics"]["test_loss"]["versus"]
-    cell |= {
-        "mean": -0.5,
-        "low": -0.9,
-        "high": -0.1,
-        "p_holm": 0.06,
-    }  # outside 0, and not after the correction
+    # Outside 0, and not after the correction.
+    cell |= {"mean": -0.5, "low": -0.9, "high": -0.1, "p_holm": 0.06}
     study = studies.load(write(tmp_path, studies.COMPARISON, record), "--studies")
     [(_, table)] = studies.tabled(study)
     row = dict(zip(table.headers, table.rows[-1], strict=True))
